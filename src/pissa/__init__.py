@@ -1,0 +1,49 @@
+"""Fine-tune a language model from its own principal directions, and get a plain LoRA back.
+
+Public names are imported on first use, so that `pissa --help` never waits for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pissa.adapters import attach, load, restart, save
+    from pissa.errors import PissaError
+    from pissa.registry import split
+    from pissa.splits import Lora, Split
+    from pissa.surgery import convert, decompose, inspect, merge
+    from pissa.training import train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Lora": "pissa.splits",
+    "PissaError": "pissa.errors",
+    "Split": "pissa.splits",
+    "attach": "pissa.adapters",
+    "convert": "pissa.surgery",
+    "decompose": "pissa.surgery",
+    "inspect": "pissa.surgery",
+    "load": "pissa.adapters",
+    "merge": "pissa.surgery",
+    "restart": "pissa.adapters",
+    "save": "pissa.adapters",
+    "split": "pissa.registry",
+    "train": "pissa.training",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pissa' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

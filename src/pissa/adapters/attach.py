@@ -1,0 +1,217 @@
+"""Attach a method's splits to a model: all weights are checked and split first, then the model is wrapped by peft."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from pissa.adapters import drift, factors
+from pissa.checkpoint.fingerprint import combined, fingerprint, model_tensors
+from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
+from pissa.errors import InputError, WrongBaseError
+from pissa.linalg import product_singular_values, relative_error
+from pissa.records import Base, Layer, Recipe, Record, versions
+from pissa.registry import get, scale_of
+from pissa.splits import Split
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""Module path to (left [out, r], right [r, in])."""
+
+
+@dataclass
+class Attachment:
+    """What an adapter on a live model started from; `save` writes it down."""
+
+    record: Record
+    targets: list[Target]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, which an attachment always has."""
+        assert self.record.recipe is not None
+        return self.record.recipe
+
+
+def attach(
+    model: nn.Module,
+    method: str = "pissa",
+    rank: int = 16,
+    *,
+    alpha: float | None = None,
+    targets: str | Iterable[str] = "all-linear",
+    base: str = "keep",
+    svd: str = "fast",
+    seed: int = 0,
+    modules_to_save: Iterable[str] | None = None,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Split a model's weights and return it as a `peft.PeftModel`, ready to train.
+
+    Args:
+        model: a transformers (or any torch) model with weights in 16 bits or more, or a PeftModel made by
+            `attach`, which gets one more adapter.
+        method: a name listed by `pissa methods`.
+        rank: 1 to min(out, in) of the smallest target.
+        alpha: above 0; by default `rank`, which makes the scale 1.
+        targets: "all-linear", module names or endings, or a regular expression over full names.
+        base: "keep" (the weights stay, the drift trains) or "residual" (the paper's form: the weights become the
+            residual; `unload()` and `delete_adapter()` put the kept originals back).
+        svd: "fast" or "exact".
+        seed: fixes every random number together with the tensors' names.
+        modules_to_save: modules that train whole; by default the head of a classification model.
+        adapter_name: peft's name for the adapter.
+
+    Raises:
+        InputError: anything that cannot be right, naming the tensor; the model is untouched then.
+        WrongBaseError: the model is a residual already.
+    """
+    if base not in ("keep", "residual"):
+        raise InputError(f"base is {base!r}, expected 'keep' or 'residual'")
+    inner = _plain_model(model)
+    _refuse_residual(inner)
+    found = find_targets(inner, targets)
+    heads = sorted(modules_to_save) if modules_to_save is not None else head_modules(inner)
+    recipe = Recipe(
+        method=method,
+        rank=rank,
+        alpha=float(rank if alpha is None else alpha),
+        svd=svd,
+        seed=seed,
+        base_form=base,
+        targets={target.module: target.kind for target in found},
+    )
+    starts, layers = split_model(inner, found, recipe)
+    digests = fingerprint(model_tensors(inner, skip=heads))
+    record = Record("state", recipe, base_of(inner, digests), layers, versions=versions())
+    return wrap(model, Attachment(record, found), starts, heads, adapter_name)
+
+
+def split_model(
+    model: nn.Module, targets: list[Target], recipe: Recipe
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[Layer]]:
+    """The start of every target and what it keeps; the model is only read."""
+    modules = plain_modules(model)
+    chosen, scale = get(recipe.method), scale_of(recipe.alpha, recipe.rank)
+    starts, layers = {}, []
+    for target in targets:
+        matrix = target.to_matrix(modules[target.module].weight.data)
+        split = chosen.split(matrix, recipe.rank, scale=scale, svd=recipe.svd, seed=recipe.seed, name=target.weight)
+        starts[target.module] = split.left, split.right
+        layers.append(measure(target.weight, matrix, split))
+    return starts, layers
+
+
+def measure(name: str, matrix: Tensor, split: Split) -> Layer:
+    """The layer's line in `pissa.json`."""
+    values = product_singular_values(split.left, split.right, split.scale)
+    total = torch.linalg.vector_norm(matrix, dtype=torch.float64).square()
+    energy = float(values.square().sum() / total) if total > 0 else 0.0
+    error = relative_error(split.rebuild(), matrix.to(split.frozen.dtype))
+    return Layer(name, list(matrix.shape), split.rank, energy, error, [float(f"{value:.6g}") for value in values])
+
+
+def wrap(
+    model: nn.Module,
+    attachment: Attachment,
+    starts: Factors,
+    modules_to_save: list[str],
+    adapter: str,
+    *,
+    on_residual: bool = False,
+) -> PeftModel:
+    """Put peft's layers around the targets and the given start into them, drift zero."""
+    recipe = attachment.recipe
+    inner = _plain_model(model)
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
+        target_modules=short_names(attachment.targets, inner),
+        modules_to_save=modules_to_save or None,
+        fan_in_fan_out=any(target.kind == "conv1d" for target in attachment.targets),
+        task_type=_task_type(inner),
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft draws a start that is overwritten here, and warns of mixed Conv1D and Linear targets.
+        warnings.simplefilter("ignore")
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter, config)
+            wrapped = model
+        else:
+            wrapped = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
+    zero_start = get(recipe.method).zero_start
+    layers = adapter_layers(wrapped, attachment.targets)
+    for target in attachment.targets:
+        left, right = starts[target.module]
+        layer = layers[target.module]
+        if zero_start:
+            factors.assign(layer, adapter, left, right)
+        elif recipe.base_form == "keep":
+            drift.install(layer, adapter, left, right)
+        else:
+            drift.install_residual(layer, adapter, left, right, on_residual=on_residual)
+    if not zero_start:
+        _tell_stock_tools(wrapped, adapter, recipe)
+    if not hasattr(wrapped, "pissa_attachments"):
+        wrapped.pissa_attachments = {}
+    wrapped.pissa_attachments[adapter] = attachment
+    return wrapped
+
+
+def adapter_layers(model: PeftModel, targets: list[Target]) -> dict[str, Any]:
+    """The peft layer of each target by module path."""
+    inner = model.get_base_model()
+    return {target.module: inner.get_submodule(target.module) for target in targets}
+
+
+def base_of(model: nn.Module, digests: dict[str, dict[str, str]]) -> Base:
+    """The model's name, revision and fingerprint."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "") or type(model).__name__
+    return Base(name, getattr(config, "_commit_hash", None), combined(digests), digests)
+
+
+def _tell_stock_tools(model: PeftModel, adapter: str, recipe: Recipe) -> None:
+    """What stock `save_pretrained` writes is the rank-2r pair, so its config must say 2r at the same scale."""
+    config = model.peft_config[adapter]
+    config.r = 2 * recipe.rank
+    config.lora_alpha = 2 * recipe.alpha
+    tuner = model.base_model
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise InputError(
+            "add_weighted_adapter reads lora_A and lora_B as a plain pair, which a started adapter is not: "
+            "save the runs, load their adapter/ folders on the base model and combine those"
+        )
+
+    tuner.add_weighted_adapter = refuse
+
+
+def _plain_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _refuse_residual(model: nn.Module) -> None:
+    note = getattr(getattr(model, "config", None), "pissa", None)
+    if isinstance(note, dict) and note.get("kind") == "residual":
+        raise WrongBaseError(
+            f"this model is the residual of {note.get('base')!r} ({note.get('method')}, rank {note.get('rank')}), not "
+            "a base model: use pissa.load(model, FOLDER) with the folder it came from, or attach to the original base"
+        )
+
+
+def _task_type(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    endings = {
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    }
+    return next((task for ending, task in endings.items() if name.endswith(ending)), None)

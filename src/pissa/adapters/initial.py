@@ -1,0 +1,111 @@
+"""A decomposed folder in memory: its residual model with the start from `pissa_init/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from pissa.adapters import factors, plain
+from pissa.adapters.attach import Attachment, wrap
+from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
+from pissa.checkpoint.output import read_json
+from pissa.checkpoint.targets import Target, find_targets
+from pissa.errors import CheckpointError, WrongBaseError
+from pissa.records import Base, Recipe, Record
+
+INIT = "pissa_init"
+
+
+def read_pair(folder: Path, targets: list[Target]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(left, right) of each target from a stock adapter file, unscaled.
+
+    Raises:
+        CheckpointError: a target without its pair, naming the key.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    with safe_open(folder / plain.WEIGHTS, framework="pt") as file:
+        names = set(file.keys())
+        for target in targets:
+            key_left, key_right = factors.file_keys(target)
+            missing = {key_left, key_right} - names
+            if missing:
+                raise CheckpointError(f"{folder / plain.WEIGHTS} lacks `{sorted(missing)[0]}`")
+            found[target.module] = tuple(file.get_tensor(key).flatten(1) for key in (key_left, key_right))  # type: ignore[assignment]
+    return found
+
+
+def load_initial(model: nn.Module, folder: Path, adapter: str) -> PeftModel:
+    """Put the start of a decomposed folder on its residual model.
+
+    Raises:
+        WrongBaseError: the model is not the residual that was written beside this start.
+    """
+    initial = folder / INIT
+    config = read_json(initial / plain.CONFIG)
+    if (initial / plain.RECORD).is_file():
+        record = Record.from_json(read_json(initial / plain.RECORD), str(initial / plain.RECORD))
+        if not check_base(record, model, f"the start in {initial}"):
+            raise WrongBaseError(
+                f"the start in {initial} belongs on the residual model in {folder}, but this is the original base "
+                f"{record.base.name if record.base else ''}: load the model from {folder}, or use pissa.attach on the base"
+            )
+    else:
+        record = _foreign_record(config, model, folder)
+    assert record.recipe is not None
+    targets = find_targets(model, list(record.recipe.targets))
+    record = dataclasses.replace(record, kind="state", recipe=dataclasses.replace(record.recipe, base_form="residual"))
+    starts = read_pair(initial, targets)
+    return wrap(model, Attachment(record, targets), starts, [], adapter, on_residual=True)
+
+
+def check_base(record: Record, model: nn.Module, what: str) -> bool:
+    """Compare a model in memory with the base that a record names, or with the residual it wrote.
+
+    Returns:
+        Whether the model is that residual.
+
+    Raises:
+        WrongBaseError: naming the first differing tensor, both digests and what to do.
+    """
+    assert record.recipe is not None and record.base is not None
+    note = getattr(getattr(model, "config", None), "pissa", None)
+    on_residual = bool(record.residual) and isinstance(note, dict) and note.get("kind") == "residual"
+    revision = f", revision {record.base.revision}" if record.base.revision else ""
+    check_same(
+        {**record.base.tensors, **record.residual} if on_residual else record.base.tensors,
+        model_tensors(model).get,
+        what=what,
+        advice=f"Use the base it was made on: {record.base.name}{revision}",
+    )
+    return on_residual
+
+
+def _foreign_record(config: dict, model: nn.Module, folder: Path) -> Record:
+    """Folders that others made: residual at the root, the start in pissa_init/, nothing about the base."""
+    if config.get("init_lora_weights") is not True:
+        raise WrongBaseError(
+            f"{folder / INIT / plain.CONFIG} has init_lora_weights {config.get('init_lora_weights')!r}: stock tools would "
+            "decompose the residual again. Expected true"
+        )
+    warnings.warn(
+        f"{folder} has no pissa.json: which original base it was made from is unknown until you name it with --base, "
+        "and it cannot be checked",
+        stacklevel=3,
+    )
+    targets = find_targets(model, config["target_modules"])
+    recipe = Recipe(
+        method="pissa",
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        svd="unknown",
+        seed=0,
+        base_form="residual",
+        targets={target.module: target.kind for target in targets},
+    )
+    weights = model_tensors(model)
+    return Record("init", recipe, Base("unknown"), residual=fingerprint(weights))

@@ -1,0 +1,28 @@
+"""PiSSA: Principal Singular values and Singular vectors Adaptation (arXiv 2404.02948, equations 2 to 4).
+
+    W = U S Vh,  left = U_r sqrt(S_r / s),  right = sqrt(S_r / s) Vh_r,  frozen = W - s left right
+
+Deviations: the factors carry 1/s, so that any alpha starts at W; the residual is taken by difference, so that it
+is right whatever the accuracy of the SVD; the random SVD is oversampled and seeded per tensor.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pissa.linalg import truncated_svd
+from pissa.registry import method
+from pissa.splits import Split
+
+
+@method(
+    "pissa",
+    title="PiSSA",
+    paper="2404.02948",
+    trains="the principal singular part of the weight",
+    verdict="falls faster than LoRA at small learning rates; wants a smaller one than LoRA's best",
+)
+def pissa(weight: Tensor, rank: int, *, scale: float, svd: str, seed: int, name: str) -> Split:
+    """The top singular triplets, balanced between the factors."""
+    left, right = truncated_svd(weight, rank, svd, seed=seed, name=name).balanced(scale)
+    return Split(weight - scale * (left @ right), left, right, scale=scale)

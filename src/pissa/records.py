@@ -1,0 +1,110 @@
+"""What was done to which base, as `pissa.json` beside every output.
+
+Frozen dataclasses to and from JSON; a reader meets a known shape or an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from dataclasses import dataclass, field
+from typing import Any
+
+from pissa.errors import CheckpointError
+
+FORMAT = 1
+KINDS = ("residual", "init", "state", "lora", "merged", "run")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the weights were split."""
+
+    method: str
+    rank: int
+    alpha: float
+    svd: str
+    seed: int
+    base_form: str = "keep"
+    targets: dict[str, str] = field(default_factory=dict)
+    """Module path to kind (linear, conv1d, embedding, conv2d)."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapter's product, alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that was split."""
+
+    name: str
+    revision: str | None = None
+    fingerprint: str = ""
+    tensors: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Canonical tensor name to digests by dtype."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the split of one weight kept and lost."""
+
+    name: str
+    shape: list[int]
+    rank: int
+    energy: float
+    """Share of the squared Frobenius norm that lies in the trainable part."""
+    error: float
+    """Rebuilt from what was stored, relative to the weight (Frobenius)."""
+    singular_values: list[float] = field(default_factory=list)
+    """Of the trainable part, descending."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of a `pissa.json`."""
+
+    kind: str
+    recipe: Recipe | None = None
+    base: Base | None = None
+    layers: list[Layer] = field(default_factory=list)
+    residual: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Digests of the residual's own target tensors, where a residual was written."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `from_json` reads it back."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], where: str) -> Record:
+        """Check and rebuild.
+
+        Raises:
+            CheckpointError: unknown format or kind, missing or mistyped keys; names the file.
+        """
+        if data.get("format") != FORMAT or data.get("kind") not in KINDS:
+            raise CheckpointError(
+                f"{where}: got format {data.get('format')!r} and kind {data.get('kind')!r}, expected format {FORMAT} "
+                f"and one of {', '.join(KINDS)}: update pissa, or make the folder again"
+            )
+        try:
+            return cls(
+                kind=data["kind"],
+                recipe=Recipe(**data["recipe"]) if data["recipe"] else None,
+                base=Base(**data["base"]) if data["base"] else None,
+                layers=[Layer(**layer) for layer in data["layers"]],
+                residual=data["residual"],
+                notes=data["notes"],
+                versions=data["versions"],
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{where} is damaged ({error}): make the folder again") from error
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what was computed."""
+    packages = ("pissa", "torch", "transformers", "peft", "safetensors")
+    return {name: importlib.metadata.version(name) for name in packages}

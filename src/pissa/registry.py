@@ -1,0 +1,169 @@
+"""The table of methods: `@method` puts a function into it, `get` takes it out again.
+
+A method is a function from one weight to a `Split`. The decorator checks the input once, so that a method file
+holds nothing but its formula.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pissa.errors import InputError, did_you_mean
+from pissa.splits import Split
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to split a weight, and what the tables say about it."""
+
+    name: str
+    title: str
+    paper: str
+    trains: str
+    verdict: str
+    start: Callable[..., Split]
+    zero_start: bool
+
+    def split(
+        self, weight: Tensor, rank: int, *, scale: float = 1.0, svd: str = "exact", seed: int = 0, name: str = "weight"
+    ) -> Split:
+        """Check the input, then split `weight` in float32 (float64 stays float64).
+
+        Args:
+            weight: [out, in], finite, float64/32/16 or bfloat16.
+            rank: 1 to min(out, in).
+            scale: alpha / rank, above 0.
+            svd: "fast" (seeded sketch) or "exact" (LAPACK); methods without an SVD ignore it.
+            seed: with `name` it fixes every random number, whatever the order of the calls.
+            name: the tensor's name, for the seed and for error messages.
+
+        Raises:
+            InputError: naming the tensor.
+        """
+        check_weight(weight, name)
+        check_rank(rank, weight.shape, name)
+        if not (scale > 0 and math.isfinite(scale)):
+            raise InputError(f"scale (alpha / rank) is {scale} for `{name}`: alpha must be above 0")
+        compute = torch.promote_types(weight.dtype, torch.float32)
+        with torch.no_grad():
+            return self.start(weight.to(compute), rank, scale=scale, svd=svd, seed=seed, name=name)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str, *, title: str, paper: str, trains: str, verdict: str, zero_start: bool = False
+) -> Callable[[Callable[..., Split]], Callable[..., Split]]:
+    """Register the decorated function ``f(weight, rank, *, scale, svd, seed, name) -> Split`` as a method.
+
+    Args:
+        name: what users type.
+        title: the full name.
+        paper: arXiv id.
+        trains: which part of the weight trains, in words.
+        verdict: when to take it and when not, one sentence.
+        zero_start: whether left @ right is zero at first (nothing is taken out of the weight).
+    """
+
+    def register(start: Callable[..., Split]) -> Callable[..., Split]:
+        _METHODS[name] = Method(name, title, paper, trains, verdict, start, zero_start)
+        return start
+
+    return register
+
+
+def methods() -> dict[str, Method]:
+    """All methods by name, read from the folder `pissa/methods`."""
+    package = importlib.import_module("pissa.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_METHODS.items()))
+
+
+def get(name: str) -> Method:
+    """The method of that name, or an error with the nearest one."""
+    known = methods()
+    if name not in known:
+        raise InputError(f"unknown method {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
+    return known[name]
+
+
+def split(
+    weight: Tensor,
+    method: str = "pissa",
+    rank: int = 16,
+    *,
+    alpha: float | None = None,
+    svd: str = "exact",
+    seed: int = 0,
+    name: str = "weight",
+) -> Split:
+    """Split one weight.
+
+    Args:
+        weight: [out, in], finite, float64/32/16 or bfloat16; computed in float32 (float64 stays).
+        method: a name listed by `pissa methods`.
+        rank: 1 to min(out, in).
+        alpha: above 0; `rank` by default, which makes the scale alpha / rank equal 1.
+        svd: "exact" or "fast" (seeded sketch).
+        seed: with `name` it fixes every random number.
+        name: the tensor's name, for the seed and for messages.
+
+    Raises:
+        InputError: naming the tensor.
+
+    Example:
+        >>> import torch, pissa
+        >>> s = pissa.split(torch.eye(4), method="pissa", rank=2)
+        >>> bool(torch.allclose(s.rebuild(), torch.eye(4)))
+        True
+    """
+    chosen = get(method)
+    check_rank(rank, weight.shape, name)
+    return chosen.split(weight, rank, scale=scale_of(alpha, rank), svd=svd, seed=seed, name=name)
+
+
+def scale_of(alpha: float | None, rank: int) -> float:
+    """``alpha / rank``; 1 when no alpha is given."""
+    if alpha is None:
+        return 1.0
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise InputError(f"alpha is {alpha}, expected a number above 0: use --alpha {rank} for a scale of 1")
+    return alpha / rank
+
+
+def check_weight(weight: Tensor, name: str) -> None:
+    """Refuse what cannot be split: wrong dimensions, dtype, device or values."""
+    if weight.is_meta:
+        raise InputError(f"`{name}` is on the meta device and has no values: load the model's weights first")
+    if weight.dtype not in FLOATS:
+        raise InputError(
+            f"`{name}` has dtype {weight.dtype}, expected float32, bfloat16, float16 or float64. "
+            "A quantised weight must be decomposed before it is quantised: start from the 16-bit model"
+        )
+    if weight.ndim != 2:
+        raise InputError(f"`{name}` has shape {list(weight.shape)}, expected a matrix [out, in]")
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise InputError(f"`{name}` has {bad} non-finite values (NaN or Inf): the checkpoint is damaged")
+
+
+def check_rank(rank: int, shape: torch.Size | tuple[int, ...], name: str) -> None:
+    """Refuse a rank that is not from 1 to min(shape)."""
+    if rank < 1:
+        raise InputError(f"rank {rank} is below 1 for `{name}`: use --rank 1 or more")
+    if rank > min(shape):
+        raise InputError(
+            f"rank {rank} is larger than min(out, in) = {min(shape)} of `{name}` {list(shape)}: "
+            f"use --rank {min(shape)} or leave it out of --targets"
+        )

@@ -1,0 +1,151 @@
+"""The one shape behind every method: a weight split into a frozen part and a low-rank trainable one.
+
+    W [out, in]  =  frozen [out, in]  +  scale * left [out, k] @ core [k, k] @ right [k, in]
+
+`core` is absent (the identity) for all LoRA-shaped methods. What follows from a split (rebuilding, the change
+since the start, the export to a plain LoRA) is written here once and holds for every method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pissa.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A change of one weight as a plain LoRA pair with the scale folded in: ``delta = B @ A``.
+
+    Attributes:
+        A: [k, in].
+        B: [out, k].
+    """
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns of B, which bound the rank of the change."""
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """The change itself, [out, in], in the dtype of the factors."""
+        return self.B @ self.A
+
+    def padded(self, rank: int) -> Lora:
+        """The same change at a larger nominal rank (zero rows and columns), for engines that want one rank."""
+        extra = rank - self.rank
+        if extra < 0:
+            raise InputError(f"cannot pad a rank-{self.rank} LoRA to rank {rank}: choose at least {self.rank}")
+        return Lora(
+            torch.cat([self.A, self.A.new_zeros(extra, self.A.shape[1])]),
+            torch.cat([self.B, self.B.new_zeros(self.B.shape[0], extra)], dim=1),
+        )
+
+    def truncated(self, rank: int) -> tuple[Lora, float]:
+        """The best rank-`rank` approximation (Eckart-Young) and its error relative to the change.
+
+        Works on the thin factors (QR of each, SVD of the small core) in float64; [out, in] is never formed.
+
+        Returns:
+            The pair, in the dtype of the factors, and ``|delta - best| / |delta|`` (Frobenius; 0 for a zero change).
+        """
+        if rank < 1:
+            raise InputError(f"rank {rank} is below 1: choose a rank from 1 to {self.rank}")
+        left_basis, left_small = torch.linalg.qr(self.B.double())
+        right_basis, right_small = torch.linalg.qr(self.A.double().T)
+        U, S, Vh = torch.linalg.svd(left_small @ right_small.T, full_matrices=False)
+        total = S.square().sum()
+        error = float((S[rank:].square().sum() / total).sqrt()) if total > 0 else 0.0
+        root = S[:rank].sqrt()
+        best = Lora(
+            (root[:, None] * (Vh[:rank] @ right_basis.T)).to(self.A.dtype),
+            ((left_basis @ U[:, :rank]) * root).to(self.B.dtype),
+        )
+        return best, error
+
+
+def drift_as_lora(left: Tensor, right: Tensor, drift_left: Tensor, drift_right: Tensor, scale: float = 1.0) -> Lora:
+    """The change of a trained split as a plain LoRA, with an error relative to the change itself.
+
+        (L + dL)(R + dR) - L R  =  [L + dL, dL] @ [dR; R]
+
+    The usual form ``[L', -L] @ [R'; R]`` is a difference of two large products and loses the change to rounding
+    when it is stored in 16 bits. A start with a zero factor (LoRA) needs only its own rank k, others 2k.
+
+    Args:
+        left: start of the left factor, [out, k].
+        right: start of the right factor, [k, in].
+        drift_left: its change since, [out, k].
+        drift_right: its change since, [k, in].
+        scale: alpha / rank; folded into B.
+    """
+    if not left.any():
+        return Lora(right + drift_right, scale * drift_left)
+    if not right.any():
+        return Lora(drift_right, scale * (left + drift_left))
+    return Lora(torch.cat([drift_right, right]), scale * torch.cat([left + drift_left, drift_left], dim=1))
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One weight at the start of training, ``W = frozen + scale * left @ core @ right``.
+
+    Attributes:
+        frozen: [out, in], in the compute dtype of the split (float32, or float64 for a float64 weight).
+        left: [out, k], same dtype.
+        right: [k, in], same dtype.
+        core: [k, k], or None for the identity.
+        scale: alpha / rank, the factor an adapter's product carries.
+    """
+
+    frozen: Tensor
+    left: Tensor
+    right: Tensor
+    core: Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """k, the inner dimension."""
+        return self.right.shape[0]
+
+    def product(self) -> Tensor:
+        """The trainable part, ``scale * left @ core @ right``, [out, in]."""
+        left = self.left if self.core is None else self.left @ self.core
+        return self.scale * (left @ self.right)
+
+    def rebuild(self) -> Tensor:
+        """The weight the split stands for, [out, in]."""
+        return self.frozen + self.product()
+
+    def stored(self, factor_dtype: torch.dtype, frozen_dtype: torch.dtype) -> Split:
+        """The split as a file holds it: factors rounded first, then the residual taken against them.
+
+        In that order the rounding of the factors is absorbed by the residual and only the residual's own
+        rounding remains. Tensors keep the compute dtype, their values are representable in the stored one.
+        """
+        weight = self.rebuild()
+        left, right = (factor.to(factor_dtype).to(factor.dtype) for factor in (self.left, self.right))
+        core = None if self.core is None else self.core.to(factor_dtype).to(self.core.dtype)
+        rounded = Split(self.frozen, left, right, core, self.scale)
+        frozen = (weight - rounded.product()).to(frozen_dtype).to(weight.dtype)
+        return Split(frozen, left, right, core, self.scale)
+
+    def as_lora(self, drift_left: Tensor | None = None, drift_right: Tensor | None = None) -> Lora:
+        """The change since this start as a plain LoRA for the original weight; zero drifts when none are given.
+
+        Args:
+            drift_left: trained left minus start, [out, k].
+            drift_right: trained right minus start, [k, in].
+        """
+        if self.core is not None:
+            raise InputError("a split with a core exports through the core's own change: not supported yet")
+        zero_left = torch.zeros_like(self.left) if drift_left is None else drift_left
+        zero_right = torch.zeros_like(self.right) if drift_right is None else drift_right
+        return drift_as_lora(self.left, self.right, zero_left, zero_right, self.scale)

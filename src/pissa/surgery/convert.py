@@ -1,0 +1,179 @@
+"""A run, or a pair trained elsewhere, as a plain LoRA for the original base: exact, or the best of a given rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pissa.adapters import plain
+from pissa.adapters.initial import INIT
+from pissa.checkpoint.fingerprint import canonical, check_tensor
+from pissa.checkpoint.output import read_json, staged_output
+from pissa.checkpoint.reader import Checkpoint
+from pissa.checkpoint.skeleton import build_skeleton, parameter_names
+from pissa.checkpoint.targets import Target
+from pissa.errors import CheckpointError, InputError, WrongBaseError
+from pissa.linalg import relative_error
+from pissa.records import Base, Recipe, Record, versions
+from pissa.splits import Lora, drift_as_lora
+from pissa.surgery.folders import Changes, adapter_scale, adapter_targets, kind_of_folder, read_changes
+
+FAR_FROM_START = 1.0
+"""Two unrelated starts differ by about sqrt(2) of their norm; training moves factors by far less than their norm."""
+
+
+def convert(
+    run: str | Path,
+    out: str | Path,
+    rank: int | None = None,
+    *,
+    start: str | Path | None = None,
+    base: str | Path | None = None,
+    force: bool = False,
+) -> Record:
+    """Write a plain LoRA adapter that any tool loads on the original base.
+
+    Args:
+        run: a run, its state/ or a plain LoRA; with `start`, an adapter that stock peft trained on a residual.
+        out: the folder to write.
+        rank: None for the exact change (rank 2r), else the best approximation of that rank, its error recorded.
+        start: the `pissa_init/` folder that the adapter was trained from.
+        base: the original base to check against; for a start of unknown origin it is also written down.
+        force: replace `out`.
+
+    Returns:
+        The record; `notes["error"]` is the relative error of the change (0 when exact).
+
+    Raises:
+        WrongBaseError: another base, or an adapter that was trained from another start.
+        InputError, CheckpointError, OutputError: as everywhere.
+    """
+    run = Path(run)
+    found = read_changes(run) if start is None else changes_since(run, Path(start), base)
+    record = found.record or Record(
+        "lora", base=Base(str(base or found.config.get("base_model_name_or_path", "unknown")))
+    )
+    if base is not None:
+        check_folder(record, Path(base), f"the change in {run}")
+    changes, error = _at_rank(found.changes, rank)
+    notes = {**record.notes, "error": error, "rank": max(change.rank for change in changes.values())}
+    record = dataclasses.replace(record, kind="lora", notes=notes, versions=versions())
+    assert record.base is not None
+    kinds = {target.kind for target in changes}
+    config = plain.adapter_config(
+        rank=1,
+        alpha=1,
+        base=record.base.name,
+        revision=record.base.revision,
+        target_modules=notes.get("target_modules") or found.config["target_modules"],
+        transposed="conv1d" in kinds,
+        task_type=notes.get("task_type") or found.config.get("task_type"),
+        modules_to_save=notes.get("modules_to_save") or found.config.get("modules_to_save"),
+    )
+    with staged_output(out, force=force, inputs=[run]) as folder:
+        plain.write_plain_lora(folder, changes, found.extras, config, record)
+    return record
+
+
+def changes_since(adapter: Path, start: Path, base: str | Path | None) -> Changes:
+    """The change of an adapter that any tool trained from a stored start: the drift of its factors.
+
+    Raises:
+        WrongBaseError: the adapter does not come from this start.
+    """
+    if (start / INIT).is_dir():
+        start = start / INIT
+    config, start_config = read_json(adapter / plain.CONFIG), read_json(start / plain.CONFIG)
+    trained = adapter_targets(config, Checkpoint.open(adapter, need_config=False))
+    begun = adapter_targets(start_config, Checkpoint.open(start, need_config=False))
+    scale, start_scale = adapter_scale(config, adapter), adapter_scale(start_config, start)
+    if set(trained) != set(begun) or scale != start_scale:
+        odd = sorted(target.weight for target in set(trained) ^ set(begun))
+        raise WrongBaseError(
+            f"{adapter} was not trained from {start}: "
+            + (f"`{odd[0]}` is in only one of them" if odd else f"its scale is {scale}, the start's {start_scale}")
+        )
+    changes: dict[Target, Lora] = {}
+    for target, (left, right) in trained.items():
+        left0, right0 = begun[target]
+        for factor, factor0, side in ((left, left0, "left"), (right, right0, "right")):
+            if factor.shape != factor0.shape or relative_error(factor.float(), factor0.float()) > FAR_FROM_START:
+                raise WrongBaseError(
+                    f"{adapter} was not trained from {start}: the {side} factor of `{target.weight}` "
+                    f"{list(factor.shape)} is further from the start's {list(factor0.shape)} than its own norm. "
+                    "Name the pissa_init/ folder that lay beside the residual in training"
+                )
+        parts = [part.float() for part in (left0, right0, left - left0, right - right0)]
+        changes[target] = drift_as_lora(parts[0], parts[1], parts[2], parts[3], scale)
+    checkpoint = Checkpoint.open(adapter, need_config=False)
+    extras = {name: checkpoint.read(name) for name in checkpoint.tensors if ".lora_" not in name}
+    return Changes(changes, extras, _start_record(start, config, changes, base), config)
+
+
+def check_folder(record: Record, folder: Path, what: str) -> None:
+    """Compare a base on disk with the one a record names, tensor by tensor.
+
+    Raises:
+        WrongBaseError: naming the first tensor that differs, both digests and what to do.
+    """
+    assert record.base is not None
+    if not record.base.tensors:
+        warnings.warn(f"{what} carries no fingerprint: {folder} cannot be checked", stacklevel=3)
+        return
+    checkpoint = Checkpoint.open(folder)
+    missing = dict(record.base.tensors)
+    for key, name in canonical_names(checkpoint).items():
+        if key in missing:
+            check_tensor(key, missing.pop(key), checkpoint.read(name), what=what, advice=f"Use {record.base.name}")
+    if missing:
+        raise WrongBaseError(
+            f"{what} was made for another base: tensor `{next(iter(missing))}` is absent from {folder}. "
+            f"Use {record.base.name}"
+        )
+
+
+def canonical_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Canonical name to the tensor's name in the checkpoint."""
+    skeleton = build_skeleton(checkpoint.folder)
+    prefix = getattr(skeleton, "base_model_prefix", "")
+    return {
+        canonical(parameter, prefix): name for name, parameter in parameter_names(skeleton, checkpoint.tensors).items()
+    }
+
+
+def _at_rank(changes: dict[Target, Lora], rank: int | None) -> tuple[dict[Target, Lora], float]:
+    """The changes at `rank`, and the error over all weights relative to the whole change."""
+    if rank is None:
+        return changes, 0.0
+    if rank < 1:
+        raise InputError(f"rank {rank} is below 1: use --rank 1 or more, or leave it out for the exact change")
+    approximations, missed, total = {}, 0.0, 0.0
+    for target, change in changes.items():
+        approximations[target], error = change.truncated(rank)
+        norm = float(torch.linalg.vector_norm(change.delta(), dtype=torch.float64))
+        missed, total = missed + (error * norm) ** 2, total + norm**2
+    return approximations, (missed / total) ** 0.5 if total else 0.0
+
+
+def _start_record(start: Path, config: dict[str, Any], changes: dict[Target, Lora], base: str | Path | None) -> Record:
+    if (start / plain.RECORD).is_file():
+        record = Record.from_json(read_json(start / plain.RECORD), str(start / plain.RECORD))
+        if record.kind != "init":
+            raise CheckpointError(f"{start} is a {record.kind!r} folder, expected the pissa_init/ of a decomposition")
+    else:
+        if base is None:
+            warnings.warn(
+                f"{start} has no pissa.json: the original base is unknown. Name it with --base, or edit "
+                "base_model_name_or_path in the result",
+                stacklevel=4,
+            )
+        targets = {target.module: target.kind for target in changes}
+        recipe = Recipe("pissa", config["r"], config["lora_alpha"], "unknown", 0, "residual", targets)
+        record = Record("init", recipe, Base(str(base or "unknown")))
+    shapes = {target.module: list(target.shape) for target in changes}
+    notes = {"target_modules": config["target_modules"], "task_type": config.get("task_type"), "shapes": shapes}
+    return dataclasses.replace(record, notes={**record.notes, **notes})

@@ -1,0 +1,238 @@
+"""Checkpoint to checkpoint: the residual as an ordinary Hugging Face folder, the start beside it in `pissa_init/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pissa.adapters import factors, plain
+from pissa.adapters.attach import measure
+from pissa.adapters.initial import INIT
+from pissa.checkpoint.fingerprint import Digests, canonical, combined, tensor_digests
+from pissa.checkpoint.output import staged_output, write_json
+from pissa.checkpoint.reader import Checkpoint
+from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
+from pissa.checkpoint.targets import Target, find_targets, short_names
+from pissa.checkpoint.writer import CheckpointWriter, TensorFile, parse_bytes
+from pissa.errors import InputError, WrongBaseError
+from pissa.records import Base, Layer, Recipe, Record, versions
+from pissa.registry import Method, check_rank, get, scale_of
+
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FACTOR_DTYPE = torch.float32
+Progress = Callable[[str, int, int], None]
+"""Called with a tensor's name, the bytes done and the bytes in all."""
+
+
+def decompose(
+    source: str | Path,
+    out: str | Path,
+    method: str = "pissa",
+    rank: int = 16,
+    *,
+    alpha: float | None = None,
+    targets: str | Iterable[str] = "all-linear",
+    svd: str = "fast",
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "cpu",
+    max_shard_bytes: int | str = "5GB",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Record:
+    """Split every target of a checkpoint, one tensor in memory at a time.
+
+    Args:
+        source: a folder or a Hub id.
+        out: the folder to write; it appears whole or not at all.
+        method: a name listed by `pissa methods`.
+        rank: 1 to min(out, in) of the smallest target.
+        alpha: above 0; by default `rank`, which makes the scale 1.
+        targets: "all-linear", module names or endings, or a regular expression.
+        svd: "fast" or "exact".
+        seed: fixes every random number together with the tensors' names.
+        dtype: "float32", "bfloat16" or "float16" for the residual; as stored by default.
+        device: where the algebra runs.
+        max_shard_bytes: size of an output file, a number or "500MB".
+        revision: of a Hub id.
+        trust_remote_code: whether the model's own code may run; off by default.
+        force: replace `out` if it exists.
+        progress: told after every tensor.
+
+    Returns:
+        The record that was written as `pissa.json`.
+
+    Raises:
+        InputError, CheckpointError, WrongBaseError, OutputError: before `out` exists, naming tensor or key.
+    """
+    chosen, scale = get(method), scale_of(alpha, rank)
+    if dtype is not None and dtype not in STORED:
+        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(STORED)}")
+    shard_bytes = parse_bytes(max_shard_bytes)
+    checkpoint = Checkpoint.open(source, revision)
+    _refuse_unfit(checkpoint)
+    skeleton = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
+    found = find_targets(skeleton, targets)
+    for target in found:
+        check_rank(rank, target.matrix_shape, target.weight)
+    parameters = parameter_names(skeleton, checkpoint.tensors)
+    by_tensor = stored_targets(found, parameters, checkpoint.folder)
+    recipe = Recipe(
+        method, rank, float(rank if alpha is None else alpha), svd, seed, "residual", {t.module: t.kind for t in found}
+    )
+    job = _Job(checkpoint, skeleton, parameters, by_tensor, recipe, chosen, scale, device)
+    job.residual_plan = {
+        name: (_stored_dtype(info.dtype, dtype), info.shape) for name, info in checkpoint.tensors.items()
+    }
+    folder = Path(out)
+    with staged_output(folder, force=force, needs_bytes=job.bytes_needed(), inputs=[checkpoint.folder]) as staging:
+        return job.write(staging, folder, shard_bytes, progress)
+
+
+@dataclasses.dataclass
+class _Job:
+    """One decomposition on its way through the checkpoint."""
+
+    checkpoint: Checkpoint
+    skeleton: nn.Module
+    parameters: dict[str, str]
+    targets: dict[str, Target]
+    recipe: Recipe
+    method: Method
+    scale: float
+    device: str
+    residual_plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    base_digests: dict[str, Digests] = dataclasses.field(default_factory=dict)
+    residual_digests: dict[str, Digests] = dataclasses.field(default_factory=dict)
+    layers: list[Layer] = dataclasses.field(default_factory=list)
+
+    def start_plan(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The tensors of `pissa_init/`."""
+        plan = {}
+        for target in self.targets.values():
+            for key, shape in zip(
+                factors.file_keys(target), factors.file_shapes(target, self.recipe.rank), strict=True
+            ):
+                plan[key] = (FACTOR_DTYPE, shape)
+        return plan
+
+    def bytes_needed(self) -> int:
+        """What the output will take on disk, less headers and small files."""
+        plans = [*self.residual_plan.values(), *self.start_plan().values()]
+        return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in plans)
+
+    def write(self, staging: Path, final: Path, shard_bytes: int, progress: Progress | None) -> Record:
+        """Stream all tensors, then the small files, `pissa.json` last."""
+        init = staging / INIT
+        init.mkdir()
+        total = sum(info.nbytes for info in self.checkpoint.tensors.values())
+        done = 0
+        with ExitStack() as stack:
+            residual = stack.enter_context(CheckpointWriter(staging, self.residual_plan, shard_bytes))
+            start = stack.enter_context(TensorFile(init / plain.WEIGHTS, self.start_plan()))
+            for name, info in self.checkpoint.tensors.items():
+                residual.write(name, self.split_tensor(name, self.checkpoint.read(name), start))
+                done += info.nbytes
+                if progress:
+                    progress(name, done, total)
+        record = self.record()
+        self.write_small_files(staging, final, record)
+        return record
+
+    def split_tensor(self, name: str, tensor: Tensor, start: TensorFile) -> Tensor:
+        """What takes the tensor's place in the residual; a target's factors go to `start`."""
+        dtype = self.residual_plan[name][0]
+        prefix = getattr(self.skeleton, "base_model_prefix", "")
+        key = canonical(self.parameters.get(name, name), prefix)
+        if name in self.parameters:
+            self.base_digests[key] = tensor_digests(tensor)
+        target = self.targets.get(name)
+        if target is None:
+            return tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
+        matrix = target.to_matrix(tensor.to(self.device))
+        recipe = self.recipe
+        split = self.method.split(
+            matrix, recipe.rank, scale=self.scale, svd=recipe.svd, seed=recipe.seed, name=target.weight
+        ).stored(FACTOR_DTYPE, dtype)
+        self.layers.append(measure(target.weight, matrix, split))
+        for factor_name, factor in factors.file_tensors(target, split.left, split.right).items():
+            start.write(factor_name, factor.to("cpu", FACTOR_DTYPE).contiguous())
+        frozen = target.from_matrix(split.frozen.to("cpu", dtype)).contiguous()
+        self.residual_digests[key] = tensor_digests(frozen)
+        return frozen
+
+    def record(self) -> Record:
+        """The record of kind "residual"."""
+        source = self.checkpoint
+        local = Path(source.name).is_dir()
+        base = Base(
+            str(source.folder.resolve()) if local else source.name,
+            source.revision,
+            combined(self.base_digests),
+            self.base_digests,
+        )
+        return Record("residual", self.recipe, base, self.layers, self.residual_digests, versions=versions())
+
+    def write_small_files(self, staging: Path, final: Path, record: Record) -> None:
+        """Config, tokenizer, adapter config; the records last."""
+        for file in self.checkpoint.companions():
+            shutil.copyfile(file, staging / file.name)
+        config = json.loads((staging / "config.json").read_text())
+        assert record.base is not None
+        # transformers carries unknown keys along, so the residual says what it is wherever it is saved again.
+        config["pissa"] = {
+            "kind": "residual",
+            "base": record.base.name,
+            "method": self.recipe.method,
+            "rank": self.recipe.rank,
+            "fingerprint": record.base.fingerprint,
+        }
+        stored = {dtype for name, (dtype, _) in self.residual_plan.items() if name in self.targets}
+        config["dtype"] = str(next(iter(stored))).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+        write_json(staging / "config.json", config)
+        write_json(staging / INIT / plain.CONFIG, self.init_config(final))
+        write_json(staging / INIT / plain.RECORD, dataclasses.replace(record, kind="init").to_json())
+        write_json(staging / plain.RECORD, record.to_json())
+
+    def init_config(self, final: Path) -> dict[str, Any]:
+        """The adapter config of the start: it names the residual's folder, where alone it is right."""
+        found = list(self.targets.values())
+        name = type(self.skeleton).__name__
+        return plain.adapter_config(
+            rank=self.recipe.rank,
+            alpha=self.recipe.alpha,
+            base=str(final.resolve()),
+            revision=None,
+            target_modules=short_names(found, self.skeleton),
+            transposed="conv1d" in {target.kind for target in found},
+            task_type="CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None,
+        )
+
+
+def _stored_dtype(own: torch.dtype, asked: str | None) -> torch.dtype:
+    return STORED[asked] if asked and own.is_floating_point else own
+
+
+def _refuse_unfit(checkpoint: Checkpoint) -> None:
+    note = checkpoint.config.get("pissa")
+    if isinstance(note, dict) and note.get("kind") == "residual":
+        raise WrongBaseError(
+            f"{checkpoint.name} is itself a residual, of {note.get('base')!r}: decompose that original model instead"
+        )
+    quantised = checkpoint.config.get("quantization_config")
+    if quantised:
+        raise InputError(
+            f"{checkpoint.name} is quantised ({quantised.get('quant_method', 'unknown method')} in config.json): "
+            "decompose the 16-bit model it was made from"
+        )

@@ -1,0 +1,151 @@
+"""What a folder is, and the change it stands for: the first question of convert, merge and inspect."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pissa.adapters import plain
+from pissa.adapters.initial import INIT
+from pissa.adapters.state import STATE, read_state
+from pissa.checkpoint.output import read_json
+from pissa.checkpoint.reader import Checkpoint
+from pissa.checkpoint.targets import Target
+from pissa.errors import CheckpointError, WrongBaseError
+from pissa.records import Record
+from pissa.splits import Lora
+
+STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a run or an adapter changes in its base.
+
+    Attributes:
+        changes: each target's change, scale folded in.
+        extras: tensors of modules that trained whole, under their names in an adapter file.
+        record: what made it; None for an adapter of unknown origin.
+        config: of the adapter, where there is one.
+    """
+
+    changes: dict[Target, Lora]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    record: Record | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def kind_of_folder(path: Path) -> str:
+    """One of: run, state, lora, init, raw-adapter, foreign-adapter, decomposed, foreign-decomposed, merged, model.
+
+    "raw" is an adapter that only means something beside its own residual; "foreign" has no pissa.json.
+
+    Raises:
+        CheckpointError: none of these.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder: give a model, a run or an adapter on disk")
+    if (path / "state" / STATE).is_file():
+        return "run"
+    if (path / STATE).is_file():
+        return "state"
+    record = read_json(path / plain.RECORD) if (path / plain.RECORD).is_file() else {}
+    if (path / INIT / plain.CONFIG).is_file():
+        return "decomposed" if record.get("kind") == "residual" else "foreign-decomposed"
+    if (path / plain.CONFIG).is_file():
+        if record.get("kind") in ("lora", "init"):
+            return str(record["kind"])
+        config = read_json(path / plain.CONFIG)
+        return "raw-adapter" if _changes_its_base(config) or _trained_on_residual(config) else "foreign-adapter"
+    if record.get("kind") == "merged":
+        return "merged"
+    if (path / "config.json").is_file():
+        return "model"
+    raise CheckpointError(f"{path} holds no config.json, adapter_config.json or state: it is no model, run or adapter")
+
+
+def read_changes(path: Path) -> Changes:
+    """The change that a run, a state or a plain LoRA stands for.
+
+    Raises:
+        WrongBaseError: an adapter that is only right beside its own residual.
+        CheckpointError: a folder that stands for no change.
+    """
+    kind = kind_of_folder(path)
+    if kind in ("run", "state"):
+        state = read_state(path / "state" if kind == "run" else path)
+        return Changes(state.changes(), state.extras, state.record)
+    if kind in ("lora", "foreign-adapter"):
+        return _read_plain(path, kind)
+    if kind in ("raw-adapter", "init"):
+        raise WrongBaseError(
+            f"{path} is only right beside the residual it was made with, and wrong on the original model. If it was "
+            f"trained: pissa convert {path} OUT --start PISSA_INIT_DIR, with the start it was trained from"
+        )
+    raise CheckpointError(f"{path} is a {kind} folder, expected a run, its state/ or a LoRA adapter")
+
+
+def adapter_targets(config: dict[str, Any], checkpoint: Checkpoint) -> dict[Target, tuple[Tensor, Tensor]]:
+    """(left, right) of each weight of an adapter file, with the kind told from the stored names and shapes."""
+    pairs: dict[Target, tuple[Tensor, Tensor]] = {}
+    for name, info in checkpoint.tensors.items():
+        module, _, side = name.removeprefix("base_model.model.").partition(".lora_")
+        if side not in ("A.weight", "embedding_A"):
+            continue
+        other = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        if other not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.folder / plain.WEIGHTS} holds `{name}` but not `{other}`")
+        rows, columns = checkpoint.tensors[other].shape[0], info.shape[1:]
+        if side == "embedding_A":
+            target = Target(module, "embedding", (columns[0], rows))
+        elif len(info.shape) == 4:
+            target = Target(module, "conv2d", (rows, *columns))
+        elif config.get("fan_in_fan_out"):
+            target = Target(module, "conv1d", (columns[0], rows))
+        else:
+            target = Target(module, "linear", (rows, columns[0]))
+        pairs[target] = (checkpoint.read(other).flatten(1), checkpoint.read(name).flatten(1))
+    return pairs
+
+
+def adapter_scale(config: dict[str, Any], where: Path) -> float:
+    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; refuses what a plain pair does not say."""
+    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if config.get(key)]
+    if unsupported:
+        raise CheckpointError(
+            f"{where / plain.CONFIG} sets {', '.join(unsupported)}, which is not plain LoRA: merge it with peft instead"
+        )
+    return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+
+
+def _read_plain(path: Path, kind: str) -> Changes:
+    config = read_json(path / plain.CONFIG)
+    record = None
+    if kind == "lora":
+        record = Record.from_json(read_json(path / plain.RECORD), str(path / plain.RECORD))
+    else:
+        warnings.warn(f"{path} has no pissa.json: the base it was made for cannot be checked", stacklevel=3)
+    scale = adapter_scale(config, path)
+    checkpoint = Checkpoint.open(path, need_config=False)
+    pairs = adapter_targets(config, checkpoint)
+    extras = {name: checkpoint.read(name) for name in checkpoint.tensors if ".lora_" not in name}
+    changes = {target: Lora(right, scale * left) for target, (left, right) in pairs.items()}
+    return Changes(changes, extras, record, config)
+
+
+def _changes_its_base(config: dict[str, Any]) -> bool:
+    start = config.get("init_lora_weights", True)
+    return isinstance(start, str) and start.lower().startswith(STARTS_THAT_CHANGE_THE_BASE)
+
+
+def _trained_on_residual(config: dict[str, Any]) -> bool:
+    """Whether the base that the adapter names is a decomposed folder on this machine."""
+    base = Path(str(config.get("base_model_name_or_path") or ""))
+    if not (base / "config.json").is_file():
+        return False
+    note = read_json(base / "config.json").get("pissa")
+    return (base / INIT).is_dir() or (isinstance(note, dict) and note.get("kind") == "residual")

@@ -1,0 +1,130 @@
+"""What is this folder, which base does it need, is it safe to serve, and what did the split keep."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pissa.adapters import plain
+from pissa.adapters.initial import INIT
+from pissa.adapters.state import RECORD
+from pissa.checkpoint.output import read_json
+from pissa.checkpoint.reader import Checkpoint
+from pissa.errors import PissaError
+from pissa.linalg import product_singular_values
+from pissa.records import Record
+from pissa.surgery.convert import check_folder
+from pissa.surgery.folders import adapter_scale, adapter_targets, kind_of_folder, read_changes
+
+MEANING = {
+    "run": ("a training run: adapter/ is a plain LoRA, state/ is for going on", "serve its adapter/ folder"),
+    "state": ("the state of a run", "no: serve the adapter/ folder beside it"),
+    "lora": ("a plain LoRA adapter for the original base", "yes, on the original base"),
+    "init": ("the start of a decomposition", "no: only right beside the residual one folder up"),
+    "raw-adapter": ("an adapter that changes its base when it is loaded", "no: convert it with --start first"),
+    "foreign-adapter": ("a LoRA adapter of unknown origin", "only if it was trained on the base you serve"),
+    "decomposed": ("a residual model with its start in pissa_init/", "only both together"),
+    "foreign-decomposed": ("a residual model that another tool made, start in pissa_init/", "only both together"),
+    "merged": ("a merged model", "yes, as any model"),
+    "model": ("a model", "yes, as any model"),
+}
+
+
+@dataclass
+class Report:
+    """What `pissa inspect` says.
+
+    Attributes:
+        path: the folder.
+        kind: see `pissa.surgery.folders.kind_of_folder`.
+        what: the kind in words.
+        safe_to_serve: in words.
+        base: the base it needs, with revision and fingerprint.
+        recipe: how it was split.
+        base_check: "same", the error's text, or "not checked".
+        layers: per weight: name, shape, rank, energy, error, singular_values.
+    """
+
+    path: str
+    kind: str
+    what: str
+    safe_to_serve: str
+    base: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    base_check: str = "not checked"
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+
+def inspect(path: str | Path, base: str | Path | None = None) -> Report:
+    """Say what a folder is; with `base`, whether it belongs to that model.
+
+    Args:
+        path: any model, run or adapter folder.
+        base: a model folder to compare fingerprints with.
+
+    Raises:
+        CheckpointError: the folder is none of these, or damaged.
+    """
+    path = Path(path)
+    kind = kind_of_folder(path)
+    what, safe = MEANING[kind]
+    report = Report(str(path), kind, what, safe)
+    record = _record_of(path, kind)
+    if record is not None:
+        if record.base:
+            report.base = {key: value for key, value in asdict(record.base).items() if key != "tensors"}
+        report.recipe = {k: v for k, v in asdict(record.recipe).items() if k != "targets"} if record.recipe else {}
+        report.layers = [asdict(layer) for layer in record.layers]
+        if base is not None:
+            try:
+                check_folder(record, Path(base), f"{path}")
+                report.base_check = "same"
+            except PissaError as error:
+                report.base_check = str(error)
+    if kind in ("lora", "foreign-adapter") and not report.layers:
+        report.layers = _change_layers(path)
+    elif kind in ("raw-adapter", "foreign-decomposed"):
+        report.layers = _pair_layers(path if kind == "raw-adapter" else path / INIT)
+    if kind in ("foreign-adapter", "raw-adapter"):
+        report.base = {"name": read_json(path / plain.CONFIG).get("base_model_name_or_path")}
+    return report
+
+
+def _record_of(path: Path, kind: str) -> Record | None:
+    places = {"run": path / "state" / RECORD, "state": path / RECORD}
+    file = places.get(kind, path / plain.RECORD)
+    return Record.from_json(read_json(file), str(file)) if file.is_file() else None
+
+
+def _change_layers(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for target, change in read_changes(path).changes.items():
+        values = product_singular_values(change.B, change.A)
+        rows.append(_row(target.weight, target.matrix_shape, values.tolist()))
+    return rows
+
+
+def _pair_layers(folder: Path) -> list[dict[str, Any]]:
+    config = read_json(folder / plain.CONFIG)
+    scale = adapter_scale(config, folder)
+    pairs = adapter_targets(config, Checkpoint.open(folder, need_config=False))
+    return [
+        _row(target.weight, target.matrix_shape, product_singular_values(left, right, scale).tolist())
+        for target, (left, right) in pairs.items()
+    ]
+
+
+def _row(name: str, shape: tuple[int, int], values: list[float]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "shape": list(shape),
+        "rank": len(values),
+        "energy": None,
+        "error": None,
+        "singular_values": values,
+    }

@@ -1,0 +1,102 @@
+"""A run's folder: whose it is, what is in it, and what can be gone on from.
+
+OUT/run.json        settings, data, versions, results; "status" says whether the run is finished
+OUT/settings.yaml   the settings, to run them again
+OUT/metrics.jsonl   one line per log event
+OUT/adapter/        plain LoRA for the original base, with the tokenizer      (full: OUT/model/)
+OUT/state/          the start, the drift since, the base's fingerprint        (full: absent)
+OUT/checkpoints/    checkpoint-N, whole if it holds the mark
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pissa.checkpoint.output import read_json
+from pissa.errors import OutputError
+
+RECORD, SETTINGS, METRICS = "run.json", "settings.yaml", "metrics.jsonl"
+OURS = (RECORD, SETTINGS, METRICS, "adapter", "state", "model", "checkpoints")
+WHOLE = "whole"
+"""Name of the empty file that is written last into a checkpoint."""
+
+
+def previous_run(out: Path, *, resume: bool, force: bool) -> dict[str, Any] | None:
+    """The record of the run to go on with, or None for a new run. Writes nothing.
+
+    Raises:
+        OutputError: the folder must not be used.
+    """
+    if out.is_file():
+        raise OutputError(f"{out} is a file: choose a folder")
+    found = _entries(out)
+    if not found:
+        return None
+    if RECORD not in found:
+        if "checkpoints" not in found and METRICS not in found:
+            raise OutputError(f"{out} is not empty and holds no run: choose another folder")
+        if not (resume or force):
+            raise OutputError(f"{out} holds a run that was killed at its start: use --force, or choose another folder")
+        return None
+    if resume:
+        return read_json(out / RECORD)
+    if not force:
+        raise OutputError(f"{out} holds a run: go on with --resume, replace it with --force, or choose another folder")
+    return None
+
+
+def clear(out: Path) -> None:
+    """Remove a run's own files and folders, and nothing else."""
+    for name in OURS:
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints, oldest first."""
+    return sorted((path.parent for path in folder.glob(f"checkpoint-*/{WHOLE}")), key=step_of)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint; broken ones are removed."""
+    whole = checkpoints(folder)
+    for path in folder.glob("checkpoint-*"):
+        if path not in whole:
+            shutil.rmtree(path)
+    return whole[-1] if whole else None
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The optimiser steps that a checkpoint has behind it; 0 for none."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+def all_steps(checkpoint: Path) -> int:
+    """How many steps the run of a checkpoint has in all."""
+    return int(read_json(checkpoint / "trainer_state.json")["max_steps"])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_metrics(path: Path, step: int) -> float:
+    """Drop the lines past `step`; returns the seconds trained up to there."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
+    return float(kept[-1]["seconds"]) if kept else 0.0
+
+
+def _entries(out: Path) -> set[str]:
+    """What lies there, but for what an interrupted atomic write leaves."""
+    return {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()

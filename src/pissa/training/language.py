@@ -1,0 +1,139 @@
+"""Language models: rows to tokens with a mask that is certain, and TRL's trainer around them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from pissa.config import TrainSettings
+from pissa.errors import CheckpointError, ConfigError, DataError, require
+from pissa.training.arguments import common_arguments
+from pissa.training.data import Row, Rows
+from pissa.training.examples import Examples
+from pissa.training.models import load_base, position_limit
+from pissa.training.templates import Script, scripts
+
+MASKED = -100
+logger = logging.getLogger(__name__)
+
+
+def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
+    """Tokens and labels of all rows; only responses carry loss.
+
+    Raises:
+        DataError: a wrong row, or no response left within max_length.
+    """
+    limit = position_limit(tokenizer, settings)
+    train, train_notes = _encode_rows(rows.train, tokenizer, settings.template, limit)
+    evaluation, evaluation_notes = _encode_rows(rows.evaluation, tokenizer, settings.template, limit)
+    notes = {key: train_notes[key] + evaluation_notes[key] for key in train_notes}
+    if not train or (rows.evaluation and not evaluation):
+        raise DataError(
+            f"no row of {rows.sources[0]['name'] if not train else rows.sources[-1]['name']} has a response within "
+            f"{limit} tokens: raise max_length, or shorten the prompts"
+        )
+    if notes["rows_dropped"]:
+        logger.warning("%d rows are left out: no response within %d tokens", notes["rows_dropped"], limit)
+    return Examples(train, evaluation, {"max_length": limit, **notes})
+
+
+def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> Any:
+    """The causal language model, whole.
+
+    Raises:
+        CheckpointError: not a causal language model, or one with weights missing.
+    """
+    model, missing = load_base(settings, "AutoModelForCausalLM")
+    if missing:
+        raise CheckpointError(
+            f"{settings.model} has no weights for {missing[0]} ({len(missing)} tensors are missing): "
+            "it is not a whole causal language model; for an encoder set task: classification"
+        )
+    return model
+
+
+def build_trainer(
+    model: Any, tokenizer: Any, examples: Examples, settings: TrainSettings, folder: str, callbacks: list[Any]
+) -> Any:
+    """TRL's SFTTrainer on data that is tokenised already, so that it changes neither data nor model."""
+    trl, datasets = require("trl", "train"), require("datasets", "train")
+    sft = require("trl.trainer.sft_trainer", "train")
+    if isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ConfigError(
+            f"targets: got {settings.targets!r}, which matches the output layer; TRL reads its weight directly and would "
+            "never train an adapter there: expected targets without it (all-linear leaves it out)"
+        )
+    arguments = trl.SFTConfig(
+        **common_arguments(settings, folder, bool(examples.evaluation)),
+        max_length=None,
+        packing=False,
+        completion_only_loss=False,  # the labels say it already
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return trl.SFTTrainer(
+        model,
+        arguments,
+        # Our own collator keeps TRL from setting pad tokens in the model's config.
+        data_collator=sft.DataCollatorForLanguageModeling(pad_token_id=padding or 0),
+        train_dataset=datasets.Dataset.from_list(examples.train),
+        eval_dataset=datasets.Dataset.from_list(examples.evaluation) if examples.evaluation else None,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def _encode_rows(
+    rows: Sequence[Row], tokenizer: Any, template: str, limit: int
+) -> tuple[list[dict[str, list[int]]], dict[str, int]]:
+    """Examples and how many rows were cut or dropped."""
+    if not rows:
+        return [], {"rows_cut": 0, "rows_dropped": 0}
+    written = scripts(list(rows), template, tokenizer)
+    encoded = [(ids[:limit], labels[:limit], len(ids) > limit) for ids, labels in tokens(written, tokenizer)]
+    kept = [
+        {"input_ids": ids, "labels": labels}
+        for ids, labels, _ in encoded
+        if any(label != MASKED for label in labels[1:])
+    ]
+    return kept, {"rows_cut": sum(cut for _, _, cut in encoded), "rows_dropped": len(rows) - len(kept)}
+
+
+def tokens(written: Iterable[Script], tokenizer: Any) -> Iterable[tuple[list[int], list[int]]]:
+    """Token ids and labels of each script.
+
+    Each part is tokenised by itself, as a prompt is at inference, so no token lies across the edge of a response.
+    The tokenizer's start token, if it adds one, is masked; the end token after a last response carries loss.
+    """
+    start = _start_tokens(tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for chunk in _batched(written, 1000):
+        texts = [text for script in chunk for text, _ in script.parts]
+        pieces = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+        for script in chunk:
+            ids = [] if script.ready else list(start)
+            labels = [MASKED] * len(ids)
+            learn = False
+            for _, learn in script.parts:
+                piece = list(next(pieces))
+                ids += piece
+                labels += piece if learn else [MASKED] * len(piece)
+            if learn and not script.ready:
+                ids, labels = ids + end, labels + end
+            yield ids, labels
+
+
+def _start_tokens(tokenizer: Any) -> list[int]:
+    first = tokenizer("")["input_ids"][:1]
+    return list(first) if first and first[0] == tokenizer.bos_token_id else []
+
+
+def _batched(items: Iterable[Script], size: int) -> Iterable[tuple[Script, ...]]:
+    iterator = iter(items)
+    while batch := tuple(itertools.islice(iterator, size)):
+        yield batch

@@ -1,0 +1,71 @@
+"""Base model and tokenizer from a folder or the Hub: safetensors only, no remote code unless asked for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from pissa.checkpoint.reader import Checkpoint
+from pissa.config import TrainSettings
+from pissa.errors import CheckpointError
+from pissa.training.quiet import quiet
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(settings: TrainSettings) -> Any:
+    """The model's tokenizer."""
+    return _load(settings, transformers.AutoTokenizer)
+
+
+def load_base(settings: TrainSettings, auto: str, **options: Any) -> tuple[Any, list[str]]:
+    """The model, in its dtype, and the names of the tensors that the checkpoint lacks.
+
+    Args:
+        settings: model, revision, dtype and seed are read; the seed decides weights that are new.
+        auto: a class of transformers, AutoModelForCausalLM for one.
+        options: for the model's config.
+
+    Raises:
+        CheckpointError: no safetensors, not such a model, or tensors that do not fit.
+    """
+    if Path(settings.model).exists():
+        Checkpoint.open(settings.model)  # clear errors for pickles, torn files and bad indexes
+    dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    transformers.set_seed(settings.seed)
+    model, report = _load(
+        settings, getattr(transformers, auto), use_safetensors=True, dtype=dtype, output_loading_info=True, **options
+    )
+    if report["mismatched_keys"]:
+        raise CheckpointError(
+            f"{settings.model} has tensors of another shape than its config.json says: {report['mismatched_keys']}"
+        )
+    return model, sorted(report["missing_keys"])
+
+
+def position_limit(tokenizer: Any, settings: TrainSettings) -> int:
+    """max_length, or less where the model has fewer positions."""
+    config = _load(settings, transformers.AutoConfig)
+    most = min(getattr(config, "max_position_embeddings", None) or settings.max_length, tokenizer.model_max_length)
+    if most < settings.max_length:
+        logger.warning(
+            "max_length %d is more than the model takes: rows are cut at %d tokens", settings.max_length, most
+        )
+    return int(min(most, settings.max_length))
+
+
+def _load(settings: TrainSettings, auto: Any, **options: Any) -> Any:
+    try:
+        with quiet():
+            return auto.from_pretrained(
+                settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code, **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{settings.model} cannot be loaded as {auto.__name__} ({error}): give a Hugging Face folder or a Hub id "
+            "with config, tokenizer and safetensors"
+        ) from error
