@@ -34,7 +34,21 @@ _HOMES = {
     "train": "pissa.training",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = [
+    "Lora",
+    "PissaError",
+    "Split",
+    "attach",
+    "convert",
+    "decompose",
+    "inspect",
+    "load",
+    "merge",
+    "restart",
+    "save",
+    "split",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -46,4 +60,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*globals(), *__all__]

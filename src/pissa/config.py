@@ -252,9 +252,8 @@ def _lines(error: ValidationError) -> list[str]:
     for mistake in error.errors():
         key = str(mistake["loc"][0])
         if mistake["type"] == "extra_forbidden":
-            lines[key] = (
-                f"{key}: got an unknown key, expected one of the keys in `pissa train --help`.{did_you_mean(key, (*KEYS, *ALIASES))}"
-            )
+            hint = did_you_mean(key, (*KEYS, *ALIASES))
+            lines[key] = f"{key}: got an unknown key, expected one of those in `pissa train --help`.{hint}"
             continue
         expected = re.sub(r"^(Input|String|List|Value)? ?(should (be|have)|error,) ", "", mistake["msg"])
         if key in lines:

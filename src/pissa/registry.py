@@ -55,7 +55,13 @@ class Method:
             raise InputError(f"scale (alpha / rank) is {scale} for `{name}`: alpha must be above 0")
         compute = torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
-            return self.start(weight.to(compute), rank, scale=scale, svd=svd, seed=seed, name=name)
+            split = self.start(weight.to(compute), rank, scale=scale, svd=svd, seed=seed, name=name)
+        if not all(part.isfinite().all() for part in (split.frozen, split.left, split.right)):
+            raise InputError(
+                f"splitting `{name}` overflows {str(compute).removeprefix('torch.')}: its largest value is "
+                f"{float(weight.abs().max()):.3g} and alpha / rank is {scale:.3g}; look for a damaged checkpoint"
+            )
+        return split
 
 
 _METHODS: dict[str, Method] = {}
@@ -94,7 +100,7 @@ def get(name: str) -> Method:
     """The method of that name, or an error with the nearest one."""
     known = methods()
     if name not in known:
-        raise InputError(f"unknown method {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
+        raise InputError(f"unknown method {name!r}.{did_you_mean(name.lower(), known)} Known: {', '.join(known)}")
     return known[name]
 
 
@@ -129,6 +135,7 @@ def split(
         True
     """
     chosen = get(method)
+    check_weight(weight, name)
     check_rank(rank, weight.shape, name)
     return chosen.split(weight, rank, scale=scale_of(alpha, rank), svd=svd, seed=seed, name=name)
 

@@ -96,7 +96,7 @@ def split_model(
     model: nn.Module, targets: list[Target], recipe: Recipe
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[Layer]]:
     """The start of every target and what it keeps; the model is only read."""
-    modules = plain_modules(model)
+    modules: dict[str, Any] = plain_modules(model)  # type: ignore[assignment]
     chosen, scale = get(recipe.method), scale_of(recipe.alpha, recipe.rank)
     starts, layers = {}, []
     for target in targets:
@@ -157,10 +157,15 @@ def wrap(
             drift.install_residual(layer, adapter, left, right, on_residual=on_residual)
     if not zero_start:
         _tell_stock_tools(wrapped, adapter, recipe)
-    if not hasattr(wrapped, "pissa_attachments"):
-        wrapped.pissa_attachments = {}
-    wrapped.pissa_attachments[adapter] = attachment
+    attachments_of(wrapped)[adapter] = attachment
     return wrapped
+
+
+def attachments_of(model: Any) -> dict[str, Attachment]:
+    """What `attach` and `load` put on a PeftModel, by adapter name; kept on the model itself."""
+    if not hasattr(model, "pissa_attachments"):
+        model.pissa_attachments = {}
+    return model.pissa_attachments
 
 
 def adapter_layers(model: PeftModel, targets: list[Target]) -> dict[str, Any]:
@@ -178,10 +183,10 @@ def base_of(model: nn.Module, digests: dict[str, dict[str, str]]) -> Base:
 
 def _tell_stock_tools(model: PeftModel, adapter: str, recipe: Recipe) -> None:
     """What stock `save_pretrained` writes is the rank-2r pair, so its config must say 2r at the same scale."""
-    config = model.peft_config[adapter]
+    config: Any = model.peft_config[adapter]
     config.r = 2 * recipe.rank
     config.lora_alpha = 2 * recipe.alpha
-    tuner = model.base_model
+    tuner: Any = model.base_model
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise InputError(

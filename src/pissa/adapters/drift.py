@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, _ConvNd
+from peft.tuners.lora.layer import Embedding, LoraVariant, _ConvNd
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -116,7 +116,7 @@ class Residual(Keep):
         return factors.target_of("", module).from_matrix(product)
 
 
-def install(layer: LoraLayer, adapter: str, left: Tensor, right: Tensor) -> None:
+def install(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
     """Turn one adapter of a peft LoRA layer into the keep form with this start, drift zero.
 
     Args:
@@ -133,7 +133,7 @@ def install(layer: LoraLayer, adapter: str, left: Tensor, right: Tensor) -> None
         layer.register_state_dict_post_hook(_emit_plain_lora)
         layer.register_load_state_dict_pre_hook(_take_plain_lora)
         if isinstance(layer, Embedding):
-            layer._mixed_batch_forward = _refuse_mixed_batch
+            layer._mixed_batch_forward = _refuse_mixed_batch  # type: ignore[method-assign, assignment]
     dL, dR = factors.trained(layer, adapter)
     layer.start_left[adapter] = left.to(dL)
     layer.start_right[adapter] = right.to(dR)
@@ -143,7 +143,7 @@ def install(layer: LoraLayer, adapter: str, left: Tensor, right: Tensor) -> None
     layer.lora_variant[adapter] = Keep()
 
 
-def install_residual(layer: LoraLayer, adapter: str, left: Tensor, right: Tensor, *, on_residual: bool) -> None:
+def install_residual(layer: Any, adapter: str, left: Tensor, right: Tensor, *, on_residual: bool) -> None:
     """The residual form: the layer's weight becomes W - s L0 R0, with W kept on the CPU as the undo.
 
     Args:
@@ -195,7 +195,7 @@ def install_residual(layer: LoraLayer, adapter: str, left: Tensor, right: Tensor
     hook = layer.register_forward_hook(partial(_give_back_principal, adapter=adapter))
 
 
-def starts(layer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+def starts(layer: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """The start (L0, R0) of each started adapter of a layer."""
     if not hasattr(layer, "start_left"):
         return {}
@@ -215,7 +215,7 @@ def _product(module: Any, x: Tensor, left: Tensor, right: Tensor, scale: float) 
         return scale * (after if embed_scale is None else after * embed_scale.to(after.dtype))
     x = x.to(right.dtype)
     if isinstance(module, _ConvNd):
-        base = module.get_base_layer()
+        base: Any = module.get_base_layer()
         left, right = factors.as_stored(module, left, right)
         return scale * F.conv2d(F.conv2d(x, right, stride=base.stride, padding=base.padding), left)
     return scale * F.linear(F.linear(x, right), left)

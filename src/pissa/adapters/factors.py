@@ -37,7 +37,8 @@ def keys(layer: Any, adapter: str, prefix: str) -> tuple[str, str]:
 def as_stored(layer: Any, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Factors in the shapes that peft stores."""
     if isinstance(layer, _ConvNd):
-        return left[..., None, None], right.reshape(-1, *layer.get_base_layer().weight.shape[1:])
+        weight: Any = layer.get_base_layer().weight
+        return left[..., None, None], right.reshape(-1, *weight.shape[1:])
     return left, right
 
 

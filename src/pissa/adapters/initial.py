@@ -51,8 +51,8 @@ def load_initial(model: nn.Module, folder: Path, adapter: str) -> PeftModel:
         record = Record.from_json(read_json(initial / plain.RECORD), str(initial / plain.RECORD))
         if not check_base(record, model, f"the start in {initial}"):
             raise WrongBaseError(
-                f"the start in {initial} belongs on the residual model in {folder}, but this is the original base "
-                f"{record.base.name if record.base else ''}: load the model from {folder}, or use pissa.attach on the base"
+                f"the start in {initial} belongs on the residual model, but this is the original base: "
+                f"load the model from {folder}, or use pissa.attach on the base"
             )
     else:
         record = _foreign_record(config, model, folder)

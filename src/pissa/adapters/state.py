@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pissa.adapters import drift, factors, plain
-from pissa.adapters.attach import Attachment, Factors, adapter_layers, wrap
+from pissa.adapters.attach import Attachment, Factors, adapter_layers, attachments_of, wrap
 from pissa.adapters.initial import INIT, check_base, load_initial
 from pissa.checkpoint.output import read_json, staged_output, write_json
 from pissa.checkpoint.targets import Target, short_names
@@ -92,13 +92,14 @@ def save(model: PeftModel, run: str | Path, *, adapter_name: str | None = None) 
     extras = {
         key: value for key, value in get_peft_model_state_dict(model, adapter_name=name).items() if ".lora_" not in key
     }
-    heads = model.peft_config[name].modules_to_save
+    peft_config: Any = model.peft_config[name]
+    heads = peft_config.modules_to_save
     record = dataclasses.replace(
         attachment.record,
         notes={
             **attachment.record.notes,
             "modules_to_save": sorted(heads) if heads else [],
-            "task_type": model.peft_config[name].task_type,
+            "task_type": peft_config.task_type,
             "target_modules": short_names(attachment.targets, model.get_base_model()),
             "shapes": {target.module: list(target.shape) for target in attachment.targets},
             "model_config": _model_config(model.get_base_model()) if extras else None,
@@ -256,7 +257,7 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _attachment(model: PeftModel, adapter_name: str | None) -> tuple[str, Attachment]:
-    attachments: dict[str, Attachment] = getattr(model, "pissa_attachments", {})
+    attachments = attachments_of(model)
     present = [name for name in attachments if name in model.peft_config]
     if adapter_name is None and len(present) == 1:
         adapter_name = present[0]

@@ -31,7 +31,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of shape and bytes."""
     plain = tensor.detach().to("cpu").contiguous()
     digest = hashlib.sha256(str(list(plain.shape)).encode())
-    digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+    digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

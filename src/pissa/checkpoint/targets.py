@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -160,7 +161,8 @@ def head_modules(model: nn.Module) -> list[str]:
 
 def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     """Modules that "all-linear" leaves out: the output head and a classification head."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_output: Any = getattr(model, "get_output_embeddings", None)
+    output = find_output() if find_output else None
     output = getattr(output, "base_layer", output)
     new = tuple(head_modules(model))
     return {
@@ -171,7 +173,7 @@ def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
 
 
 def _refuse_unsupported(name: str, module: nn.Module) -> None:
-    weight = module.weight
+    weight: Any = module.weight
     if type(module).__name__ in QUANTISED or type(weight).__name__ in QUANTISED or not weight.dtype.is_floating_point:
         raise InputError(
             f"`{name}` is quantised ({type(module).__name__}): decompose the 16-bit model, quantise afterwards"

@@ -15,7 +15,8 @@ from torch import Tensor
 from pissa.errors import InputError
 
 ROUNDS = 8
-"""Subspace iterations of the fast form; with the extra columns the energy missed is below 0.1 % of the tail."""
+"""Subspace iterations of the fast form: with the extra columns it misses less than 0.1 % of the best energy where
+singular values fall like k^-0.5 or faster, and less than 1 % where they hardly fall (k^-0.1)."""
 
 
 @dataclass(frozen=True, eq=False)

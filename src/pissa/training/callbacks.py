@@ -44,8 +44,8 @@ class Metrics(TrainerCallback):
         for key in ("loss", "eval_loss"):
             if key in measured and not math.isfinite(measured[key]):
                 raise PissaError(
-                    f"{key} is {measured[key]} at step {state.global_step}: try a smaller learning_rate, dtype: float32, "
-                    "or look for broken rows; go on from the last checkpoint with --resume"
+                    f"{key} is {measured[key]} at step {state.global_step}: try a smaller learning_rate, "
+                    "dtype: float32, or look for broken rows; go on from the last checkpoint with --resume"
                 )
         finite = {key: value if math.isfinite(value) else None for key, value in measured.items()}
         line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **finite}

@@ -56,8 +56,8 @@ def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> A
     lost = [name for name in missing if not name.startswith(heads)]
     if lost:
         raise CheckpointError(
-            f"{settings.model} has no weights for `{lost[0]}` ({len(lost)} tensors besides the head are missing), and an "
-            "adapter would leave them random: use a checkpoint that has them"
+            f"{settings.model} has no weights for `{lost[0]}` ({len(lost)} tensors besides the head are missing), and "
+            "an adapter would leave them random: use a checkpoint that has them"
         )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -67,7 +67,7 @@ def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> A
 def build_trainer(
     model: Any, tokenizer: Any, examples: Examples, settings: TrainSettings, folder: str, callbacks: list[Any]
 ) -> Any:
-    """transformers' Trainer, with accuracy (and F1 for two classes) at each evaluation."""
+    """Transformers' Trainer, with accuracy (and F1 for two classes) at each evaluation."""
     datasets = require("datasets", "train")
     if settings.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()  # else nothing below the first adapter is differentiated
@@ -100,7 +100,8 @@ def _text_columns(row: Row) -> tuple[str, ...]:
             return columns
     raise DataError(
         f"{row.where}: got fields {', '.join(row.fields) or 'none'}, expected label and "
-        f"{'; or '.join(' + '.join(columns) for columns in TEXTS)}. Name yours with `fields`, as in {{text: your_column}}"
+        f"{'; or '.join(' + '.join(columns) for columns in TEXTS)}. "
+        "Name yours with `fields`, as in {text: your_column}"
     )
 
 

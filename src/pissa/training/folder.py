@@ -15,11 +15,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pissa.checkpoint.output import read_json
+from pissa.checkpoint.output import read_json, write_json
 from pissa.errors import OutputError
 
 RECORD, SETTINGS, METRICS = "run.json", "settings.yaml", "metrics.jsonl"
-OURS = (RECORD, SETTINGS, METRICS, "adapter", "state", "model", "checkpoints")
+OURS = (SETTINGS, METRICS, "adapter", "state", "model", "checkpoints")
+CLEARED = "cleared"
 WHOLE = "whole"
 """Name of the empty file that is written last into a checkpoint."""
 
@@ -36,20 +37,18 @@ def previous_run(out: Path, *, resume: bool, force: bool) -> dict[str, Any] | No
     if not found:
         return None
     if RECORD not in found:
-        if "checkpoints" not in found and METRICS not in found:
-            raise OutputError(f"{out} is not empty and holds no run: choose another folder")
-        if not (resume or force):
-            raise OutputError(f"{out} holds a run that was killed at its start: use --force, or choose another folder")
-        return None
-    if resume:
-        return read_json(out / RECORD)
-    if not force:
+        raise OutputError(f"{out} is not empty and holds no run: choose another folder")
+    if not (resume or force):
         raise OutputError(f"{out} holds a run: go on with --resume, replace it with --force, or choose another folder")
-    return None
+    record = read_json(out / RECORD)
+    return record if resume and record.get("status") != CLEARED else None
 
 
 def clear(out: Path) -> None:
-    """Remove a run's own files and folders, and nothing else."""
+    """Remove a run's own files and folders, and nothing else; run.json stays to say whose folder it is."""
+    if not (out / RECORD).is_file():
+        return
+    write_json(out / RECORD, {"status": CLEARED})
     for name in OURS:
         path = out / name
         if path.is_dir() and not path.is_symlink():

@@ -65,8 +65,8 @@ def build_trainer(
     sft = require("trl.trainer.sft_trainer", "train")
     if isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise ConfigError(
-            f"targets: got {settings.targets!r}, which matches the output layer; TRL reads its weight directly and would "
-            "never train an adapter there: expected targets without it (all-linear leaves it out)"
+            f"targets: got {settings.targets!r}, which matches the output layer; TRL reads its weight directly and "
+            "would never train an adapter there: expected targets without it (all-linear leaves it out)"
         )
     arguments = trl.SFTConfig(
         **common_arguments(settings, folder, bool(examples.evaluation)),

@@ -12,7 +12,6 @@ import transformers
 from pissa.checkpoint.reader import Checkpoint
 from pissa.config import TrainSettings
 from pissa.errors import CheckpointError
-from pissa.training.quiet import quiet
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +59,9 @@ def position_limit(tokenizer: Any, settings: TrainSettings) -> int:
 
 def _load(settings: TrainSettings, auto: Any, **options: Any) -> Any:
     try:
-        with quiet():
-            return auto.from_pretrained(
-                settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code, **options
-            )
+        return auto.from_pretrained(
+            settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code, **options
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{settings.model} cannot be loaded as {auto.__name__} ({error}): give a Hugging Face folder or a Hub id "

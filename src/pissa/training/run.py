@@ -34,7 +34,7 @@ NEUTRAL = frozenset(
     {"model", "revision", "data", "data_split", "eval_data", "eval_split", "output", "force", "trust_remote_code"}
     | {"logging_steps", "report_to", "save_steps", "save_total_limit"}
 )
-"""Settings that may differ on resuming: where things lie (their content is compared) and what does not touch a weight."""
+"""What may differ on resuming: where things lie (their content is compared) and what does not touch a weight."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,27 +67,20 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     rows = load_rows(settings)
     tokenizer = load_tokenizer(settings)
     examples = task.encode(rows, tokenizer, settings)
-    model = task.load_model(settings, examples, tokenizer)
-    model, base = _start(model, settings, before, out / "state")
-    data = {"sources": rows.sources, **examples.facts()}
-    if before:
-        _check_same_data(before["data"], data, out)
-
-    record = before or _open_run(out, settings, {"data": data, "base": base, "labels": examples.names})
-    if isinstance(model, PeftModel) and not (out / "state").is_dir():
-        adapters.save(model, out)
-    newest = folder.newest_checkpoint(out / "checkpoints")
-    metrics = Metrics(out / folder.METRICS, folder.cut_metrics(out / folder.METRICS, folder.step_of(newest)))
-    trainer = task.build_trainer(
-        model,
-        tokenizer,
-        examples,
-        settings,
-        str(out / "checkpoints"),
-        [metrics, Checkpoints(settings.save_total_limit)],
-    )
-    _run(trainer, newest)
-    _save(trainer.model, tokenizer, out)
+    with quiet():
+        model, base = _start(task.load_model(settings, examples, tokenizer), settings, before, out / "state")
+        data = {"sources": rows.sources, **examples.facts()}
+        if before:
+            _check_same_data(before["data"], data, out)
+        record = before or _open_run(out, settings, {"data": data, "base": base, "labels": examples.names})
+        if isinstance(model, PeftModel) and not (out / "state").is_dir():
+            adapters.save(model, out)  # the start, so that resuming never decomposes again
+        newest = folder.newest_checkpoint(out / "checkpoints")
+        metrics = Metrics(out / folder.METRICS, folder.cut_metrics(out / folder.METRICS, folder.step_of(newest)))
+        callbacks = [metrics, Checkpoints(settings.save_total_limit)]
+        trainer = task.build_trainer(model, tokenizer, examples, settings, str(out / "checkpoints"), callbacks)
+        _run(trainer, newest)
+        _save(trainer.model, tokenizer, out)
     return _close_run(out, record, trainer, metrics)
 
 
@@ -106,8 +99,8 @@ def _check(settings: TrainSettings, resume: bool) -> None:
         else:
             if settings.dropout and not zero_start:
                 mistakes.append(
-                    f"dropout: got {settings.dropout:g}, expected 0 with {settings.method}: the adapter starts as a part of "
-                    "the weight itself, and dropping its inputs would change the model before the first step"
+                    f"dropout: got {settings.dropout:g}, expected 0 with {settings.method}: the adapter starts as a "
+                    "part of the weight itself, and dropping its inputs would change the model before the first step"
                 )
     elif settings.dropout:
         mistakes.append(f"dropout: got {settings.dropout:g}, expected 0 with full, which has no adapter")
@@ -176,7 +169,7 @@ def _start(
 
 
 def _set_dropout(model: nn.Module, share: float) -> None:
-    """peft reads an adapter's dropout from its layers; only methods with a zero start get here."""
+    """Peft reads an adapter's dropout from its layers; only methods with a zero start get here."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             for name in layer.lora_dropout:
@@ -190,8 +183,8 @@ def _open_run(out: Path, settings: TrainSettings, facts: dict[str, Any]) -> dict
     packages = versions() | {name: require(name, "train").__version__ for name in ("trl", "datasets", "accelerate")}
     written = settings.model_dump(mode="json")
     record = {"status": "running", "settings": written, **facts, "versions": packages}
-    (out / folder.SETTINGS).write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
     write_json(out / folder.RECORD, record)
+    (out / folder.SETTINGS).write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
     return record
 
 
@@ -205,8 +198,7 @@ def _run(trainer: Any, newest: Path | None) -> None:
         trainer._load_from_checkpoint(str(newest))
         trainer.state.global_step = folder.step_of(newest)
         return
-    with quiet():
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 
 def _save(model: nn.Module, tokenizer: Any, out: Path) -> None:

@@ -155,8 +155,8 @@ def _chat_parts(messages: list[dict[str, str]], tokenizer: Any, where: str) -> l
                 for text, learn in ((render(index, ask=True), False), (render(index + 1, ask=False), True)):
                     if not text.startswith(done):
                         raise DataError(
-                            f"{where}: the tokenizer's chat template rewrites earlier messages, so what the response is "
-                            "cannot be told: use one user and one assistant message per row, or `template: plain`"
+                            f"{where}: the tokenizer's chat template rewrites earlier messages, so what the response "
+                            "is cannot be told: use one user and one assistant message per row, or `template: plain`"
                         )
                     parts.append((text[len(done) :], learn))
                     done = text

@@ -1,0 +1,31 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+SOURCES := src tests benchmarks scripts
+
+.PHONY: demo test check bench clean
+
+demo: .venv/installed
+	$(BIN)/pissa demo --out pissa-demo --force
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(TESTS)
+
+check: .venv/installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+# torch first and pinned: an unpinned one brings gigabytes of CUDA packages.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=25" "setuptools>=77" wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch .venv/installed
+
+clean:
+	rm -rf .venv pissa-demo build src/*.egg-info

@@ -1,0 +1,41 @@
+"""`pissa convert RUN OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from pissa.cli import options, show
+
+
+def convert(
+    run: Annotated[Path, Argument(help="A run, a plain LoRA, or with --start an adapter trained by stock peft.")],
+    out: Annotated[Path, Argument(help="The folder to write.")],
+    rank: Annotated[int | None, Option(help="Best approximation of this rank. Default: exact (rank 2r).")] = None,
+    start: Annotated[Path | None, Option(help="The pissa_init/ folder that the adapter was trained from.")] = None,
+    base: Annotated[Path | None, Option(help="The original base, to check against and to write down.")] = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a plain LoRA that any tool loads on the base."""
+    import pissa
+
+    record = pissa.convert(run, out, rank, start=start, base=base, force=force)
+    if as_json:
+        show.print_json(record.to_json())
+        return
+    assert record.base is not None
+    error, width = record.notes["error"], record.notes["rank"]
+    show.say(f"{out}: plain LoRA of rank {width}, " + ("exact" if error == 0 else f"error {error:.1%} of the change"))
+    show.say_next(
+        f"pissa inspect {out} --base {record.base.name}",
+        f"pissa merge {record.base.name} {out} merged",
+        f"vllm serve {record.base.name} --enable-lora --max-lora-rank {_served_rank(width)} --lora-modules mine={out}",
+    )
+
+
+def _served_rank(rank: int) -> int:
+    """The next value that vLLM takes for --max-lora-rank."""
+    return next((limit for limit in (8, 16, 32, 64, 128, 256, 320, 512) if limit >= rank), 512)

@@ -1,0 +1,61 @@
+"""`pissa decompose MODEL OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument
+
+from pissa.cli import options, show
+
+
+def decompose(
+    model: Annotated[str, Argument(help="A folder with safetensors, or a Hub id.")],
+    out: Annotated[Path, Argument(help="The folder to write.")],
+    method: options.Method = "pissa",
+    rank: options.Rank = 16,
+    alpha: options.Alpha = None,
+    targets: options.Targets = "all-linear",
+    svd: options.Svd = "fast",
+    seed: options.Seed = 0,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
+    max_shard_bytes: options.MaxShardBytes = "5GB",
+    revision: options.Revision = None,
+    trust_remote_code: options.RemoteCode = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a model's residual, with its start in OUT/pissa_init.
+
+    One tensor is in memory at a time, so any size of model fits.
+    """
+    import pissa
+
+    with show.bytes_progress("decomposing") as progress:
+        record = pissa.decompose(
+            model,
+            out,
+            method,
+            rank,
+            alpha=alpha,
+            targets=options.target_list(targets),
+            svd=svd,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            max_shard_bytes=max_shard_bytes,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        show.print_json(record.to_json())
+        return
+    show.say(f"{out}: residual of {model} and its start ({method}, rank {rank}), {len(record.layers)} weights")
+    energy = sum(layer.energy for layer in record.layers) / len(record.layers)
+    worst = max(record.layers, key=lambda layer: layer.error)
+    show.say(f"energy in the trainable part {energy:.1%} (mean); largest error {worst.error:.1e} in {worst.name}")
+    show.say_next(f"pissa inspect {out}", f"pissa train CONFIG.yaml --model {out} --output run")

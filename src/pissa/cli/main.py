@@ -1,0 +1,45 @@
+"""The `pissa` command: its subcommands, and how errors and warnings reach a person."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import NoReturn
+
+import typer
+
+from pissa.cli import convert, decompose, demo, inspect, merge, methods, train
+from pissa.errors import PissaError
+
+app = typer.Typer(
+    name="pissa",
+    help="Fine-tune a language model from its own principal directions, and get a plain LoRA back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("decompose")(decompose.decompose)
+app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train.train)
+app.command("convert")(convert.convert)
+app.command("merge")(merge.merge)
+app.command("inspect")(inspect.inspect)
+app.command("methods")(methods.methods)
+app.command("demo")(demo.demo)
+
+
+def main() -> NoReturn:
+    """Run a command; what a user can mend is one line on stderr and exit status 2, never a traceback."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = _say_warning
+    try:
+        app()
+    except PissaError as error:
+        print(f"pissa: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _say_warning(message: Warning | str, category: type[Warning], *args: object, **kwargs: object) -> None:
+    if category is UserWarning:
+        print(f"pissa: warning: {message}", file=sys.stderr)

@@ -1,0 +1,27 @@
+"""Options that several commands share, each with its unit and its "off" value."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from typer import Option
+
+Method = Annotated[str, Option(help="How to split; see `pissa methods`.")]
+Rank = Annotated[int, Option(help="Rank of the trainable part, 1 to the smaller side of the narrowest target.")]
+Alpha = Annotated[float | None, Option(help="Strength: the product is scaled by alpha / rank. Default: the rank (1).")]
+Targets = Annotated[str, Option(help="all-linear, names separated by commas, or a regular expression.")]
+Svd = Annotated[str, Option(help="fast (seeded sketch) or exact (LAPACK).")]
+Seed = Annotated[int, Option(help="Fixes every random number, together with the tensors' names.")]
+Dtype = Annotated[str | None, Option(help="float32, bfloat16 or float16 for what is written. Default: as stored.")]
+Device = Annotated[str, Option(help="Where the algebra runs: cpu, cuda, cuda:1.")]
+MaxShardBytes = Annotated[str, Option(help="Size of an output file: bytes, 500MB, 5GB.")]
+Revision = Annotated[str | None, Option(help="Commit, tag or branch of a Hub model.")]
+RemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Force = Annotated[bool, Option("--force", help="Replace the output folder if it is there.")]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+
+
+def target_list(text: str) -> str | list[str]:
+    """`q_proj,v_proj` is a list; a regular expression or a single name stays a string."""
+    plain = all(character.isalnum() or character in "._-, " for character in text)
+    return [name.strip() for name in text.split(",")] if plain and "," in text else text

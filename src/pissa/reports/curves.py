@@ -1,0 +1,91 @@
+"""Loss curves of one run or of many, from their metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from pissa.errors import DataError, require
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, told apart with every form of colour blindness."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def plot_losses(runs: Mapping[str, Path], output: Path, title: str | None = None) -> Path:
+    """Draw training loss (smoothed, the raw line pale behind it) and evaluation loss (points) over steps.
+
+    Args:
+        runs: name in the legend to a metrics.jsonl, or to a folder that holds one.
+        output: the PNG to write.
+        title: above the picture; None for none.
+
+    Returns:
+        `output`.
+
+    Raises:
+        DataError: a file without a loss.
+
+    Example:
+        plot_losses({"LoRA": Path("runs/lora"), "PiSSA": Path("runs/pissa")}, Path("losses.png"))
+    """
+    figure_module = require("matplotlib.figure", "train")
+    require("matplotlib.backends.backend_agg", "train")
+    figure = figure_module.Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    evaluated = False
+    for (name, path), colour, marker in zip(runs.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
+        lines = _read(Path(path))
+        steps, losses = _series(lines, "loss")
+        if steps:
+            axes.plot(steps, losses, color=colour, alpha=0.22, linewidth=1)
+            axes.plot(steps, smooth(losses), color=colour, linewidth=2, label=name)
+        points = _series(lines, "eval_loss")
+        if points[0]:
+            evaluated = True
+            axes.plot(*points, color=colour, marker=marker, markersize=7, markeredgecolor="white", linestyle="none")
+    if evaluated:
+        axes.plot([], [], color="grey", marker="o", linestyle="none", label="points: evaluation loss")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss (nats per token)" if not _classifies(runs) else "loss (nats per row)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    if title:
+        axes.set_title(title)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    figure.savefig(partial, format="png")
+    os.replace(partial, output)
+    return output
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a centred window of about a twentieth of the points; at the ends the window is cut, not padded."""
+    half = max(1, len(values) // 40)
+    windows = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} is not a readable metrics.jsonl ({error})") from error
+    if not any("loss" in line or "eval_loss" in line for line in lines):
+        raise DataError(f"{file} holds no loss: train at least one step first")
+    return lines
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    pairs = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _classifies(runs: Mapping[str, Path]) -> bool:
+    return any("eval_accuracy" in line for path in runs.values() for line in _read(Path(path)))

@@ -1,0 +1,364 @@
+"""Claims about runs: what they leave on disk, that a killed one ends with the same bits, that a head survives."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from pissa.config import load_settings
+from pissa.errors import CheckpointError, ConfigError, DataError, OutputError, PissaError, WrongBaseError
+from pissa.reports import plot_losses
+from pissa.training import callbacks, run, train
+from pissa.training.folder import checkpoints, newest_checkpoint, read_metrics
+
+STEPS = 6
+
+
+def save_tokenizer(folder: Path) -> None:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"</s>": 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
+    plain = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", pad_token="</s>")
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture
+def base(pico_folder: Callable[..., Path]) -> Path:
+    folder = pico_folder(vocab_size=260)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    path = tmp_path / "words.jsonl"
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path: Path, base: Path, words: Path) -> Callable[..., Any]:
+    def make(output: str = "out", **more: Any) -> Any:
+        values = {
+            "model": str(base), "data": str(words), "output": str(tmp_path / output), "rank": 4, "batch_size": 4,
+            "micro_batch_size": 2, "max_steps": STEPS, "max_length": 32, "learning_rate": 1e-2, "save_steps": 2,
+            "eval_size": 4, "eval_steps": 3, "device": "cpu",
+        }  # fmt: skip
+        return load_settings(None, values | more)
+
+    return make
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The next run breaks off when it logs `step`, as a full disk or a person would break it off."""
+    plain = callbacks.Metrics.on_log
+
+    def on_log(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        plain(self, args, state, control, logs, **kwargs)
+        if state.global_step == step:
+            raise Stopped
+
+    monkeypatch.setattr(callbacks.Metrics, "on_log", on_log)
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    file = out / "adapter" / "adapter_model.safetensors"
+    return load_file(file if file.is_file() else out / "model" / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    first, second = weights_of(one), weights_of(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    lines = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(out / "metrics.jsonl")]
+        for out in (one, other)
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_a_run_leaves_a_lora_that_stock_peft_loads(settings: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    record = train(settings())
+    out = tmp_path / "out"
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.arange(3, 23)[None]
+    before = plain(ids).logits
+    tuned = peft.PeftModel.from_pretrained(plain, out / "adapter")
+    assert (tuned(ids).logits - before).abs().max() > 1e-2
+    assert transformers.AutoTokenizer.from_pretrained(out / "adapter").eos_token == "</s>"
+    assert record == json.loads((out / "run.json").read_text())
+    assert (record["status"], record["steps"], record["data"]["train_rows"]) == ("finished", STEPS, 16)
+    assert load_settings(out / "settings.yaml", {}) == settings()
+    assert plot_losses({"pissa": out}, out / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_hold_one_line_per_event(settings: Callable[..., Any], tmp_path: Path) -> None:
+    train(settings())
+    lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    assert all(line.keys() >= {"step", "epoch", "seconds"} for line in lines)
+    assert all(line.keys() >= {"learning_rate", "grad_norm"} for line in lines if "loss" in line)
+
+
+def test_first_loss_is_the_bases(settings: Callable[..., Any], tmp_path: Path) -> None:
+    first = []
+    for method in ("pissa", "lora", "full"):
+        train(settings(method, method=method, max_steps=1, eval_steps=0))
+        first.append(read_metrics(tmp_path / method / "metrics.jsonl")[0]["loss"])
+    assert first[0] == first[1] == first[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "stop"),
+    [
+        ({}, 3),
+        ({}, 5),
+        ({}, 1),
+        ({"method": "lora", "dropout": 0.1}, 5),
+        ({"method": "full"}, 5),
+        ({"base": "residual"}, 3),
+    ],
+    ids=["mid-epoch", "second epoch", "before any checkpoint", "lora with dropout", "full", "residual"],
+)
+def test_a_broken_off_run_resumes_to_the_same_bits(
+    settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], stop: int
+) -> None:
+    train(settings("whole", **change))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, stop)
+        train(settings("broken", **change))
+    train(settings("broken", **change), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_run_broken_off_while_saving_ends_without_another_step(
+    settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings("whole"))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(run, "_save", lambda *_: (_ for _ in ()).throw(Stopped))
+        train(settings("broken"))
+    train(settings("broken"), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_sigkill_and_resume_give_the_same_bits(settings: Callable[..., Any], tmp_path: Path) -> None:
+    train(settings("whole"))
+    killed = settings("killed")
+    program = (
+        "import sys; from pathlib import Path; from pissa.config import load_settings; from pissa.training import train;"
+        "train(load_settings(Path(sys.argv[1]), {'output': sys.argv[2]}))"
+    )
+    arguments = [sys.executable, "-c", program, str(tmp_path / "whole" / "settings.yaml"), killed.output]
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    mark = tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "whole"
+    deadline = time.monotonic() + 120
+    while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert mark.exists()
+    train(killed, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_checkpoint_without_its_mark_is_not_used(tmp_path: Path) -> None:
+    for step, whole in ((2, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "whole").touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-12").exists()
+
+
+def test_old_checkpoints_are_deleted(settings: Callable[..., Any], tmp_path: Path) -> None:
+    train(settings(save_total_limit=1))
+    assert [path.name for path in checkpoints(tmp_path / "out" / "checkpoints")] == [f"checkpoint-{STEPS}"]
+
+
+@pytest.fixture
+def broken(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A run broken off at step 3; returns `settings`."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 3)
+        train(settings())
+    return settings
+
+
+def test_resuming_with_other_settings_lists_what_differs(broken: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(broken(learning_rate=1e-3, max_steps=9, logging_steps=2), resume=True)
+    assert "learning_rate: got 0.001, expected 0.01" in str(caught.value)
+    assert "max_steps: got 9, expected 6" in str(caught.value)
+    assert "logging_steps" not in str(caught.value)
+
+
+def test_resuming_with_other_data_is_refused(broken: Callable[..., Any], words: Path) -> None:
+    words.write_text(words.read_text().replace("19", "91"))
+    with pytest.raises(ConfigError, match="tokens_sha256"):
+        train(broken(), resume=True)
+
+
+@pytest.mark.parametrize("method", ["pissa", "full"])
+def test_resuming_on_another_base_names_the_tensor(
+    settings: Callable[..., Any], pico_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 1)
+        train(settings(method=method))
+    other = pico_folder("other", seed=1, vocab_size=260)
+    save_tokenizer(other)
+    with pytest.raises(WrongBaseError, match=r"`.*weight`"):
+        train(settings(method=method, model=str(other)), resume=True)
+
+
+def test_resuming_a_finished_run_does_nothing(
+    settings: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = train(settings(max_steps=1))
+    before = (tmp_path / "out" / "run.json").stat().st_mtime_ns
+    assert train(settings(max_steps=1), resume=True) == record
+    assert (tmp_path / "out" / "run.json").stat().st_mtime_ns == before
+    assert "is finished" in caplog.text
+
+
+def test_output_is_only_replaced_by_force_and_only_a_run(settings: Callable[..., Any], tmp_path: Path) -> None:
+    train(settings(max_steps=1))
+    with pytest.raises(OutputError, match="--resume"):
+        train(settings(max_steps=1))
+    (tmp_path / "out" / "mine.txt").touch()
+    assert train(settings(max_steps=2, force=True))["steps"] == 2
+    assert (tmp_path / "out" / "mine.txt").exists()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "mine.txt").touch()
+    with pytest.raises(OutputError, match="holds no run"):
+        train(settings("foreign", force=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "claim"),
+    [
+        ({"method": "pisa"}, ConfigError, "Did you mean 'pissa'"),
+        ({"dropout": 0.1}, ConfigError, "part of the weight itself"),
+        ({"method": "full", "dropout": 0.1}, ConfigError, "no adapter"),
+        ({"rank": 999}, PissaError, "999"),
+        ({"targets": ["q_porj"]}, PissaError, "q_porj"),
+        ({"targets": ["lm_head"]}, PissaError, "lm_head"),
+        ({"fields": {"text": "absent"}}, DataError, "line 1"),
+        ({"model": "no/such/model/here"}, PissaError, "no/such/model/here"),
+        ({"learning_rate": 1e30, "max_grad_norm": 0}, PissaError, "smaller learning_rate"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(
+    settings: Callable[..., Any], change: dict[str, Any], error: type[Exception], claim: str
+) -> None:
+    with pytest.raises(error) as caught:
+        train(settings(**change))
+    assert claim in str(caught.value)
+
+
+def test_nothing_is_written_before_all_is_checked(settings: Callable[..., Any], tmp_path: Path) -> None:
+    for change in ({"rank": 999}, {"targets": ["lm_head"]}, {"fields": {"text": "absent"}}, {"method": "pisa"}):
+        with pytest.raises(PissaError):
+            train(settings(**change))
+        assert not (tmp_path / "out").exists()
+
+
+def test_pickled_weights_are_refused(settings: Callable[..., Any], base: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="pickle"):
+        train(settings())
+
+
+def test_a_base_with_missing_weights_is_no_language_model(settings: Callable[..., Any], base: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj"):
+        train(settings())
+
+
+@pytest.fixture
+def moods(tmp_path: Path) -> Path:
+    path = tmp_path / "moods.jsonl"
+    rows = [{"text": f"{word} {n}", "label": word} for n in range(10) for word in ("good", "bad")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def reloaded_classifier(base: Path, out: Path, record: dict[str, Any]) -> Any:
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(record["labels"]))
+    return peft.PeftModel.from_pretrained(plain, out / "adapter").eval()
+
+
+def test_the_trained_head_survives_save_and_stock_reload(
+    settings: Callable[..., Any], base: Path, moods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    save = run._save
+    monkeypatch.setattr(run, "_save", lambda model, *rest: (kept.append(model), save(model, *rest)))
+    record = train(settings(task="classification", data=str(moods), epochs=1))
+    assert record["labels"] == ["bad", "good"]
+    assert record.keys() >= {"eval_accuracy", "eval_f1"}
+    ids = torch.arange(3, 23)[None]
+    again = reloaded_classifier(base, tmp_path / "out", record)
+    trained = kept[0].eval()
+    assert trained.get_base_model().config.id2label == {0: "bad", 1: "good"}
+    torch.testing.assert_close(again(ids).logits, trained(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_a_broken_off_classification_resumes_to_the_same_bits(
+    settings: Callable[..., Any], moods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    change = {"task": "classification", "data": str(moods), "method": method}
+    train(settings("whole", **change))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 5)
+        train(settings("broken", **change))
+    train(settings("broken", **change), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    assert any("score" in name for name in weights_of(tmp_path / "broken"))
+
+
+def test_minilm_learns_on_mrpc(settings: Callable[..., Any], minilm: Path, shared: Path, tmp_path: Path) -> None:
+    record = train(
+        settings(
+            model=str(minilm),
+            task="classification",
+            data=str(shared / "data/glue/MRPC/train.tsv"),
+            fields={"label": "Quality", "text": "#1 String", "text_pair": "#2 String"},
+            data_limit=24,
+            max_steps=2,
+            eval_steps=0,
+        )
+    )
+    assert record["labels"] == ["0", "1"]
+    assert 0 <= record["eval_accuracy"] <= 1
+    heads = [name for name in weights_of(tmp_path / "out") if "lora" not in name]
+    assert sorted(name.rpartition(".")[2] for name in heads) == ["bias", "weight"]
