@@ -237,7 +237,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the model and the data of `pissa demo`.")
     parser.add_argument("--out", type=Path, default=DEMO, help="the demo package to fill")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--data-only", action="store_true", help="write the fine-tuning files and no model")
     arguments = parser.parse_args()

@@ -13,6 +13,8 @@ import transformers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 transformers.utils.logging.disable_progress_bar()
+# Pico matrices: a second thread only waits, and on a busy machine it waits thirty times longer than it works.
+torch.set_num_threads(1)
 SHARED = Path(os.environ.get("PISSA_SHARED", Path(__file__).parents[2] / "shared"))
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ from pissa.training import callbacks, run, train
 from pissa.training.folder import checkpoints, newest_checkpoint, read_metrics
 
 STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower on two threads, much slower where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -69,8 +78,12 @@ class Stopped(Exception):
     pass
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The next run breaks off when it logs `step`, as a full disk or a person would break it off."""
+def stop(*_: Any) -> None:
+    raise Stopped
+
+
+def train_up_to(step: int, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and break off when `step` is logged, as a full disk or a person would break it off."""
     plain = callbacks.Metrics.on_log
 
     def on_log(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -78,7 +91,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         if state.global_step == step:
             raise Stopped
 
-    monkeypatch.setattr(callbacks.Metrics, "on_log", on_log)
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.Metrics, "on_log", on_log)
+        with pytest.raises(Stopped):
+            train(settings)
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
@@ -129,6 +145,16 @@ def test_first_loss_is_the_bases(settings: Callable[..., Any], tmp_path: Path) -
     assert first[0] == first[1] == first[2]
 
 
+def test_adapters_train_in_float32_on_a_bfloat16_base(settings: Callable[..., Any], tmp_path: Path) -> None:
+    losses = []
+    for recompute in (False, True):
+        output = f"recompute-{recompute}"
+        train(settings(output, dtype="bfloat16", gradient_checkpointing=recompute, eval_size=0, eval_steps=0))
+        assert {tensor.dtype for tensor in weights_of(tmp_path / output).values()} == {torch.float32}
+        losses.append([line["loss"] for line in read_metrics(tmp_path / output / "metrics.jsonl")])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize(
     ("change", "stop"),
     [
@@ -145,9 +171,7 @@ def test_a_broken_off_run_resumes_to_the_same_bits(
     settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], stop: int
 ) -> None:
     train(settings("whole", **change))
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, stop)
-        train(settings("broken", **change))
+    train_up_to(stop, settings("broken", **change), monkeypatch)
     train(settings("broken", **change), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
@@ -156,9 +180,10 @@ def test_a_run_broken_off_while_saving_ends_without_another_step(
     settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(settings("whole"))
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(run, "_save", lambda *_: (_ for _ in ()).throw(Stopped))
-        train(settings("broken"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_save", stop)
+        with pytest.raises(Stopped):
+            train(settings("broken"))
     train(settings("broken"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
@@ -167,7 +192,8 @@ def test_sigkill_and_resume_give_the_same_bits(settings: Callable[..., Any], tmp
     train(settings("whole"))
     killed = settings("killed")
     program = (
-        "import sys; from pathlib import Path; from pissa.config import load_settings; from pissa.training import train;"
+        "import sys, torch; from pathlib import Path; from pissa.config import load_settings; "
+        "from pissa.training import train; torch.set_num_threads(1); "
         "train(load_settings(Path(sys.argv[1]), {'output': sys.argv[2]}))"
     )
     arguments = [sys.executable, "-c", program, str(tmp_path / "whole" / "settings.yaml"), killed.output]
@@ -200,9 +226,7 @@ def test_old_checkpoints_are_deleted(settings: Callable[..., Any], tmp_path: Pat
 @pytest.fixture
 def broken(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A run broken off at step 3; returns `settings`."""
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, 3)
-        train(settings())
+    train_up_to(3, settings(), monkeypatch)
     return settings
 
 
@@ -224,9 +248,7 @@ def test_resuming_with_other_data_is_refused(broken: Callable[..., Any], words: 
 def test_resuming_on_another_base_names_the_tensor(
     settings: Callable[..., Any], pico_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, 1)
-        train(settings(method=method))
+    train_up_to(1, settings(method=method), monkeypatch)
     other = pico_folder("other", seed=1, vocab_size=260)
     save_tokenizer(other)
     with pytest.raises(WrongBaseError, match=r"`.*weight`"):
@@ -262,6 +284,7 @@ def test_output_is_only_replaced_by_force_and_only_a_run(settings: Callable[...,
         ({"method": "pisa"}, ConfigError, "Did you mean 'pissa'"),
         ({"dropout": 0.1}, ConfigError, "part of the weight itself"),
         ({"method": "full", "dropout": 0.1}, ConfigError, "no adapter"),
+        ({"method": "full", "dtype": "float16"}, ConfigError, "float16"),
         ({"rank": 999}, PissaError, "999"),
         ({"targets": ["q_porj"]}, PissaError, "q_porj"),
         ({"targets": ["lm_head"]}, PissaError, "lm_head"),
@@ -338,9 +361,7 @@ def test_a_broken_off_classification_resumes_to_the_same_bits(
 ) -> None:
     change = {"task": "classification", "data": str(moods), "method": method}
     train(settings("whole", **change))
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, 5)
-        train(settings("broken", **change))
+    train_up_to(5, settings("broken", **change), monkeypatch)
     train(settings("broken", **change), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
     assert any("score" in name for name in weights_of(tmp_path / "broken"))

@@ -251,9 +251,11 @@ def _lines(error: ValidationError) -> list[str]:
     lines: dict[str, str] = {}
     for mistake in error.errors():
         key = str(mistake["loc"][0])
+        if mistake["type"] == "default_factory_not_called":
+            continue  # a default that follows from another key, which has a line of its own
         if mistake["type"] == "extra_forbidden":
             hint = did_you_mean(key, (*KEYS, *ALIASES))
-            lines[key] = f"{key}: got an unknown key, expected one of those in `pissa train --help`.{hint}"
+            lines[key] = f"{key}: got an unknown key, expected one of those in `pissa train --list-keys`.{hint}"
             continue
         expected = re.sub(r"^(Input|String|List|Value)? ?(should (be|have)|error,) ", "", mistake["msg"])
         if key in lines:

@@ -201,9 +201,25 @@ def _plain_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _refuse_residual(model: nn.Module) -> None:
+def residual_note(model: nn.Module) -> dict[str, Any] | None:
+    """What a decomposed folder's `config.json` says of the model, if it is a residual."""
     note = getattr(getattr(model, "config", None), "pissa", None)
-    if isinstance(note, dict) and note.get("kind") == "residual":
+    return note if isinstance(note, dict) and note.get("kind") == "residual" else None
+
+
+def is_residual(model: nn.Module) -> bool:
+    """Whether the model's weights are a residual, right only with the start beside them."""
+    return residual_note(model) is not None
+
+
+def recipe_of(model: PeftModel, adapter_name: str = "default") -> Recipe:
+    """How the adapter of an attached model was started."""
+    return attachments_of(model)[adapter_name].recipe
+
+
+def _refuse_residual(model: nn.Module) -> None:
+    note = residual_note(model)
+    if note:
         raise WrongBaseError(
             f"this model is the residual of {note.get('base')!r} ({note.get('method')}, rank {note.get('rank')}), not "
             "a base model: use pissa.load(model, FOLDER) with the folder it came from, or attach to the original base"

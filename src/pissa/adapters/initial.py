@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pissa.adapters import factors, plain
-from pissa.adapters.attach import Attachment, wrap
+from pissa.adapters.attach import Attachment, is_residual, wrap
 from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.targets import Target, find_targets
@@ -73,8 +73,7 @@ def check_base(record: Record, model: nn.Module, what: str) -> bool:
         WrongBaseError: naming the first differing tensor, both digests and what to do.
     """
     assert record.recipe is not None and record.base is not None
-    note = getattr(getattr(model, "config", None), "pissa", None)
-    on_residual = bool(record.residual) and isinstance(note, dict) and note.get("kind") == "residual"
+    on_residual = bool(record.residual) and is_residual(model)
     revision = f", revision {record.base.revision}" if record.base.revision else ""
     check_same(
         {**record.base.tensors, **record.residual} if on_residual else record.base.tensors,
@@ -89,8 +88,8 @@ def _foreign_record(config: dict, model: nn.Module, folder: Path) -> Record:
     """Folders that others made: residual at the root, the start in pissa_init/, nothing about the base."""
     if config.get("init_lora_weights") is not True:
         raise WrongBaseError(
-            f"{folder / INIT / plain.CONFIG} has init_lora_weights {config.get('init_lora_weights')!r}: stock tools would "
-            "decompose the residual again. Expected true"
+            f"{folder / INIT / plain.CONFIG} has init_lora_weights {config.get('init_lora_weights')!r}, expected true: "
+            "stock tools would decompose the residual again"
         )
     warnings.warn(
         f"{folder} has no pissa.json: which original base it was made from is unknown until you name it with --base, "

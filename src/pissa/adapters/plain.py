@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,8 +73,7 @@ def write_plain_lora(
         pair = change.padded(rank)
         tensors.update(factors.file_tensors(target, pair.B, pair.A))
     tensors.update(extras)
-    facts = {"format": "pt", "pissa": json.dumps({"kind": record.kind, "notes": record.notes})}
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(plain, folder / WEIGHTS, metadata=facts)
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / CONFIG, {**config, "r": rank, "lora_alpha": rank})
     write_json(folder / RECORD, record.to_json())

@@ -98,7 +98,7 @@ def save(model: PeftModel, run: str | Path, *, adapter_name: str | None = None) 
         attachment.record,
         notes={
             **attachment.record.notes,
-            "modules_to_save": sorted(heads) if heads else [],
+            "modules_to_save": sorted(set(heads)) if heads else [],
             "task_type": peft_config.task_type,
             "target_modules": short_names(attachment.targets, model.get_base_model()),
             "shapes": {target.module: list(target.shape) for target in attachment.targets},

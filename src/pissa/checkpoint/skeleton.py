@@ -27,7 +27,7 @@ def build_skeleton(folder: Path, *, config: dict[str, Any] | None = None, trust_
         trust_remote_code: whether the folder's own code may run.
 
     Raises:
-        CheckpointError: an architecture that needs remote code, or that transformers does not know.
+        CheckpointError: an architecture that needs remote code, or settings that transformers cannot build.
     """
     import transformers
 
@@ -35,24 +35,24 @@ def build_skeleton(folder: Path, *, config: dict[str, Any] | None = None, trust_
     remote = content.get("auto_map")
     if remote and not trust_remote_code:
         raise CheckpointError(
-            f"{folder}/config.json asks for code from the model's own repository ({next(iter(remote.values()))}), which "
-            "is not run unless asked: read that code, then pass --trust-remote-code"
+            f"{folder}/config.json asks for code from the model's own repository ({next(iter(remote.values()))}), "
+            "which is not run unless asked: read that code, then pass --trust-remote-code"
         )
     try:
         if config is None:
             settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         else:
             settings = transformers.AutoConfig.for_model(**config)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}/config.json: transformers does not know this model ({error})") from error
-    model_class = getattr(transformers, (content.get("architectures") or [""])[0], None)
-    with torch.device("meta"):
-        if model_class is not None:
-            model = model_class(settings)
-        elif remote:
-            model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=True)
-        else:
-            model = transformers.AutoModel.from_config(settings)
+        model_class = getattr(transformers, (content.get("architectures") or [""])[0], None)
+        with torch.device("meta"):
+            if model_class is not None:
+                model = model_class(settings)
+            elif remote:
+                model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=True)
+            else:
+                model = transformers.AutoModel.from_config(settings)
+    except Exception as error:  # every architecture checks its settings in its own way, or stumbles over them
+        raise CheckpointError(f"{folder}/config.json: transformers cannot build this model ({error})") from error
     model.tie_weights()
     return model.eval()
 

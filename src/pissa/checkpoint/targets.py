@@ -68,12 +68,16 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in wrapped):
             continue
-        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
-        if isinstance(inner, nn.Module):
+        plain[name] = unwrapped(module)
+        if plain[name] is not module:
             wrapped.append(f"{name}.")
-            module = inner
-        plain[name] = module
     return plain
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The base's own layer inside an adapter's wrapper, or the module itself."""
+    inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -163,7 +167,7 @@ def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     """Modules that "all-linear" leaves out: the output head and a classification head."""
     find_output: Any = getattr(model, "get_output_embeddings", None)
     output = find_output() if find_output else None
-    output = getattr(output, "base_layer", output)
+    output = unwrapped(output) if isinstance(output, nn.Module) else None
     new = tuple(head_modules(model))
     return {
         name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from typing import NoReturn
@@ -20,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("decompose")(decompose.decompose)
-app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train.train)
+app.command("train", context_settings={"ignore_unknown_options": True})(train.train)
 app.command("convert")(convert.convert)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
@@ -32,6 +33,7 @@ def main() -> NoReturn:
     """Run a command; what a user can mend is one line on stderr and exit status 2, never a traceback."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _say_warning
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels at import
     try:
         app()
     except PissaError as error:

@@ -65,4 +65,6 @@ def bytes_progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
 def _cell(value: object) -> str:
     if value is None:
         return "-"
+    if isinstance(value, dict):
+        return "none" if not value else str(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Argument, Option
 
 from pissa.cli import options, show
@@ -13,9 +12,12 @@ from pissa.errors import ConfigError
 
 
 def train(
-    context: typer.Context,
-    config: Annotated[Path | None, Argument(help="YAML settings; every key is also a flag, and the flag wins.")] = None,
+    words: Annotated[
+        list[str] | None,
+        Argument(metavar="[CONFIG.yaml] [--KEY VALUE]...", help="Settings: a YAML file, then flags, which win."),
+    ] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
+    list_keys: Annotated[bool, Option("--list-keys", help="List all settings with their defaults, and stop.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model as a YAML file and flags say.
@@ -23,39 +25,50 @@ def train(
     Every key of the file is also a flag: pissa train CONFIG.yaml --learning_rate 1e-4 --output run.
     """
     from pissa.config import load_settings
+
+    if list_keys:
+        _print_keys()
+        return
+    config, flags = split_words(words or [])
+    settings = load_settings(config, flags)
+
     from pissa.reports import plot_losses
     from pissa.training import train as run_training
 
-    settings = load_settings(config, overrides(context.args))
     record = run_training(settings, resume=resume)
     out = Path(settings.output)
-    plot_losses(
-        {settings.method: out / "metrics.jsonl"}, out / "loss.png", title=f"{settings.method} on {settings.model}"
-    )
+    picture = plot_losses({settings.method: out}, out / "loss.png", title=f"{settings.method} on {settings.model}")
     if as_json:
         show.print_json(record)
         return
-    show.say(f"{out}: done; curve in {out / 'loss.png'}")
+    show.say(f"{out}: done; curve in {picture}")
     if settings.method == "full":
         show.say_next(f"pissa inspect {out / 'model'}")
     else:
-        show.say_next(
-            f"pissa inspect {out} --base {settings.model}",
-            f"pissa convert {out} {out}-lora",
-            f"pissa merge {settings.model} {out} {out}-merged",
-        )
+        show.say_next(f"pissa inspect {out}", f"pissa convert {out} LORA", f"pissa merge {settings.model} {out} MERGED")
 
 
-def overrides(arguments: list[str]) -> dict[str, str | bool]:
-    """`--key value`, `--key=value` and a bare `--flag` as settings; dashes and underscores are one."""
-    found: dict[str, str | bool] = {}
-    rest = list(arguments)
+def split_words(words: list[str]) -> tuple[Path | None, dict[str, str | bool]]:
+    """The file, if the first word is one, and `--key value`, `--key=value` or a bare `--flag` as settings."""
+    rest = list(words)
+    config = Path(rest.pop(0)) if rest and not rest[0].startswith("--") else None
+    flags: dict[str, str | bool] = {}
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ConfigError(f"got {word!r}, expected --key value: settings after the file are flags")
+            raise ConfigError(f"got {word!r}, expected --key value: the YAML file comes first, then flags")
         key, equals, value = word[2:].partition("=")
         if not equals and rest and not rest[0].startswith("--"):
             value, equals = rest.pop(0), "="
-        found[key.replace("-", "_")] = value if equals else True
-    return found
+        flags[key.replace("-", "_")] = value if equals else True
+    return config, flags
+
+
+def _print_keys() -> None:
+    from pissa.config import TrainSettings
+
+    rows = []
+    for key, field in TrainSettings.model_fields.items():
+        default = "required" if field.is_required() else "see right" if field.default_factory else field.default
+        rows.append([key, default, field.description])
+    show.print_table(["key", "default", "meaning"], rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pissa.adapters import plain
 from pissa.adapters.initial import INIT
@@ -17,13 +18,13 @@ from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names
 from pissa.checkpoint.targets import Target
 from pissa.errors import CheckpointError, InputError, WrongBaseError
-from pissa.linalg import relative_error
 from pissa.records import Base, Recipe, Record, versions
 from pissa.splits import Lora, drift_as_lora
-from pissa.surgery.folders import Changes, adapter_scale, adapter_targets, kind_of_folder, read_changes
+from pissa.surgery.folders import Changes, adapter_scale, adapter_targets, read_changes
 
-FAR_FROM_START = 1.0
-"""Two unrelated starts differ by about sqrt(2) of their norm; training moves factors by far less than their norm."""
+Pairs = dict[Target, tuple[Tensor, Tensor]]
+LEAST_SHARE = 0.5
+"""A trained factor holds its own start once, a foreign start only by chance; MiLoRA's may move far beyond its norm."""
 
 
 def convert(
@@ -97,14 +98,15 @@ def changes_since(adapter: Path, start: Path, base: str | Path | None) -> Change
             f"{adapter} was not trained from {start}: "
             + (f"`{odd[0]}` is in only one of them" if odd else f"its scale is {scale}, the start's {start_scale}")
         )
+    _refuse_other_start(adapter, start, config, begun)
     changes: dict[Target, Lora] = {}
     for target, (left, right) in trained.items():
         left0, right0 = begun[target]
         for factor, factor0, side in ((left, left0, "left"), (right, right0, "right")):
-            if factor.shape != factor0.shape or relative_error(factor.float(), factor0.float()) > FAR_FROM_START:
+            if factor.shape != factor0.shape or _started_elsewhere(factor.double(), factor0.double()):
                 raise WrongBaseError(
                     f"{adapter} was not trained from {start}: the {side} factor of `{target.weight}` "
-                    f"{list(factor.shape)} is further from the start's {list(factor0.shape)} than its own norm. "
+                    f"{list(factor.shape)} does not hold the start's {list(factor0.shape)}. "
                     "Name the pissa_init/ folder that lay beside the residual in training"
                 )
         parts = [part.float() for part in (left0, right0, left - left0, right - right0)]
@@ -112,6 +114,30 @@ def changes_since(adapter: Path, start: Path, base: str | Path | None) -> Change
     checkpoint = Checkpoint.open(adapter, need_config=False)
     extras = {name: checkpoint.read(name) for name in checkpoint.tensors if ".lora_" not in name}
     return Changes(changes, extras, _start_record(start, config, changes, base), config)
+
+
+def _refuse_other_start(adapter: Path, start: Path, config: dict[str, Any], begun: Pairs) -> None:
+    """Where the residual that the adapter names is at hand, its own start must be the given one."""
+    named = Path(str(config.get("base_model_name_or_path") or "")) / INIT
+    if not (named / plain.WEIGHTS).is_file() or named.resolve() == start.resolve():
+        return
+    own = adapter_targets(read_json(named / plain.CONFIG), Checkpoint.open(named, need_config=False))
+    for target, factors in begun.items():
+        if target not in own or not all(map(torch.equal, factors, own[target])):
+            raise WrongBaseError(
+                f"{adapter} was not trained from {start}: it names the residual {named.parent}, whose start of "
+                f"`{target.weight}` is another one. Use --start {named}"
+            )
+
+
+def _started_elsewhere(trained: Tensor, start: Tensor) -> bool:
+    """Whether the start's share in a trained factor (1 where training only added to it) is too small for chance."""
+    norm = float(torch.linalg.vector_norm(start))
+    if norm == 0:
+        return False
+    share = float((trained * start).sum()) / norm**2
+    chance = float(torch.linalg.vector_norm(trained)) / norm / trained.numel() ** 0.5
+    return share + 4 * chance < LEAST_SHARE
 
 
 def check_folder(record: Record, folder: Path, what: str) -> None:

@@ -22,7 +22,7 @@ from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, find_targets, short_names
 from pissa.checkpoint.writer import CheckpointWriter, TensorFile, parse_bytes
-from pissa.errors import InputError, WrongBaseError
+from pissa.errors import CheckpointError, InputError, WrongBaseError
 from pissa.records import Base, Layer, Recipe, Record, versions
 from pissa.registry import Method, check_rank, get, scale_of
 
@@ -87,6 +87,7 @@ def decompose(
         check_rank(rank, target.matrix_shape, target.weight)
     parameters = parameter_names(skeleton, checkpoint.tensors)
     by_tensor = stored_targets(found, parameters, checkpoint.folder)
+    _refuse_other_shapes(checkpoint, by_tensor)
     recipe = Recipe(
         method, rank, float(rank if alpha is None else alpha), svd, seed, "residual", {t.module: t.kind for t in found}
     )
@@ -222,6 +223,16 @@ class _Job:
 
 def _stored_dtype(own: torch.dtype, asked: str | None) -> torch.dtype:
     return STORED[asked] if asked and own.is_floating_point else own
+
+
+def _refuse_other_shapes(checkpoint: Checkpoint, targets: dict[str, Target]) -> None:
+    for name, target in targets.items():
+        got = checkpoint.tensors[name].shape
+        if got != target.shape:
+            raise CheckpointError(
+                f"`{name}` is {list(got)} in {checkpoint.name}, expected {list(target.shape)} from its config.json: "
+                "config and weights are of different models, fetch both again"
+            )
 
 
 def _refuse_unfit(checkpoint: Checkpoint) -> None:

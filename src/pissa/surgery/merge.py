@@ -14,9 +14,11 @@ from pissa.checkpoint.fingerprint import canonical, check_tensor
 from pissa.checkpoint.output import staged_output, write_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
+from pissa.checkpoint.targets import Target, kind_of
 from pissa.checkpoint.writer import CheckpointWriter, parse_bytes
 from pissa.errors import InputError, WrongBaseError
 from pissa.records import Record, versions
+from pissa.splits import Lora
 from pissa.surgery.decompose import STORED, Progress
 from pissa.surgery.folders import Changes, read_changes
 
@@ -81,7 +83,17 @@ class _Job:
                 raise WrongBaseError(f"{run} changes `{target.weight}`, which {checkpoint.name} lacks. {self.advice()}")
         self.prefix = getattr(skeleton, "base_model_prefix", "")
         self.parameters = parameter_names(skeleton, checkpoint.tensors)
-        self.targets = stored_targets(list(found.changes), self.parameters, checkpoint.folder)
+        self.changes: dict[str, tuple[Target, Lora]] = {}
+        for name, target in stored_targets(list(found.changes), self.parameters, checkpoint.folder).items():
+            change, shape = found.changes[target], checkpoint.tensors[name].shape
+            # An adapter's file has one flag "transposed" for all its layers; the model knows which of them are.
+            own = Target(target.module, kind_of(modules[target.module]) or target.kind, shape)
+            if own.matrix_shape != (change.B.shape[0], change.A.shape[1]):
+                raise WrongBaseError(
+                    f"{run} changes `{name}` as {[change.B.shape[0], change.A.shape[1]]} (out, in), which is "
+                    f"{list(own.matrix_shape)} in {checkpoint.name}. {self.advice()}"
+                )
+            self.changes[name] = own, change
         self.extras = {_module_name(name): tensor for name, tensor in found.extras.items()}
         self.plan = {
             self.new_name(name): (_out_dtype(info.dtype, dtype), info.shape)
@@ -122,11 +134,11 @@ class _Job:
 
     def merged(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor with its change, if it has one."""
-        target = self.targets.get(name)
-        if target is None:
+        if name not in self.changes:
             return tensor
+        target, change = self.changes[name]
         wide = torch.promote_types(tensor.dtype, torch.float32)
-        return tensor.to(wide) + target.from_matrix(self.found.changes[target].delta().to(wide))
+        return tensor.to(wide) + target.from_matrix(change.delta().to(wide))
 
     def write_config(self, folder: Path) -> None:
         """Config and tokenizer of the base, with the head's config where there is one."""

@@ -19,7 +19,7 @@ from pissa.checkpoint.output import read_json, write_json
 from pissa.errors import OutputError
 
 RECORD, SETTINGS, METRICS = "run.json", "settings.yaml", "metrics.jsonl"
-OURS = (SETTINGS, METRICS, "adapter", "state", "model", "checkpoints")
+OURS = (SETTINGS, METRICS, "loss.png", "adapter", "state", "model", "checkpoints")
 CLEARED = "cleared"
 WHOLE = "whole"
 """Name of the empty file that is written last into a checkpoint."""
@@ -88,8 +88,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(path: Path, step: int) -> float:
-    """Drop the lines past `step`; returns the seconds trained up to there."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    """Drop the lines past `step` (all for 0, which evaluates again); returns the seconds trained up to there."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     partial.replace(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import yaml
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -138,6 +139,11 @@ def _start(
     """The model ready to train from step 0, and what to record of the base."""
     base: dict[str, Any] = {"name": settings.model, "revision": settings.revision, "dtype": str(model.dtype)}
     if settings.method == "full":
+        if model.dtype == torch.float16:
+            mistake = (
+                "dtype: got float16, expected bfloat16 or float32 with full: AdamW's small steps vanish in float16"
+            )
+            raise config_error([mistake], "the settings")
         tensors = model_tensors(model, skip=head_modules(model))
         if before:
             check_same(
@@ -150,6 +156,8 @@ def _start(
         return model, base | {"tensors": fingerprint(tensors)}
     if before and state.is_dir():
         model = adapters.restart(model, state)
+    elif adapters.is_residual(model):
+        model = _load_decomposed(model, settings)
     else:
         heads = [*head_modules(model), *(settings.modules_to_save or ())]
         model = adapters.attach(
@@ -166,6 +174,24 @@ def _start(
     if settings.dropout:
         _set_dropout(model, settings.dropout)
     return model, base
+
+
+def _load_decomposed(model: nn.Module, settings: TrainSettings) -> PeftModel:
+    """The start that lies beside a residual, which the settings must not contradict."""
+    attached = adapters.load(model, settings.model)
+    recipe = adapters.recipe_of(attached)
+    mistakes = [
+        f"{key}: got {got!r}, expected {expected!r}, as {settings.model} was decomposed"
+        for key, got, expected in (
+            ("method", settings.method, recipe.method),
+            ("rank", settings.rank, recipe.rank),
+            ("alpha", settings.alpha, recipe.alpha),
+        )
+        if got != expected
+    ]
+    if mistakes:
+        raise config_error(mistakes, "the settings")
+    return attached
 
 
 def _set_dropout(model: nn.Module, share: float) -> None:
@@ -198,6 +224,7 @@ def _run(trainer: Any, newest: Path | None) -> None:
         trainer._load_from_checkpoint(str(newest))
         trainer.state.global_step = folder.step_of(newest)
         return
+    trainer.args.eval_on_start = newest is None and trainer.eval_dataset is not None
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 

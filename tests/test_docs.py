@@ -1,0 +1,52 @@
+"""The documents say what is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pissa
+from pissa import registry
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_drawn_tree_is_the_tree() -> None:
+    package = ROOT / "src/pissa"
+    files = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if file.name != "__init__.py" or file.parent == package
+    }
+    drawn = set()
+    folder = ""
+    text = (ROOT / "docs/architecture.md").read_text()
+    block = re.search(r"<!-- tree.*?-->\n```\n(.*?)```", text, re.DOTALL)
+    assert block
+    for line in block[1].splitlines()[1:]:
+        name = line.split()[0]
+        indent = len(line) - len(line.lstrip())
+        if indent == 2:
+            folder = name if name.endswith("/") else ""
+            if not folder:
+                drawn.add(name)
+        elif name.endswith(".py"):
+            drawn.add(folder + name)
+    assert drawn == files
+
+
+def test_every_method_has_a_card() -> None:
+    cards = {card.stem for card in (ROOT / "docs/methods").glob("*.md")}
+    assert cards == set(registry.methods())
+
+
+def test_public_names_are_exported_and_documented() -> None:
+    for name in pissa.__all__:
+        assert getattr(pissa, name).__doc__, name
+
+
+def test_no_source_file_is_past_300_lines() -> None:
+    long = {
+        str(file): count for file in (ROOT / "src").rglob("*.py") if (count := len(file.read_text().split("\n"))) > 300
+    }
+    assert not long
