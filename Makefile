@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/pissa demo --out pissa-demo --force
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
 
 check: .venv/installed
 	$(BIN)/ruff check $(SOURCES)

@@ -12,6 +12,8 @@ import transformers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+torch.set_num_threads(1)  # the suite runs in two processes, and waiting threads slow each other down
 transformers.utils.logging.disable_progress_bar()
 # Pico matrices: a second thread only waits, and on a busy machine it waits thirty times longer than it works.
 torch.set_num_threads(1)

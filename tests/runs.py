@@ -9,10 +9,10 @@ from typing import Any
 import peft
 import torch
 import transformers
-from conftest import TOKENS
 from torch import Tensor, nn
 
 import pissa
+from conftest import TOKENS
 
 
 def train(model: nn.Module, steps: int = 5, learning_rate: float = 1e-2) -> nn.Module:

@@ -7,15 +7,15 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import TOKENS, build_pico
 from peft import LoraConfig, get_peft_model
-from runs import gap, language_model, logits, train
-from test_laws import every_method, every_started_method
 from torch import Tensor, nn
 
 import pissa
+from conftest import TOKENS, build_pico
 from pissa.adapters.drift import _DriftProduct
 from pissa.registry import methods
+from runs import gap, language_model, logits, train
+from test_laws import every_method, every_started_method
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -93,8 +93,9 @@ def test_trains_exactly_as_many_parameters_and_as_much_optimizer_state_as_lora(m
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_training_takes_the_path_of_the_papers_form_in_stock_peft(method, base, alpha):
     config = LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=method)
-    stock, ours = get_peft_model(build_pico(), config), pissa.attach(
-        build_pico(), method, rank=4, alpha=alpha, svd="exact", base=base
+    stock, ours = (
+        get_peft_model(build_pico(), config),
+        pissa.attach(build_pico(), method, rank=4, alpha=alpha, svd="exact", base=base),
     )
     expected, got = losses(stock, 20), losses(ours, 20)
     assert expected[0] - expected[-1] > 0.1

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_pico
 from safetensors.torch import load_file, save_file
+
+from conftest import build_pico
 
 COMMANDS = ("decompose", "train", "convert", "merge", "inspect", "methods", "demo")
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from runs import error_of
 from torch import Tensor
 
 import pissa
 from pissa.checkpoint.reader import Checkpoint
+from runs import error_of
 
 METHODS = ("lora", "milora", "olora", "pissa")
 
@@ -201,7 +201,9 @@ def test_a_kill_in_the_middle_leaves_no_output_and_the_next_run_clears_up(
     tmp_path: Path, pico_folder: Callable[..., Path]
 ) -> None:
     base, out = pico_folder(), tmp_path / "results" / "out"
-    done = subprocess.run([sys.executable, "-c", KILLED, base, out], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, base, out], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
     assert done.returncode == -signal.SIGKILL
     assert not out.exists()
     assert [path.name.startswith(".out.partial-") for path in out.parent.iterdir()] == [True]

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import pico_config
 from safetensors.torch import load_file, save_file
 
 import pissa
+from conftest import pico_config
 from pissa.errors import CheckpointError, InputError, OutputError, PissaError, WrongBaseError
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -117,9 +117,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[PissaError], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_a_bad_folder_is_one_error_and_no_output(
-    case: str, pico_folder: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_bad_folder_is_one_error_and_no_output(case: str, pico_folder: Callable[..., Path], tmp_path: Path) -> None:
     spoil, kind, message = BAD_FOLDERS[case]
     base = pico_folder()
     spoil(base)

@@ -6,9 +6,9 @@ import hashlib
 
 import pytest
 import torch
-from conftest import build_pico
 from peft import LoraConfig, get_peft_model
 
+from conftest import build_pico
 from pissa.checkpoint.fingerprint import (
     check_same,
     check_tensor,

@@ -97,7 +97,9 @@ def test_splitting_neither_reads_nor_moves_the_global_random_state(method, svd):
 
 def test_another_name_or_seed_draws_another_random_start():
     weight = matrix(12, 40)
-    starts = [pissa.split(weight, "lora", 4, name=name, seed=seed).right for name, seed in (("a", 0), ("b", 0), ("a", 1))]
+    starts = [
+        pissa.split(weight, "lora", 4, name=name, seed=seed).right for name, seed in (("a", 0), ("b", 0), ("a", 1))
+    ]
     assert not torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
     assert tensor_seed(1, "1.weight") != tensor_seed(11, ".weight")

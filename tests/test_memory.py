@@ -60,14 +60,16 @@ def write_llama(folder: Path, layers: int) -> int:
     )
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in transformers.LlamaForCausalLM(config).named_parameters()}
+    # Every tensor is a window on one pool of noise: drawing 12 GB of it would take longer than the decomposition.
+    largest = max(torch.Size(shape).numel() for shape in shapes.values())
     generator = torch.Generator().manual_seed(0)
+    pool = torch.empty(largest + len(shapes), dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
     with CheckpointWriter(
         folder, {name: (torch.bfloat16, shape) for name, shape in shapes.items()}, SHARD_BYTES
     ) as out:
         config.save_pretrained(folder)
-        for name, shape in shapes.items():
-            tensor = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            out.write(name, tensor)
+        for offset, (name, shape) in enumerate(shapes.items()):
+            out.write(name, pool[offset : offset + torch.Size(shape).numel()].view(shape))
     return 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_laws import SHAPES, every_method, matrix
 from torch import Tensor
 
 import pissa
 from pissa.linalg import relative_error
+from test_laws import SHAPES, every_method, matrix
 
 H = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64) / 2
 GOLDEN = H.T @ torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)) @ H

@@ -1,4 +1,4 @@
-"""A change as a plain LoRA: cut to a smaller rank, padded to a larger one; and what cannot be split is refused by name."""
+"""A change as a plain LoRA: cut to a smaller rank or padded to a larger one; what cannot be split is refused."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_impossible_rank_is_refused_by_name(method, rank, message):
 
 @pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf])
 def test_impossible_alpha_is_refused(alpha):
-    with pytest.raises(InputError, match="alpha is .*, expected a number above 0"):
+    with pytest.raises(InputError, match=r"alpha is .*, expected a number above 0"):
         pissa.split(torch.eye(4), "pissa", 2, alpha=alpha)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TOKENS
-from runs import gap, language_model, logits
 
 import pissa
+from conftest import TOKENS
+from runs import gap, language_model, logits
 
 MODELS = ("stories260K", "tinytalk-3m-neo", "mixed-8m", "MiniLM")
 RANKS = (4, 8, 16)

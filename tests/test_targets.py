@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import build_pico
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from conftest import build_pico
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
 from pissa.errors import InputError
 
@@ -78,7 +78,7 @@ def test_an_ending_matches_whole_names_only():
 
 @pytest.mark.parametrize("targets", ["q_porj", ["v_proj", "q_porj"]])
 def test_a_name_that_matches_nothing_names_the_nearest_and_the_known(targets):
-    with pytest.raises(InputError, match="no module matches 'q_porj'. Did you mean 'q_proj'?") as caught:
+    with pytest.raises(InputError, match=r"no module matches 'q_porj'\. Did you mean 'q_proj'\?") as caught:
         find_targets(build_pico(), targets)
     assert "This model's layers are: down_proj, embed_tokens, gate_proj" in str(caught.value)
 
@@ -108,7 +108,9 @@ def test_linear_reads_as_it_is():
 def test_gpt2_conv1d_reads_transposed_and_maps_vectors_as_the_layer_does():
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
     targets = {target.module: target for target in find_targets(model)}
-    assert list(targets) == [f"transformer.h.0.{end}" for end in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert list(targets) == [
+        f"transformer.h.0.{end}" for end in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
     target = targets["transformer.h.0.attn.c_attn"]
     layer = model.get_submodule(target.module)
     assert (target.kind, target.shape, target.matrix_shape) == ("conv1d", (8, 24), (24, 8))
@@ -182,7 +184,7 @@ def test_torch_attention_is_left_out_of_all_linear_and_refused_by_name():
 
 
 def test_what_is_no_matrix_is_refused_with_its_type():
-    with pytest.raises(InputError, match="target `model.norm` is a LlamaRMSNorm"):
+    with pytest.raises(InputError, match=r"target `model\.norm` is a LlamaRMSNorm"):
         find_targets(build_pico(), ["model.norm"])
 
 

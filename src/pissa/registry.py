@@ -53,6 +53,8 @@ class Method:
         check_rank(rank, weight.shape, name)
         if not (scale > 0 and math.isfinite(scale)):
             raise InputError(f"scale (alpha / rank) is {scale} for `{name}`: alpha must be above 0")
+        if svd not in ("fast", "exact"):
+            raise InputError(f"svd is {svd!r}, expected 'fast' or 'exact'")
         compute = torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
             split = self.start(weight.to(compute), rank, scale=scale, svd=svd, seed=seed, name=name)

@@ -15,7 +15,7 @@ from pissa.adapters import drift, factors
 from pissa.checkpoint.fingerprint import combined, fingerprint, model_tensors
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
 from pissa.errors import InputError, WrongBaseError
-from pissa.linalg import product_singular_values, relative_error
+from pissa.linalg import frobenius, product_singular_values, relative_error
 from pissa.records import Base, Layer, Recipe, Record, versions
 from pissa.registry import get, scale_of
 from pissa.splits import Split
@@ -73,7 +73,7 @@ def attach(
     """
     if base not in ("keep", "residual"):
         raise InputError(f"base is {base!r}, expected 'keep' or 'residual'")
-    inner = _plain_model(model)
+    inner = plain_model(model)
     _refuse_residual(inner)
     found = find_targets(inner, targets)
     heads = sorted(modules_to_save) if modules_to_save is not None else head_modules(inner)
@@ -110,9 +110,10 @@ def split_model(
 def measure(name: str, matrix: Tensor, split: Split) -> Layer:
     """The layer's line in `pissa.json`."""
     values = product_singular_values(split.left, split.right, split.scale)
-    total = torch.linalg.vector_norm(matrix, dtype=torch.float64).square()
-    energy = float(values.square().sum() / total) if total > 0 else 0.0
-    error = relative_error(split.rebuild(), matrix.to(split.frozen.dtype))
+    wide = matrix.to(split.frozen.dtype)
+    total = frobenius(wide) ** 2
+    energy = float(values.square().sum()) / total if total > 0 else 0.0
+    error = relative_error(split.rebuild(), wide)
     return Layer(name, list(matrix.shape), split.rank, energy, error, [float(f"{value:.6g}") for value in values])
 
 
@@ -127,7 +128,8 @@ def wrap(
 ) -> PeftModel:
     """Put peft's layers around the targets and the given start into them, drift zero."""
     recipe = attachment.recipe
-    inner = _plain_model(model)
+    _refuse_neighbours(model, adapter, recipe.base_form)
+    inner = plain_model(model)
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]
@@ -197,7 +199,8 @@ def _tell_stock_tools(model: PeftModel, adapter: str, recipe: Recipe) -> None:
     tuner.add_weighted_adapter = refuse
 
 
-def _plain_model(model: nn.Module) -> nn.Module:
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model that peft wrapped, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -215,6 +218,18 @@ def is_residual(model: nn.Module) -> bool:
 def recipe_of(model: PeftModel, adapter_name: str = "default") -> Recipe:
     """How the adapter of an attached model was started."""
     return attachments_of(model)[adapter_name].recipe
+
+
+def _refuse_neighbours(model: nn.Module, adapter: str, base_form: str) -> None:
+    """What the adapters that a model has already do not bear."""
+    present = list(model.peft_config) if isinstance(model, PeftModel) else []
+    if adapter in present:
+        raise InputError(f"adapter {adapter!r} exists on this model: choose another adapter_name, or delete it first")
+    if present and base_form == "residual":
+        raise InputError(
+            f"base='residual' would change the weights under the adapters that the model has ({', '.join(present)}): "
+            "attach with base='keep', or delete them first"
+        )
 
 
 def _refuse_residual(model: nn.Module) -> None:

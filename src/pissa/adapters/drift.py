@@ -11,7 +11,9 @@ rank-2r plain LoRA ``[L, dL] @ [dR; R0]``, right on the original base; loading t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -135,8 +137,9 @@ def install(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
         if isinstance(layer, Embedding):
             layer._mixed_batch_forward = _refuse_mixed_batch  # type: ignore[method-assign, assignment]
     dL, dR = factors.trained(layer, adapter)
-    layer.start_left[adapter] = left.to(dL)
-    layer.start_right[adapter] = right.to(dR)
+    # Contiguous, as they come back from a file: another memory order rounds a product differently.
+    layer.start_left[adapter] = left.to(dL).contiguous()
+    layer.start_right[adapter] = right.to(dR).contiguous()
     with torch.no_grad():
         dL.zero_()
         dR.zero_()
@@ -159,40 +162,55 @@ def install_residual(layer: Any, adapter: str, left: Tensor, right: Tensor, *, o
     L0, R0 = layer.start_left[adapter].float(), layer.start_right[adapter].float()
     product = factors.target_of("", layer).from_matrix(layer.scaling[adapter] * (L0 @ R0))
     if on_residual:
-        original = (weight.data.float() + product).to(weight.dtype).cpu()
+        layer.original_weight = (weight.data.float() + product).to(weight.dtype).cpu()
     else:
-        original = weight.data.cpu().clone()
+        layer.original_weight = weight.data.cpu().clone()
         weight.data.copy_((weight.data.float() - product).to(weight.dtype))
-    plain_delete = layer.delete_adapter
+    layer.principal_hook = layer.register_forward_hook(partial(_give_back_principal, adapter=adapter))
+    # peft asks a layer for these by name; bound to the instance they know the undo, also on a deep copy.
+    for name, override in _RESIDUAL_OVERRIDES.items():
+        setattr(layer, name, MethodType(override, layer))
 
-    def restore() -> None:
-        weight.data.copy_(original)
 
-    def unload(merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
-        if merge:
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            restore()
-        return layer.get_base_layer()
+def _restore(layer: Any) -> None:
+    layer.get_base_layer().weight.data.copy_(layer.original_weight)
 
-    def delete(name: str) -> None:
-        plain_delete(name)
-        hook.remove()
-        restore()
-        for override in (
-            "unload_and_optionally_merge_module",
-            "delete_adapter",
-            "update_layer",
-            "_mixed_batch_forward",
-        ):
-            delattr(layer, override)
 
-    # peft asks a layer for these by name; on the instance they know the undo.
-    layer.unload_and_optionally_merge_module = unload
-    layer.delete_adapter = delete
-    layer.update_layer = _refuse_second_adapter
-    layer._mixed_batch_forward = _refuse_mixed_batch
-    hook = layer.register_forward_hook(partial(_give_back_principal, adapter=adapter))
+def _unload(layer: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+    if merge:
+        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    else:
+        _restore(layer)
+    return layer.get_base_layer()
+
+
+def _delete(layer: Any, adapter: str) -> None:
+    type(layer).delete_adapter(layer, adapter)
+    layer.principal_hook.remove()
+    _restore(layer)
+    for name in ("original_weight", "principal_hook", *_RESIDUAL_OVERRIDES):
+        delattr(layer, name)
+
+
+def _refuse_second_adapter(*args: Any, **kwargs: Any) -> None:
+    raise InputError(
+        "this model's weights are a residual and carry exactly one adapter: attach with base='keep' for several"
+    )
+
+
+def _refuse_mixed_batch(*args: Any, **kwargs: Any) -> None:
+    raise InputError(
+        "adapter_names (several adapters in one batch) works neither on a split embedding nor on a residual: "
+        "use set_adapter, or attach linear layers with base='keep'"
+    )
+
+
+_RESIDUAL_OVERRIDES: dict[str, Callable[..., Any]] = {
+    "unload_and_optionally_merge_module": _unload,
+    "delete_adapter": _delete,
+    "update_layer": _refuse_second_adapter,
+    "_mixed_batch_forward": _refuse_mixed_batch,
+}
 
 
 def starts(layer: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -229,6 +247,9 @@ def _emit_plain_lora(layer: Any, state: dict[str, Any], prefix: str, metadata: A
             dL, dR = state[key_left].flatten(1), state[key_right].flatten(1)
             pair_left, pair_right = torch.cat([L0 + dL, dL], dim=1), torch.cat([dR, R0])
             state[key_left], state[key_right] = factors.as_stored(layer, pair_left, pair_right)
+    if hasattr(layer, "original_weight") and f"{prefix}base_layer.weight" in state:
+        # The pair belongs on the original: peft writes both into one file for an embedding.
+        state[f"{prefix}base_layer.weight"] = layer.original_weight
 
 
 def _take_plain_lora(layer: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -246,6 +267,11 @@ def _take_plain_lora(layer: Any, state: dict[str, Any], prefix: str, *args: Any)
                 "trained from another start. Load it on the plain base model, or go on from the run it belongs to"
             )
         state[key_left], state[key_right] = factors.as_stored(layer, pair_left[:, rank:], pair_right[:rank])
+    key_base = f"{prefix}base_layer.weight"
+    if hasattr(layer, "original_weight") and key_base in state:
+        if not torch.equal(state[key_base].to(layer.original_weight), layer.original_weight):
+            raise WrongBaseError(f"`{key_base}` is not the weight that this residual was made from: load its own base")
+        state[key_base] = layer.get_base_layer().weight.data
 
 
 def _give_back_principal(layer: Any, args: Any, output: Tensor, *, adapter: str) -> Tensor:
@@ -254,16 +280,3 @@ def _give_back_principal(layer: Any, args: Any, output: Tensor, *, adapter: str)
         return output
     L0, R0 = starts(layer)[adapter]
     return (output + _product(layer, args[0], L0, R0, layer.scaling[adapter])).to(output.dtype)
-
-
-def _refuse_second_adapter(*args: Any, **kwargs: Any) -> None:
-    raise InputError(
-        "this model's weights are a residual and carry exactly one adapter: attach with base='keep' for several"
-    )
-
-
-def _refuse_mixed_batch(*args: Any, **kwargs: Any) -> None:
-    raise InputError(
-        "adapter_names (several adapters in one batch) works neither on a split embedding nor on a residual: "
-        "use set_adapter, or attach linear layers with base='keep'"
-    )

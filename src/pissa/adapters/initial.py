@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pissa.adapters import factors, plain
-from pissa.adapters.attach import Attachment, is_residual, wrap
+from pissa.adapters.attach import Attachment, is_residual, plain_model, wrap
 from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.targets import Target, find_targets
@@ -73,6 +73,7 @@ def check_base(record: Record, model: nn.Module, what: str) -> bool:
         WrongBaseError: naming the first differing tensor, both digests and what to do.
     """
     assert record.recipe is not None and record.base is not None
+    model = plain_model(model)
     on_residual = bool(record.residual) and is_residual(model)
     revision = f", revision {record.base.revision}" if record.base.revision else ""
     check_same(

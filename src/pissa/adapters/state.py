@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pissa.adapters import drift, factors, plain
@@ -89,9 +89,9 @@ def save(model: PeftModel, run: str | Path, *, adapter_name: str | None = None) 
         left, right = (factor.detach().clone() for factor in factors.trained(layer, name))
         trained[target.module] = left, right
         starts[target.module] = (left.new_zeros(left.shape), right) if zero_start else drift.starts(layer)[name]
-    extras = {
-        key: value for key, value in get_peft_model_state_dict(model, adapter_name=name).items() if ".lora_" not in key
-    }
+    # Without "False" peft adds the whole weight of an embedding that is a target.
+    saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    extras = {key: value for key, value in saved.items() if ".lora_" not in key}
     peft_config: Any = model.peft_config[name]
     heads = peft_config.modules_to_save
     record = dataclasses.replace(
@@ -142,10 +142,13 @@ def read_state(folder: Path) -> State:
     record = Record.from_json(read_json(folder / RECORD), str(folder / RECORD))
     if record.kind != "state" or record.recipe is None or record.base is None:
         raise CheckpointError(f"{folder} is a {record.kind!r} folder, expected the state/ folder of a run")
-    tensors: dict[str, Tensor] = {}
-    with safe_open(folder / STATE, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 (not a dict)
-            tensors[key] = file.get_tensor(key)
+    absent = {"modules_to_save", "task_type", "target_modules", "shapes"} - record.notes.keys()
+    if absent:
+        raise CheckpointError(f"{folder / RECORD} lacks the notes {sorted(absent)}: the file is damaged")
+    try:
+        tensors = load_file(folder / STATE)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read ({error}): go on from an earlier save") from error
     zero_start = get(record.recipe.method).zero_start
     try:
         starts, trained = {}, {}
@@ -161,7 +164,22 @@ def read_state(folder: Path) -> State:
         raise CheckpointError(
             f"{folder / STATE} lacks tensor {error}: the file is damaged, save the run again"
         ) from error
-    return State(record, starts, trained, tensors, record.notes["shapes"])
+    state = State(record, starts, trained, tensors, record.notes["shapes"])
+    _check_shapes(state, folder / STATE)
+    return state
+
+
+def _check_shapes(state: State, file: Path) -> None:
+    assert state.record.recipe is not None
+    rank = state.record.recipe.rank
+    for target in state.targets:
+        rows, columns = target.matrix_shape
+        for left, right in (state.starts[target.module], state.trained[target.module]):
+            if (*left.shape, *right.shape) != (rows, rank, rank, columns):
+                raise CheckpointError(
+                    f"{file} holds factors {list(left.shape)} and {list(right.shape)} for `{target.module}`, expected "
+                    f"{[rows, rank]} and {[rank, columns]}: the file is damaged, save the run again"
+                )
 
 
 def load(model: nn.Module, path: str | Path, *, trainable: bool = True, adapter_name: str = "default") -> PeftModel:

@@ -32,4 +32,4 @@ def demo(
         f"from the trained model's, which training moved by {proof['moved']:.2f}"
     )
     show.say(f"curves: {out / 'loss.png'}")
-    show.say_next(f"pissa inspect {out / 'lora'}", "pissa train CONFIG.yaml, with your own model and data")
+    show.say_next(f"pissa inspect {out / 'plain-lora'}", "pissa train CONFIG.yaml, with your own model and data")

@@ -14,7 +14,7 @@ from pissa.config import load_settings
 from pissa.errors import PissaError, require
 from pissa.reports import plot_losses
 from pissa.surgery import convert, decompose
-from pissa.training import train
+from pissa.training import quiet, train
 
 HERE = Path(__file__).parent
 MODEL, DATA = HERE / "model", HERE / "data"
@@ -60,7 +60,7 @@ def demo(out: str | Path, *, force: bool = False, say: Callable[[str], None] = p
     """Run the demo into a folder.
 
     Args:
-        out: the folder to write: decomposed/, runs of each method, lora/, loss.png, demo.json.
+        out: the folder to write: decomposed/, a run per method, plain-lora/, loss.png, demo.json.
         force: replace `out`.
         say: told what happens.
 
@@ -82,9 +82,10 @@ def demo(out: str | Path, *, force: bool = False, say: Callable[[str], None] = p
         say(f"2/4 train: {method}, {SETTINGS['max_steps']} steps on documentation, from the same start")
         rows.append(_train(method, folder / method))
     say("3/4 convert: the PiSSA run as a plain LoRA")
-    convert(folder / "pissa", folder / "lora")
+    convert(folder / "pissa", folder / "plain-lora")
     say("4/4 prove: stock peft, original model, plain LoRA")
-    proof = prove(folder / "pissa", folder / "lora")
+    with quiet():
+        proof = prove(folder / "pissa", folder / "plain-lora")
     if proof.difference > SAME_LOGITS:
         raise PissaError(f"stock peft's logits are off by {proof.difference:.1e}, expected at most {SAME_LOGITS:.0e}")
     runs = {method: folder / method / "metrics.jsonl" for method in METHODS}

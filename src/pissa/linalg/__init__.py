@@ -1,6 +1,6 @@
 """Linear algebra on one matrix: truncated SVD and measures of it."""
 
-from pissa.linalg.measures import product_singular_values, relative_error
+from pissa.linalg.measures import frobenius, product_singular_values, relative_error
 from pissa.linalg.svd import LowRank, tensor_seed, truncated_svd
 
-__all__ = ["LowRank", "product_singular_values", "relative_error", "tensor_seed", "truncated_svd"]
+__all__ = ["LowRank", "frobenius", "product_singular_values", "relative_error", "tensor_seed", "truncated_svd"]

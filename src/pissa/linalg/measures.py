@@ -13,8 +13,16 @@ def product_singular_values(left: Tensor, right: Tensor, scale: float = 1.0) -> 
     return scale * torch.linalg.svdvals(left_small @ right_small.T)
 
 
+def frobenius(matrix: Tensor) -> float:
+    """The Frobenius norm; one pass in the matrix's dtype unless the squares would leave its range."""
+    flat = matrix.reshape(-1)
+    square = float(torch.dot(flat, flat))
+    if 1e-30 < square < 1e30:
+        return square**0.5
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """``|got - expected| / |expected|`` in the Frobenius norm; 0 where both are zero."""
-    norm = torch.linalg.vector_norm(expected, dtype=torch.float64)
-    difference = torch.linalg.vector_norm(got - expected, dtype=torch.float64)
-    return float(difference / norm) if norm > 0 else float(difference)
+    norm, difference = frobenius(expected), frobenius(got - expected)
+    return difference / norm if norm > 0 else difference
