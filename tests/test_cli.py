@@ -1,36 +1,55 @@
-"""The commands as a person types them: in a process of their own."""
+"""The commands as a person types them; in this process, since a fresh one spends seconds on imports."""
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+import pissa
 from conftest import build_pico
+from pissa.cli.main import main
 
 COMMANDS = ("decompose", "train", "convert", "merge", "inspect", "methods", "demo")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pissa", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: object) -> Done:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["pissa", *map(str, arguments)]
+    try:
+        with redirect_stdout(stdout), redirect_stderr(stderr), warnings.catch_warnings():
+            main()
+    except SystemExit as exit_:
+        return Done(int(exit_.code or 0), stdout.getvalue(), stderr.getvalue())
+    finally:
+        sys.argv = before
+    raise AssertionError("main() always exits")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/ decomposed into dec/, and a run/ saved right after attaching."""
-    import pissa
-
     root = tmp_path_factory.mktemp("cli")
     build_pico().save_pretrained(root / "base")
     assert run("decompose", root / "base", root / "dec", "--rank", 4).returncode == 0
-    import transformers
-
     model = transformers.AutoModelForCausalLM.from_pretrained(root / "base")
     attached = pissa.attach(model, rank=4)
     with torch.no_grad():
@@ -129,3 +148,11 @@ def test_a_mistake_is_one_message_and_leaves_nothing(folders: Path, arguments: l
     assert "Traceback" not in done.stderr
     assert all(word in done.stderr for word in words), done.stderr
     assert not (folders / "out").exists()
+
+
+def test_python_m_pissa_ends_a_mistake_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pissa", "inspect", str(tmp_path / "absent")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pissa: ")
+    assert "Traceback" not in done.stderr

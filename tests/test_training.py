@@ -132,7 +132,7 @@ def test_metrics_hold_one_line_per_event(settings: Callable[..., Any], tmp_path:
     train(settings())
     lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
-    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6], "the start too"
     assert all(line.keys() >= {"step", "epoch", "seconds"} for line in lines)
     assert all(line.keys() >= {"learning_rate", "grad_norm"} for line in lines if "loss" in line)
 
@@ -141,7 +141,8 @@ def test_first_loss_is_the_bases(settings: Callable[..., Any], tmp_path: Path) -
     first = []
     for method in ("pissa", "lora", "full"):
         train(settings(method, method=method, max_steps=1, eval_steps=0))
-        first.append(read_metrics(tmp_path / method / "metrics.jsonl")[0]["loss"])
+        start, step = read_metrics(tmp_path / method / "metrics.jsonl")[:2]
+        first.append((start["eval_loss"], step["loss"]))
     assert first[0] == first[1] == first[2]
 
 
