@@ -10,10 +10,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import pissa
-from pissa.errors import CheckpointError
+from pissa.errors import CheckpointError, WrongBaseError
 from runs import language_model, make_run
 
 KINDS = {
@@ -123,3 +124,20 @@ def inspect(path: Path) -> pissa.surgery.inspection.Report:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has no pissa.json")
         return pissa.inspect(path)
+
+
+def test_a_principal_adapter_that_calls_itself_plain_is_found_out_beside_its_base(pico_folder, tmp_path):
+    """Stock peft's own PiSSA, its flag set to true by hand as peft's README says: a plain LoRA by every other sign."""
+    base = pico_folder()
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa")
+    started = peft.get_peft_model(model, config)
+    started.peft_config["default"].init_lora_weights = True
+    started.save_pretrained(tmp_path / "raw")
+    assert pissa.inspect(tmp_path / "raw").kind == "foreign-adapter"
+    report = pissa.inspect(tmp_path / "raw", base)
+    assert report.kind == "raw-adapter"
+    assert report.safe_to_serve.startswith("no")
+    with pytest.raises(WrongBaseError, match="holds a part of the weights"), pytest.warns(UserWarning, match="no pissa.json"):
+        pissa.merge(base, tmp_path / "raw", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

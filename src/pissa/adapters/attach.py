@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from pissa.adapters import drift, factors
+from pissa.adapters.plain import whole
 from pissa.checkpoint.fingerprint import combined, fingerprint, model_tensors
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
 from pissa.errors import InputError, WrongBaseError
@@ -132,7 +133,7 @@ def wrap(
     inner = plain_model(model)
     config = LoraConfig(
         r=recipe.rank,
-        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
+        lora_alpha=whole(recipe.alpha),  # type: ignore[arg-type]
         target_modules=short_names(attachment.targets, inner),
         modules_to_save=modules_to_save or None,
         fan_in_fan_out=any(target.kind == "conv1d" for target in attachment.targets),
@@ -187,7 +188,7 @@ def _tell_stock_tools(model: PeftModel, adapter: str, recipe: Recipe) -> None:
     """What stock `save_pretrained` writes is the rank-2r pair, so its config must say 2r at the same scale."""
     config: Any = model.peft_config[adapter]
     config.r = 2 * recipe.rank
-    config.lora_alpha = 2 * recipe.alpha
+    config.lora_alpha = whole(2 * recipe.alpha)
     tuner: Any = model.base_model
 
     def refuse(*args: Any, **kwargs: Any) -> None:

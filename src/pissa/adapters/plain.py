@@ -36,7 +36,7 @@ def adapter_config(
         "base_model_name_or_path": base,
         "revision": revision,
         "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": whole(alpha),
         "lora_dropout": 0.0,
         "target_modules": target_modules,
         "modules_to_save": modules_to_save or None,
@@ -49,6 +49,11 @@ def adapter_config(
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+
+
+def whole(number: float) -> int | float:
+    """An integer where it is one: some readers of adapter_config.json take no other alpha."""
+    return int(number) if float(number).is_integer() else number
 
 
 def write_plain_lora(

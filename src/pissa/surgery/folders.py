@@ -20,6 +20,7 @@ from pissa.records import Record
 from pissa.splits import Lora
 
 STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
+PRINCIPAL = 0.5
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,36 @@ def adapter_scale(config: dict[str, Any], where: Path) -> float:
             f"{where / plain.CONFIG} sets {', '.join(unsupported)}, which is not plain LoRA: merge it with peft instead"
         )
     return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+
+
+def principal_share(weight: Tensor, change: Lora) -> float:
+    """``<W, BA> / |BA|^2``: near 1 for a pair that holds a part of W itself, near 0 for a change of it.
+
+    A principal adapter that lost its config (`init_lora_weights` set to true by hand) looks like a plain LoRA in
+    every other way.
+
+    Args:
+        weight: [out, in] of the base.
+        change: the adapter's pair, scale folded in.
+    """
+    inside = (change.B.double() * (weight.double() @ change.A.double().T)).sum()
+    square = ((change.B.T @ change.B).double() * (change.A @ change.A.T).double()).sum()
+    return float(inside / square) if square > 0 else 0.0
+
+
+def refuse_principal(path: Path, shares: list[float], base: str) -> None:
+    """Raise if an adapter of unknown origin holds the base's own principal part.
+
+    Raises:
+        WrongBaseError: with what to do.
+    """
+    mean = sum(shares) / max(len(shares), 1)
+    if mean > PRINCIPAL:
+        raise WrongBaseError(
+            f"{path} holds a part of the weights of {base} itself ({mean:.0%} of its product lies in them; a change "
+            "has about 0 %): it was trained beside a residual and is wrong on the original model. Convert it first: "
+            f"pissa convert {path} OUT --start PISSA_INIT_DIR"
+        )
 
 
 def _read_plain(path: Path, kind: str) -> Changes:

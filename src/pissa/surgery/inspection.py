@@ -11,11 +11,19 @@ from pissa.adapters.initial import INIT
 from pissa.adapters.state import RECORD
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint
-from pissa.errors import PissaError
+from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
+from pissa.errors import PissaError, WrongBaseError
 from pissa.linalg import product_singular_values
 from pissa.records import Record
 from pissa.surgery.convert import check_folder
-from pissa.surgery.folders import adapter_scale, adapter_targets, kind_of_folder, read_changes
+from pissa.surgery.folders import (
+    adapter_scale,
+    adapter_targets,
+    kind_of_folder,
+    principal_share,
+    read_changes,
+    refuse_principal,
+)
 
 MEANING = {
     "run": ("a training run: adapter/ is a plain LoRA, state/ is for going on", "serve its adapter/ folder"),
@@ -90,6 +98,12 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Report:
         report.layers = _change_layers(path)
     elif kind in ("raw-adapter", "foreign-decomposed"):
         report.layers = _pair_layers(path if kind == "raw-adapter" else path / INIT)
+    if kind == "foreign-adapter" and base is not None:
+        try:
+            refuse_principal(path, _shares(path, Path(base)), str(base))
+        except WrongBaseError as error:
+            report.kind, report.base_check = "raw-adapter", str(error)
+            report.what, report.safe_to_serve = MEANING["raw-adapter"]
     if kind in ("foreign-adapter", "raw-adapter"):
         report.base = {"name": read_json(path / plain.CONFIG).get("base_model_name_or_path")}
     return report
@@ -107,6 +121,15 @@ def _change_layers(path: Path) -> list[dict[str, Any]]:
         values = product_singular_values(change.B, change.A)
         rows.append(_row(target.weight, target.matrix_shape, values.tolist()))
     return rows
+
+
+def _shares(path: Path, base: Path) -> list[float]:
+    checkpoint = Checkpoint.open(base)
+    skeleton = build_skeleton(checkpoint.folder)
+    changes = read_changes(path).changes
+    stored = stored_targets(list(changes), parameter_names(skeleton, checkpoint.tensors), base)
+    weights = {name: target.to_matrix(checkpoint.read(name)) for name, target in stored.items()}
+    return [principal_share(weights[name], changes[target]) for name, target in stored.items()]
 
 
 def _pair_layers(folder: Path) -> list[dict[str, Any]]:

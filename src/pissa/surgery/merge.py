@@ -20,7 +20,7 @@ from pissa.errors import InputError, WrongBaseError
 from pissa.records import Record, versions
 from pissa.splits import Lora
 from pissa.surgery.decompose import STORED, Progress
-from pissa.surgery.folders import Changes, read_changes
+from pissa.surgery.folders import Changes, principal_share, read_changes, refuse_principal
 
 
 def merge(
@@ -94,6 +94,7 @@ class _Job:
                     f"{list(own.matrix_shape)} in {checkpoint.name}. {self.advice()}"
                 )
             self.changes[name] = own, change
+        self.shares: list[float] = []
         self.extras = {_module_name(name): tensor for name, tensor in found.extras.items()}
         self.plan = {
             self.new_name(name): (_out_dtype(info.dtype, dtype), info.shape)
@@ -129,6 +130,7 @@ class _Job:
                 progress(name, done, total)
         if recorded:
             raise WrongBaseError(f"`{next(iter(recorded))}` is absent from {self.checkpoint.name}. {self.advice()}")
+        refuse_principal(self.run, self.shares, self.checkpoint.name)
         for name, tensor in self.extras.items():
             writer.write(name, tensor.to(self.plan[name][0]))
 
@@ -138,6 +140,8 @@ class _Job:
             return tensor
         target, change = self.changes[name]
         wide = torch.promote_types(tensor.dtype, torch.float32)
+        if self.found.record is None:
+            self.shares.append(principal_share(target.to_matrix(tensor), change))
         return tensor.to(wide) + target.from_matrix(change.delta().to(wide))
 
     def write_config(self, folder: Path) -> None:
