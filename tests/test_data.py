@@ -250,7 +250,7 @@ def test_rows_lose_their_end_and_rows_without_response_are_left_out(
     examples = language.encode(load_rows(settings), tokenizer, settings)
     assert [tokenizer.decode(e["input_ids"]) for e in examples.train] == ["<s>abcd</s>", "<s>abcdefg"]
     assert (examples.notes["rows_cut"], examples.notes["rows_dropped"]) == (2, 1)
-    assert "1 rows are left out" in caplog.text
+    assert "first 8 tokens: 1" in caplog.text
 
 
 @pytest.mark.usefixtures("eight_tokens")

@@ -138,6 +138,9 @@ def test_a_principal_adapter_that_calls_itself_plain_is_found_out_beside_its_bas
     report = pissa.inspect(tmp_path / "raw", base)
     assert report.kind == "raw-adapter"
     assert report.safe_to_serve.startswith("no")
-    with pytest.raises(WrongBaseError, match="holds a part of the weights"), pytest.warns(UserWarning, match="no pissa.json"):
+    with (
+        pytest.raises(WrongBaseError, match="holds a part of the weights"),
+        pytest.warns(UserWarning, match="no pissa.json"),
+    ):
         pissa.merge(base, tmp_path / "raw", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -101,4 +101,4 @@ def test_peak_memory_is_below_1_5_gib_and_does_not_grow_with_the_model(tmp_path:
     four, eight = (measure(tmp_path, name) for name in LAYERS)
     assert four["peak"] <= LIMIT_BYTES
     assert eight["peak"] <= LIMIT_BYTES
-    assert eight["peak"] == pytest.approx(four["peak"], rel=0.1)
+    assert eight["peak"] <= 1.1 * four["peak"]

@@ -194,6 +194,8 @@ def config_error(mistakes: list[str], where: str) -> ConfigError:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader that notes repeated keys, which it would let win silently."""
 
+    repeated: list[str]
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [(self.construct_object(key, deep=True), key.start_mark.line + 1) for key, _ in node.value]
         first: dict[Any, int] = {}

@@ -23,22 +23,24 @@ NARROWER = {
     torch.bfloat16: (torch.float16,),
     torch.float16: (torch.bfloat16,),
 }
+PIECE = 2**22
+"""Entries that are cast and hashed at a time."""
 Digests = dict[str, str]
 """dtype name to SHA-256 of the tensor's shape and bytes in that dtype; the first is the tensor's own."""
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of shape and bytes."""
-    plain = tensor.detach().to("cpu").contiguous()
-    digest = hashlib.sha256(str(list(plain.shape)).encode())
-    digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+def tensor_digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of shape and bytes, as if the tensor were of `dtype`; a piece of it is copied at a time."""
+    digest = hashlib.sha256(str(list(tensor.shape)).encode())
+    for piece in tensor.detach().reshape(-1).split(PIECE):
+        digest.update(piece.to("cpu", dtype or tensor.dtype).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def tensor_digests(tensor: Tensor) -> Digests:
     """The digest in the tensor's own dtype, then in each narrower one."""
     dtypes = (tensor.dtype, *NARROWER.get(tensor.dtype, ()))
-    return {_name(dtype): tensor_digest(tensor.to(dtype)) for dtype in dtypes}
+    return {_name(dtype): tensor_digest(tensor, dtype) for dtype in dtypes}
 
 
 def model_tensors(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, Tensor]:
@@ -107,7 +109,7 @@ def check_tensor(name: str, recorded: Digests, tensor: Tensor, *, what: str, adv
         got = tensor_digest(tensor)
     elif own in map(_name, NARROWER.get(tensor.dtype, ())):
         at_hand = own
-        got = tensor_digest(tensor.to(getattr(torch, own)))
+        got = tensor_digest(tensor, getattr(torch, own))
     else:
         raise WrongBaseError(
             f"{what} was made on `{name}` in {own}; it is {at_hand} here and cannot be compared. Load the base in {own}"

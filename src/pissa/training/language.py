@@ -38,7 +38,9 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
             f"{limit} tokens: raise max_length, or shorten the prompts"
         )
     if notes["rows_dropped"]:
-        logger.warning("%d rows are left out: no response within %d tokens", notes["rows_dropped"], limit)
+        logger.warning(
+            "rows left out because no response fits within the first %d tokens: %d", limit, notes["rows_dropped"]
+        )
     return Examples(train, evaluation, {"max_length": limit, **notes})
 
 
