@@ -10,13 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Triplets = tuple[Tensor, Tensor, Tensor]
+
 ROUNDS = 2
 """Filters after the first power step; each is a polynomial of degree 2 in W^T W, four products with the matrix."""
+ROUGH_ROUNDS, SHARP_ROUNDS = 4, 3
+"""For certified triplets: filters in the product dtype, then at most so many in the compute dtype."""
+SLOWEST = 0.95
+"""A last Ritz value above this share of the rank's own says that the spectrum is too flat for a subspace."""
 BLOCK_ROWS = 512
 """Rows that the last projection widens at a time, so that they stay in the cache."""
 
 
-def leading_triplets(weight: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading_triplets(weight: Tensor, width: int, seed: int) -> Triplets:
     """Approximate the `width` leading singular triplets.
 
     Args:
@@ -28,31 +34,105 @@ def leading_triplets(weight: Tensor, width: int, seed: int) -> tuple[Tensor, Ten
         U [m, width], S [width] descending, Vh [width, n].
     """
     if weight.shape[0] < weight.shape[1]:
-        V, S, Uh = leading_triplets(weight.T, width, seed)
-        return Uh.T, S, V.T
-    compute = torch.promote_types(weight.dtype, torch.float32)
+        return _swapped(leading_triplets(weight.T, width, seed))
     rough = weight.to(_product_dtype(weight))
-    start = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    basis = _orthonormal(_gram_product(rough, start.to(weight.device, compute)))
-    for _ in range(ROUNDS):
-        image = rough @ basis.to(rough.dtype)
-        ritz = torch.linalg.eigvalsh(image.to(compute).T @ image.to(compute))
-        if ritz[0] <= torch.finfo(compute).eps * ritz[-1]:
-            break  # the matrix has no more than `width` directions, and the basis holds them
-        # Degree 2: T_2(t) = 2 t^2 - 1 with t mapping [0, smallest Ritz value] to [-1, 1].
-        slope = 2 / ritz[0]
-        first = slope * (rough.T @ image).to(compute) - basis
-        basis = _orthonormal(2 * (slope * _gram_product(rough, first) - first) - basis)
+    basis = _filtered(rough, _start(rough, weight, width, seed), ROUNDS)
     image = _project(weight, basis)
     if _same_values(rough, weight):
         return _triplets(image, basis)
     # The products saw a rounded matrix: half a step more with all of its bits.
     left = _orthonormal(image)
-    V, S, Uh = _triplets(weight.T @ left, left)
-    return Uh.T, S, V.T
+    return _swapped(_triplets(weight.T @ left, left))
 
 
-def _triplets(image: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def certified_triplets(
+    weight: Tensor, rank: int, width: int, seed: int, tolerance: float
+) -> tuple[Triplets, float, float] | None:
+    """The `rank` leading triplets with bounds on what they miss, or None where the spectrum falls too slowly.
+
+    With Ritz values t_1 >= t_2 >= ... of G = W^T W, Ritz vectors V and residuals E_k = G V_k - V_k T_k of the first k,
+
+        G  <=  diag(T_k + E_k^T E_k / c,  t_(k+1) + c)      for any c > 0      (in the order of symmetric matrices)
+
+    so that with c = t_r - t_(k+1) a squared singular value exceeds the one found by at most |E_k|_2^2 / c, and their sum
+    over the first r by at most |E_k|_F^2 / c. The best k from r up is taken. The residuals are computed in the compute dtype. That
+    nothing outside the subspace is above t_(k+1) rests on its random start, whose chance to miss a direction is
+    negligible with tens of extra columns.
+
+    Args:
+        weight: as for `leading_triplets`.
+        rank: how many triplets are wanted.
+        width: columns of the subspace, above `rank`.
+        seed: of the random start.
+        tolerance: for the relative error of each singular value, and for the energy missed relative to the tail.
+
+    Returns:
+        The triplets (of `rank`), the bound on sigma and the bound on the gap.
+    """
+    if weight.shape[0] < weight.shape[1]:
+        found = certified_triplets(weight.T, rank, width, seed, tolerance)
+        return found and (_swapped(found[0]), *found[1:])
+    rough = weight.to(_product_dtype(weight))
+    basis = _filtered(rough, _start(rough, weight, width, seed), 1)
+    ritz = _triplets((rough @ basis.to(rough.dtype)).to(basis.dtype), basis)[1]
+    if ritz[-1] > SLOWEST * ritz[rank - 1]:
+        return None
+    basis = _filtered(rough, basis, ROUGH_ROUNDS - 1)
+    wide = weight.to(basis.dtype)
+    energy = float(torch.dot(wide.reshape(-1), wide.reshape(-1)))
+    for _ in range(SHARP_ROUNDS):
+        basis = _filtered(wide, basis, 1)
+        U, S, Vh = _triplets(wide @ basis, basis)
+        residual = (wide.T @ U) * S - Vh.T * S.square()
+        sigma, energy_missed = _bounds(residual, S.double().square(), rank)
+        tail = max(energy - float(S[:rank].double().square().sum()), torch.finfo(wide.dtype).eps * energy)
+        gap = energy_missed / tail
+        if max(sigma, gap) <= tolerance:
+            return (U[:, :rank], S[:rank], Vh[:rank]), sigma, gap
+    return None
+
+
+def _bounds(residual: Tensor, squares: Tensor, rank: int) -> tuple[float, float]:
+    """(relative error of a singular value, energy missed) as `certified_triplets` derives them; inf where unknown."""
+    norms = torch.linalg.vector_norm(residual, dim=0).double().square().cumsum(0)
+    room = squares[rank - 1] - squares[rank:]
+    excess = torch.where(room > 0, norms[rank - 1 : -1] / room, torch.inf)
+    best = int(excess.argmin())
+    kept = residual[:, : rank + best]
+    largest = float(torch.linalg.eigvalsh((kept.T @ kept).double())[-1])
+    if not room[best] > 0:
+        return float("inf"), float("inf")
+    return largest / float(room[best]) / (2 * float(squares[rank - 1])), float(excess[best])
+
+
+def _start(rough: Tensor, weight: Tensor, width: int, seed: int) -> Tensor:
+    """An orthonormal basis after one power step from a seeded random block."""
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    block = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return _orthonormal(_gram_product(rough, block.to(weight.device, compute)))
+
+
+def _filtered(weight: Tensor, basis: Tensor, rounds: int) -> Tensor:
+    """The basis after `rounds` Chebyshev filters, with products in the weight's dtype."""
+    for _ in range(rounds):
+        image = weight @ basis.to(weight.dtype)
+        ritz = torch.linalg.eigvalsh(image.to(basis.dtype).T @ image.to(basis.dtype))
+        if ritz[0] <= torch.finfo(basis.dtype).eps * ritz[-1]:
+            break  # the matrix has no more than `width` directions, and the basis holds them
+        # Degree 2: T_2(t) = 2 t^2 - 1 with t mapping [0, smallest Ritz value] to [-1, 1].
+        slope = 2 / ritz[0]
+        first = slope * (weight.T @ image).to(basis.dtype) - basis
+        basis = _orthonormal(2 * (slope * _gram_product(weight, first) - first) - basis)
+    return basis
+
+
+def _swapped(triplets: Triplets) -> Triplets:
+    """Those of the transposed matrix."""
+    U, S, Vh = triplets
+    return Vh.T, S, U.T
+
+
+def _triplets(image: Tensor, basis: Tensor) -> Triplets:
     """The singular triplets of ``image @ basis.T`` for an orthonormal basis [n, k] and image = W basis [m, k]."""
     wide = image.double()
     squares, turn = torch.linalg.eigh(wide.T @ wide)

@@ -14,21 +14,41 @@ import torch
 from torch import Tensor
 
 from pissa.errors import InputError
-from pissa.linalg.subspace import leading_triplets
+from pissa.linalg.subspace import Triplets, certified_triplets, leading_triplets
 
 EXTRA = 32
 """Least number of columns beyond the rank in the fast form; a third of the rank where that is more."""
+TOLERANCE = 1e-5
+"""What "exact" certifies, for the singular values and for the energy."""
+SMALL = 512
+"""Below this size LAPACK is as quick as certifying."""
 ORDINARY = (1e-6, 1e6)
 """Largest entries between these need no scaling."""
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """What is known of an exact decomposition, from residuals that were computed.
+
+    Attributes:
+        engine: "subspace" or "lapack".
+        sigma: bound on the relative error of each singular value.
+        gap: bound on the energy missed, as a share of the energy of the optimal tail.
+    """
+
+    engine: str
+    sigma: float
+    gap: float
+
+
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """Leading singular triplets, ``U [m, k]``, ``S [k]`` descending, ``Vh [k, n]``."""
+    """Leading singular triplets, ``U [m, k]``, ``S [k]`` descending, ``Vh [k, n]``; a certificate if exact."""
 
     U: Tensor
     S: Tensor
     Vh: Tensor
+    certificate: Certificate | None = None
 
     def balanced(self, scale: float = 1.0, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``left = U sqrt(S / scale)``, ``right = sqrt(S / scale) Vh``, so that scale * left @ right = U S Vh.
@@ -59,9 +79,10 @@ def truncated_svd(weight: Tensor, rank: int, accuracy: str = "exact", *, seed: i
     Args:
         weight: [m, n], any float dtype, finite; computed in at least float32 on its device.
         rank: 1 to min(m, n).
-        accuracy: "exact" (LAPACK's divide and conquer) or "fast" (`pissa.linalg.subspace`; the energy missed is
-            below 0.1 % of the optimal tail on the spectra of trained weights).
-        seed: fixes the random start of the fast form together with `name`.
+        accuracy: "exact" (singular values and captured energy certified to 1e-5; LAPACK where the spectrum falls too
+            slowly, or the matrix is small) or "fast" (the energy missed is below 0.1 % of the optimal tail on the
+            spectra of trained weights). Both in `pissa.linalg.subspace`.
+        seed: fixes the random start together with `name`.
         name: the tensor's name.
 
     Raises:
@@ -76,14 +97,33 @@ def truncated_svd(weight: Tensor, rank: int, accuracy: str = "exact", *, seed: i
     # Values near 1e30 overflow when squared; a power of two scales without rounding.
     exponent = 1.0 if ORDINARY[0] < largest < ORDINARY[1] else 2.0 ** math.frexp(largest)[1]
     scaled = weight if exponent == 1.0 else weight.to(compute) / exponent
-    width = rank + max(EXTRA, rank // 3)
-    if accuracy == "exact" or 2 * width >= min(weight.shape):
-        U, S, Vh = torch.linalg.svd(scaled.to(compute), full_matrices=False)
-    else:
-        U, S, Vh = leading_triplets(scaled, width, tensor_seed(seed, name))
+    solve = _fast if accuracy == "fast" else _exact
+    (U, S, Vh), certificate = solve(scaled, rank, tensor_seed(seed, name))
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
     signs = _signs(U)
-    return LowRank((U * signs).contiguous(), S * exponent, (signs[:, None] * Vh).contiguous())
+    return LowRank((U * signs).contiguous(), S * exponent, (signs[:, None] * Vh).contiguous(), certificate)
+
+
+def _fast(weight: Tensor, rank: int, seed: int) -> tuple[Triplets, Certificate | None]:
+    width = rank + max(EXTRA, rank // 3)
+    if 2 * width >= min(weight.shape):
+        return _lapack(weight)
+    return leading_triplets(weight, width, seed), None
+
+
+def _exact(weight: Tensor, rank: int, seed: int) -> tuple[Triplets, Certificate | None]:
+    width = rank + max(EXTRA, 3 * rank // 4)
+    if min(weight.shape) >= max(SMALL, 3 * width):
+        found = certified_triplets(weight, rank, width, seed, TOLERANCE)
+        if found:
+            return found[0], Certificate("subspace", found[1], found[2])
+    return _lapack(weight)
+
+
+def _lapack(weight: Tensor) -> tuple[Triplets, Certificate]:
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    noise = torch.finfo(compute).eps * max(weight.shape) ** 0.5
+    return torch.linalg.svd(weight.to(compute), full_matrices=False), Certificate("lapack", noise, noise)
 
 
 def _signs(U: Tensor) -> Tensor:
