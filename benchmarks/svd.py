@@ -103,9 +103,8 @@ def main() -> None:
                         base = base or seconds
                         gap, sigma = missed(weight, found, squares)
                         name = f"{shape} {spectrum} {dtype}"
-                        print(
-                            f"{name:34} {rank:4}  {engine:18} {seconds:8.3f} {seconds / base:11.3f} {gap:9.1e} {sigma:9.1e}"
-                        )
+                        figures = f"{seconds:8.3f} {seconds / base:11.3f} {gap:9.1e} {sigma:9.1e}"
+                        print(f"{name:34} {rank:4}  {engine:18} {figures}")
                         rows.append({"matrix": name, "rank": rank, "engine": engine, "seconds": seconds, "gap": gap})
                     if full:
                         print(f"{name:34} {rank:4}  {'torch.linalg.svd':18} {full:8.3f} {full / base:11.3f}")

@@ -54,10 +54,10 @@ def certified_triplets(
 
         G  <=  diag(T_k + E_k^T E_k / c,  t_(k+1) + c)      for any c > 0      (in the order of symmetric matrices)
 
-    so that with c = t_r - t_(k+1) a squared singular value exceeds the one found by at most |E_k|_2^2 / c, and their sum
-    over the first r by at most |E_k|_F^2 / c. The best k from r up is taken. The residuals are computed in the compute dtype. That
-    nothing outside the subspace is above t_(k+1) rests on its random start, whose chance to miss a direction is
-    negligible with tens of extra columns.
+    so that with c = t_r - t_(k+1) a squared singular value exceeds the one found by at most |E_k|_2^2 / c, and their
+    sum over the first r by at most |E_k|_F^2 / c. The best k from r up is taken; residuals are computed in the compute
+    dtype. That nothing outside the subspace is above t_(k+1) rests on its random start, whose chance to miss a
+    direction is negligible with tens of extra columns.
 
     Args:
         weight: as for `leading_triplets`.
