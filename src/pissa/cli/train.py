@@ -32,12 +32,15 @@ def train(
     config, flags = split_words(words or [])
     settings = load_settings(config, flags)
 
+    from pissa.checkpoint.output import read_json
     from pissa.reports import plot_losses
     from pissa.training import train as run_training
 
     record = run_training(settings, resume=resume)
     out = Path(settings.output)
-    picture = plot_losses({settings.method: out}, out / "loss.png", title=f"{settings.method} on {settings.model}")
+    picture = plot_losses(
+        {settings.method: out}, out / "loss.png", title=f"{settings.method} on {Path(settings.model).name}"
+    )
     if as_json:
         show.print_json(record)
         return
@@ -45,7 +48,9 @@ def train(
     if settings.method == "full":
         show.say_next(f"pissa inspect {out / 'model'}")
     else:
-        show.say_next(f"pissa inspect {out}", f"pissa convert {out} LORA", f"pissa merge {settings.model} {out} MERGED")
+        # Of a run on a residual, the base is the original model.
+        base = read_json(out / "adapter" / "adapter_config.json")["base_model_name_or_path"]
+        show.say_next(f"pissa inspect {out}", f"pissa convert {out} LORA", f"pissa merge {base} {out} MERGED")
 
 
 def split_words(words: list[str]) -> tuple[Path | None, dict[str, str | bool]]:

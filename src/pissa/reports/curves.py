@@ -51,6 +51,7 @@ def plot_losses(runs: Mapping[str, Path], output: Path, title: str | None = None
     if evaluated:
         axes.plot([], [], color="grey", marker="o", linestyle="none", label="points: evaluation loss")
     axes.set_xlabel("optimiser step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("loss (nats per token)" if not _classifies(runs) else "loss (nats per row)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
