@@ -105,6 +105,11 @@ def count_bytes(dtype: torch.dtype, shape: Iterable[int]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+def plan_bytes(plan: Plan) -> int:
+    """Size of the data of all tensors of a plan, less headers."""
+    return sum(count_bytes(dtype, shape) for dtype, shape in plan.values())
+
+
 def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header as it stands, and how many bytes of data follow it."""
     file_bytes = path.stat().st_size

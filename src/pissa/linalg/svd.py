@@ -28,7 +28,10 @@ ORDINARY = (1e-6, 1e6)
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known of an exact decomposition, from residuals that were computed.
+    """What is known of an exact decomposition: from computed residuals for "subspace".
+
+    For "lapack" nothing is computed; the bounds are its rounding level, by backward stability, relative to the largest
+    singular value.
 
     Attributes:
         engine: "subspace" or "lapack".

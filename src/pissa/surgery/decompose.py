@@ -17,6 +17,7 @@ from pissa.adapters import factors, plain
 from pissa.adapters.attach import measure
 from pissa.adapters.initial import INIT
 from pissa.checkpoint.fingerprint import Digests, canonical, combined, tensor_digests
+from pissa.checkpoint.layout import plan_bytes
 from pissa.checkpoint.output import staged_output, write_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
@@ -76,8 +77,7 @@ def decompose(
         InputError, CheckpointError, WrongBaseError, OutputError: before `out` exists, naming tensor or key.
     """
     chosen, scale = get(method), scale_of(alpha, rank)
-    if dtype is not None and dtype not in STORED:
-        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(STORED)}")
+    check_dtype(dtype)
     shard_bytes = parse_bytes(max_shard_bytes)
     checkpoint = Checkpoint.open(source, revision)
     _refuse_unfit(checkpoint)
@@ -93,7 +93,7 @@ def decompose(
     )
     job = _Job(checkpoint, skeleton, parameters, by_tensor, recipe, chosen, scale, device)
     job.residual_plan = {
-        name: (_stored_dtype(info.dtype, dtype), info.shape) for name, info in checkpoint.tensors.items()
+        name: (output_dtype(info.dtype, dtype), info.shape) for name, info in checkpoint.tensors.items()
     }
     folder = Path(out)
     with staged_output(folder, force=force, needs_bytes=job.bytes_needed(), inputs=[checkpoint.folder]) as staging:
@@ -129,8 +129,7 @@ class _Job:
 
     def bytes_needed(self) -> int:
         """What the output will take on disk, less headers and small files."""
-        plans = [*self.residual_plan.values(), *self.start_plan().values()]
-        return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in plans)
+        return plan_bytes(self.residual_plan) + plan_bytes(self.start_plan())
 
     def write(self, staging: Path, final: Path, shard_bytes: int, progress: Progress | None) -> Record:
         """Stream all tensors, then the small files, `pissa.json` last."""
@@ -221,7 +220,14 @@ class _Job:
         )
 
 
-def _stored_dtype(own: torch.dtype, asked: str | None) -> torch.dtype:
+def check_dtype(asked: str | None) -> None:
+    """Refuse what cannot be asked of an output."""
+    if asked is not None and asked not in STORED:
+        raise InputError(f"dtype is {asked!r}, expected one of {', '.join(STORED)}")
+
+
+def output_dtype(own: torch.dtype, asked: str | None) -> torch.dtype:
+    """What a tensor is written in: as asked, or as it is where nothing is asked or it holds no floats."""
     return STORED[asked] if asked and own.is_floating_point else own
 
 

@@ -12,9 +12,11 @@ from pissa.adapters.state import RECORD
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
+from pissa.checkpoint.targets import Target
 from pissa.errors import PissaError, WrongBaseError
 from pissa.linalg import product_singular_values
 from pissa.records import Record
+from pissa.splits import Lora
 from pissa.surgery.convert import check_folder
 from pissa.surgery.folders import (
     adapter_scale,
@@ -94,13 +96,15 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Report:
                 report.base_check = "same"
             except PissaError as error:
                 report.base_check = str(error)
-    if kind in ("lora", "foreign-adapter") and not report.layers:
-        report.layers = _change_layers(path)
+    plain_pair = kind in ("lora", "foreign-adapter") and not report.layers
+    changes = read_changes(path).changes if plain_pair else {}
+    if changes:
+        report.layers = _change_layers(changes)
     elif kind in ("raw-adapter", "foreign-decomposed"):
         report.layers = _pair_layers(path if kind == "raw-adapter" else path / INIT)
     if kind == "foreign-adapter" and base is not None:
         try:
-            refuse_principal(path, _shares(path, Path(base)), str(base))
+            refuse_principal(path, _shares(changes, Path(base)), str(base))
         except WrongBaseError as error:
             report.kind, report.base_check = "raw-adapter", str(error)
             report.what, report.safe_to_serve = MEANING["raw-adapter"]
@@ -115,21 +119,21 @@ def _record_of(path: Path, kind: str) -> Record | None:
     return Record.from_json(read_json(file), str(file)) if file.is_file() else None
 
 
-def _change_layers(path: Path) -> list[dict[str, Any]]:
+def _change_layers(changes: dict[Target, Lora]) -> list[dict[str, Any]]:
     rows = []
-    for target, change in read_changes(path).changes.items():
+    for target, change in changes.items():
         values = product_singular_values(change.B, change.A)
         rows.append(_row(target.weight, target.matrix_shape, values.tolist()))
     return rows
 
 
-def _shares(path: Path, base: Path) -> list[float]:
+def _shares(changes: dict[Target, Lora], base: Path) -> list[float]:
     checkpoint = Checkpoint.open(base)
     skeleton = build_skeleton(checkpoint.folder)
-    changes = read_changes(path).changes
     stored = stored_targets(list(changes), parameter_names(skeleton, checkpoint.tensors), base)
-    weights = {name: target.to_matrix(checkpoint.read(name)) for name, target in stored.items()}
-    return [principal_share(weights[name], changes[target]) for name, target in stored.items()]
+    return [
+        principal_share(target.to_matrix(checkpoint.read(name)), changes[target]) for name, target in stored.items()
+    ]
 
 
 def _pair_layers(folder: Path) -> list[dict[str, Any]]:

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from pissa.adapters import plain
 from pissa.checkpoint.fingerprint import canonical, check_tensor
+from pissa.checkpoint.layout import plan_bytes
 from pissa.checkpoint.output import staged_output, write_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, kind_of
 from pissa.checkpoint.writer import CheckpointWriter, parse_bytes
-from pissa.errors import InputError, WrongBaseError
+from pissa.errors import WrongBaseError
 from pissa.records import Record, versions
 from pissa.splits import Lora
-from pissa.surgery.decompose import STORED, Progress
+from pissa.surgery.decompose import Progress, check_dtype, output_dtype
 from pissa.surgery.folders import Changes, principal_share, read_changes, refuse_principal
 
 
@@ -51,15 +52,14 @@ def merge(
     Raises:
         WrongBaseError: the run belongs to another base; names the tensor.
     """
-    if dtype is not None and dtype not in STORED:
-        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(STORED)}")
+    check_dtype(dtype)
     run = Path(run)
     found = read_changes(run)
     checkpoint = Checkpoint.open(base, revision)
     job = _Job(checkpoint, found, run, dtype, trust_remote_code)
     shard_bytes = parse_bytes(max_shard_bytes)
     with (
-        staged_output(out, force=force, needs_bytes=job.bytes_needed(), inputs=[checkpoint.folder, run]) as folder,
+        staged_output(out, force=force, needs_bytes=plan_bytes(job.plan), inputs=[checkpoint.folder, run]) as folder,
         CheckpointWriter(folder, job.plan, shard_bytes) as writer,
     ):
         job.write_tensors(writer, progress)
@@ -97,19 +97,15 @@ class _Job:
         self.shares: list[float] = []
         self.extras = {_module_name(name): tensor for name, tensor in found.extras.items()}
         self.plan = {
-            self.new_name(name): (_out_dtype(info.dtype, dtype), info.shape)
+            self.new_name(name): (output_dtype(info.dtype, dtype), info.shape)
             for name, info in checkpoint.tensors.items()
             if self.new_name(name) not in self.extras
         }
-        self.plan |= {name: (_out_dtype(t.dtype, dtype), tuple(t.shape)) for name, t in self.extras.items()}
+        self.plan |= {name: (output_dtype(t.dtype, dtype), tuple(t.shape)) for name, t in self.extras.items()}
 
     def new_name(self, name: str) -> str:
         """The stored name, or the parameter's own where the model got another head."""
         return self.parameters.get(name, name) if self.head_config else name
-
-    def bytes_needed(self) -> int:
-        """What the tensors will take on disk."""
-        return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.plan.values())
 
     def write_tensors(self, writer: CheckpointWriter, progress: Progress | None) -> None:
         """Stream the base through, checking every tensor and adding the changes."""
@@ -168,7 +164,3 @@ class _Job:
 def _module_name(adapter_key: str) -> str:
     """`base_model.model.classifier.weight` in an adapter file is `classifier.weight` in the model."""
     return adapter_key.removeprefix("base_model.model.")
-
-
-def _out_dtype(own: torch.dtype, asked: str | None) -> torch.dtype:
-    return STORED[asked] if asked and own.is_floating_point else own
