@@ -135,7 +135,8 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "tied target": ({"targets": ["embed_tokens"]}, r"embed_tokens\.weight` is tied to `lm_head\.weight"),
     "method": ({"method": "pisa"}, "'pisa'.*Did you mean 'pissa'"),
     "dtype": ({"dtype": "fp16"}, "dtype is 'fp16', expected one of float32"),
-    "svd": ({"svd": "quick"}, "svd is 'quick', expected 'fast' or 'exact'"),
+    "workers": ({"workers": 0}, "workers is 0, expected 1 or more"),
+    "svd": ({"svd": "quick"}, "svd is 'quick', expected 'fast', 'exact' or a tolerance"),
     "shard size": ({"max_shard_bytes": "5 apples"}, "'5 apples' is not a size"),
 }
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import pissa
+from pissa.adapters.storing import store
 from pissa.errors import InputError
-from pissa.registry import check_rank, method, methods, scale_of
+from pissa.registry import check_rank, method, methods, scale_of, tolerance_of
 from pissa.splits import Lora, Split
 
 METHODS = sorted(methods())
@@ -76,12 +77,16 @@ def test_a_rank_below_the_possible_is_refused():
 
 def test_core_stands_between_the_factors():
     left, core, right = torch.eye(3)[:, :2], torch.tensor([[0.0, 2.0], [3.0, 0.0]]), torch.eye(4)[:2]
-    split = Split(torch.zeros(3, 4), left, right, core, scale=0.5)
+    split = Split(torch.ones(3, 4), left, right, core, scale=0.5)
     # By hand: left core right puts 2 at (0, 1) and 3 at (1, 0); scale halves them.
     expected = torch.zeros(3, 4)
     expected[0, 1], expected[1, 0] = 1.0, 1.5
-    assert torch.equal(split.rebuild(), expected)
-    assert torch.equal(split.stored(torch.bfloat16, torch.bfloat16).rebuild(), expected)
+    assert torch.equal(split.product(), expected)
+    assert torch.equal(split.frozen, 1 - expected)
+    assert torch.equal(split.rounded(torch.bfloat16).product(), expected)
+    stored = store("w", split, torch.bfloat16, torch.bfloat16)
+    assert torch.equal(stored.frozen.float(), 1 - expected)
+    assert stored.layer.error == 0
     with pytest.raises(InputError, match="core"):
         split.as_lora()
 
@@ -153,8 +158,19 @@ def test_unknown_method_names_the_nearest(wrong, meant):
 
 
 def test_unknown_svd_is_refused():
-    with pytest.raises(InputError, match="svd is 'quick', expected 'fast' or 'exact'"):
+    with pytest.raises(InputError, match="svd is 'quick', expected 'fast', 'exact' or a tolerance from 5e-06 to 1"):
         pissa.split(torch.eye(4), "pissa", 2, svd="quick")
+
+
+@pytest.mark.parametrize("svd", [0.0, 1e-7, 2.0, math.nan, "1e-9", None])
+def test_a_tolerance_out_of_range_is_refused(svd):
+    with pytest.raises(InputError, match="a tolerance from 5e-06 to 1"):
+        pissa.split(torch.eye(4), "pissa", 2, svd=svd)
+
+
+def test_a_tolerance_may_be_written_as_text():
+    assert tolerance_of("1e-3") == tolerance_of(0.001) == 1e-3
+    assert (tolerance_of("fast"), tolerance_of("exact")) == (None, 1e-5)
 
 
 def test_scale_is_alpha_over_rank():
@@ -172,7 +188,7 @@ def test_a_decorated_function_is_found_by_name(monkeypatch: pytest.MonkeyPatch):
     @method("half", title="Half", paper="none", trains="half of the first column", verdict="for this test")
     def half(weight: Tensor, rank: int, *, scale: float, svd: str, seed: int, name: str) -> Split:
         left, right = weight[:, :rank] / 2, torch.eye(rank, weight.shape[1])
-        return Split(weight - scale * (left @ right), left, right, scale=scale)
+        return Split(weight, left, right, scale=scale)
 
     assert "half" in methods()
     assert torch.equal(pissa.split(2 * torch.eye(3), "half", 1).left[:, 0], torch.tensor([1.0, 0.0, 0.0]))

@@ -9,11 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pissa.adapters import attach, load, restart, save
+    from pissa.adapters.attach import attach
+    from pissa.adapters.runs import load, restart, save
     from pissa.errors import PissaError
     from pissa.registry import split
     from pissa.splits import Lora, Split
-    from pissa.surgery import convert, decompose, inspect, merge
+    from pissa.surgery.convert import convert
+    from pissa.surgery.decompose import decompose
+    from pissa.surgery.inspection import inspect
+    from pissa.surgery.merge import merge
     from pissa.training import train
 
 __version__ = "0.1.0"
@@ -22,14 +26,14 @@ _HOMES = {
     "Lora": "pissa.splits",
     "PissaError": "pissa.errors",
     "Split": "pissa.splits",
-    "attach": "pissa.adapters",
-    "convert": "pissa.surgery",
-    "decompose": "pissa.surgery",
-    "inspect": "pissa.surgery",
-    "load": "pissa.adapters",
-    "merge": "pissa.surgery",
-    "restart": "pissa.adapters",
-    "save": "pissa.adapters",
+    "attach": "pissa.adapters.attach",
+    "convert": "pissa.surgery.convert",
+    "decompose": "pissa.surgery.decompose",
+    "inspect": "pissa.surgery.inspection",
+    "load": "pissa.adapters.runs",
+    "merge": "pissa.surgery.merge",
+    "restart": "pissa.adapters.runs",
+    "save": "pissa.adapters.runs",
     "split": "pissa.registry",
     "train": "pissa.training",
 }

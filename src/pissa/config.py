@@ -69,8 +69,8 @@ class TrainSettings(BaseModel):
     base: Literal["keep", "residual"] = Field(
         "keep", description="keep: the base stays as it is and the change trains. residual: the paper's form."
     )
-    svd: Literal["fast", "exact"] = Field(
-        "fast", description="fast: seeded sketch. exact: LAPACK, slow on wide weights."
+    svd: Literal["fast", "exact"] | Number = Field(
+        "fast", description="fast: seeded sketch. exact: certified to 1e-5. A number: the tolerance to certify."
     )
     task: Literal["language", "classification"] = Field("language", description="What the model learns to do.")
     data: str = Field(

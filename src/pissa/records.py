@@ -23,7 +23,7 @@ class Recipe:
     method: str
     rank: int
     alpha: float
-    svd: str
+    svd: str | float
     seed: int
     base_form: str = "keep"
     targets: dict[str, str] = field(default_factory=dict)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from pissa.errors import InputError, did_you_mean
-from pissa.splits import Split
+from pissa.splits import Split, is_finite
 
+EXACT, LEAST_TOLERANCE = 1e-5, 5e-6
+"""What svd="exact" certifies, for singular values and energy; and the least that float32 can."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,7 +36,14 @@ class Method:
     zero_start: bool
 
     def split(
-        self, weight: Tensor, rank: int, *, scale: float = 1.0, svd: str = "exact", seed: int = 0, name: str = "weight"
+        self,
+        weight: Tensor,
+        rank: int,
+        *,
+        scale: float = 1.0,
+        svd: str | float = "exact",
+        seed: int = 0,
+        name: str = "weight",
     ) -> Split:
         """Check the input, then split `weight` in float32 (float64 stays float64).
 
@@ -42,7 +51,7 @@ class Method:
             weight: [out, in], finite, float64/32/16 or bfloat16.
             rank: 1 to min(out, in).
             scale: alpha / rank, above 0.
-            svd: "fast" (seeded sketch) or "exact" (LAPACK); methods without an SVD ignore it.
+            svd: "fast", "exact" or a tolerance, see `pissa.linalg.truncated_svd`; methods without an SVD ignore it.
             seed: with `name` it fixes every random number, whatever the order of the calls.
             name: the tensor's name, for the seed and for error messages.
 
@@ -53,12 +62,11 @@ class Method:
         check_rank(rank, weight.shape, name)
         if not (scale > 0 and math.isfinite(scale)):
             raise InputError(f"scale (alpha / rank) is {scale} for `{name}`: alpha must be above 0")
-        if svd not in ("fast", "exact"):
-            raise InputError(f"svd is {svd!r}, expected 'fast' or 'exact'")
+        tolerance_of(svd)
         compute = torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
             split = self.start(weight.to(compute), rank, scale=scale, svd=svd, seed=seed, name=name)
-        if not all(part.isfinite().all() for part in (split.frozen, split.left, split.right)):
+        if not (is_finite(split.left) and is_finite(split.right)):
             raise InputError(
                 f"splitting `{name}` overflows {str(compute).removeprefix('torch.')}: its largest value is "
                 f"{float(weight.abs().max()):.3g} and alpha / rank is {scale:.3g}; look for a damaged checkpoint"
@@ -112,7 +120,7 @@ def split(
     rank: int = 16,
     *,
     alpha: float | None = None,
-    svd: str = "exact",
+    svd: str | float = "exact",
     seed: int = 0,
     name: str = "weight",
 ) -> Split:
@@ -123,7 +131,7 @@ def split(
         method: a name listed by `pissa methods`.
         rank: 1 to min(out, in).
         alpha: above 0; `rank` by default, which makes the scale alpha / rank equal 1.
-        svd: "exact" or "fast" (seeded sketch).
+        svd: "exact" (certified to 1e-5), "fast" (a seeded sketch), or a tolerance for the certificate.
         seed: with `name` it fixes every random number.
         name: the tensor's name, for the seed and for messages.
 
@@ -151,6 +159,23 @@ def scale_of(alpha: float | None, rank: int) -> float:
     return alpha / rank
 
 
+def tolerance_of(svd: str | float) -> float | None:
+    """The tolerance that a decomposition has to certify; None for "fast".
+
+    Raises:
+        InputError: neither "fast" nor "exact" nor a number from 5e-6 to 1.
+    """
+    if svd in ("fast", "exact"):
+        return None if svd == "fast" else EXACT
+    try:
+        tolerance = float(svd)
+    except (TypeError, ValueError):
+        tolerance = math.nan
+    if not LEAST_TOLERANCE <= tolerance <= 1:
+        raise InputError(f"svd is {svd!r}, expected 'fast', 'exact' or a tolerance from {LEAST_TOLERANCE:g} to 1")
+    return tolerance
+
+
 def check_weight(weight: Tensor, name: str) -> None:
     """Refuse what cannot be split: wrong dimensions, dtype, device or values."""
     if weight.is_meta:
@@ -162,7 +187,7 @@ def check_weight(weight: Tensor, name: str) -> None:
         )
     if weight.ndim != 2:
         raise InputError(f"`{name}` has shape {list(weight.shape)}, expected a matrix [out, in]")
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         raise InputError(f"`{name}` has {bad} non-finite values (NaN or Inf): the checkpoint is damaged")
 

@@ -8,6 +8,7 @@ since the start, the export to a plain LoRA) is written here once and holds for 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,19 +93,24 @@ def drift_as_lora(left: Tensor, right: Tensor, drift_left: Tensor, drift_right: 
     return Lora(torch.cat([drift_right, right]), scale * torch.cat([left + drift_left, drift_left], dim=1))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity, in one pass without a mask."""
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """One weight at the start of training, ``W = frozen + scale * left @ core @ right``.
 
     Attributes:
-        frozen: [out, in], in the compute dtype of the split (float32, or float64 for a float64 weight).
+        weight: W [out, in], in the compute dtype of the split (float32, or float64 for a float64 weight).
         left: [out, k], same dtype.
         right: [k, in], same dtype.
         core: [k, k], or None for the identity.
         scale: alpha / rank, the factor an adapter's product carries.
     """
 
-    frozen: Tensor
+    weight: Tensor
     left: Tensor
     right: Tensor
     core: Tensor | None = None
@@ -115,27 +121,30 @@ class Split:
         """k, the inner dimension."""
         return self.right.shape[0]
 
+    @property
+    def left_core(self) -> Tensor:
+        """``left @ core``, [out, k]."""
+        return self.left if self.core is None else self.left @ self.core
+
+    @property
+    def frozen(self) -> Tensor:
+        """What does not train, [out, in]; by difference, so right whatever the accuracy of the factors."""
+        return torch.addmm(self.weight, self.left_core, self.right, alpha=-self.scale)
+
     def product(self) -> Tensor:
         """The trainable part, ``scale * left @ core @ right``, [out, in]."""
-        left = self.left if self.core is None else self.left @ self.core
-        return self.scale * (left @ self.right)
+        return self.scale * (self.left_core @ self.right)
 
     def rebuild(self) -> Tensor:
         """The weight the split stands for, [out, in]."""
-        return self.frozen + self.product()
+        return torch.addmm(self.frozen, self.left_core, self.right, alpha=self.scale)
 
-    def stored(self, factor_dtype: torch.dtype, frozen_dtype: torch.dtype) -> Split:
-        """The split as a file holds it: factors rounded first, then the residual taken against them.
-
-        In that order the rounding of the factors is absorbed by the residual and only the residual's own
-        rounding remains. Tensors keep the compute dtype, their values are representable in the stored one.
-        """
-        weight = self.rebuild()
-        left, right = (factor.to(factor_dtype).to(factor.dtype) for factor in (self.left, self.right))
-        core = None if self.core is None else self.core.to(factor_dtype).to(self.core.dtype)
-        rounded = Split(self.frozen, left, right, core, self.scale)
-        frozen = (weight - rounded.product()).to(frozen_dtype).to(weight.dtype)
-        return Split(frozen, left, right, core, self.scale)
+    def rounded(self, dtype: torch.dtype) -> Split:
+        """The same weight around factors that are representable in `dtype`: the frozen part absorbs their rounding."""
+        compute = self.weight.dtype
+        left, right = (factor.to(dtype).to(compute) for factor in (self.left, self.right))
+        core = None if self.core is None else self.core.to(dtype).to(compute)
+        return Split(self.weight, left, right, core, self.scale)
 
     def as_lora(self, drift_left: Tensor | None = None, drift_right: Tensor | None = None) -> Lora:
         """The change since this start as a plain LoRA for the original weight; zero drifts when none are given.

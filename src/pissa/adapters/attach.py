@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from pissa.adapters import drift, factors
+from pissa.adapters.factors import Factors
 from pissa.adapters.plain import whole
+from pissa.adapters.storing import describe, store
 from pissa.checkpoint.fingerprint import combined, fingerprint, model_tensors
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
 from pissa.errors import InputError, WrongBaseError
-from pissa.linalg import frobenius, product_singular_values, relative_error
 from pissa.records import Base, Layer, Recipe, Record, versions
 from pissa.registry import get, scale_of
-from pissa.splits import Split
-
-Factors = Mapping[str, tuple[Tensor, Tensor]]
-"""Module path to (left [out, r], right [r, in])."""
 
 
 @dataclass
@@ -47,7 +44,7 @@ def attach(
     alpha: float | None = None,
     targets: str | Iterable[str] = "all-linear",
     base: str = "keep",
-    svd: str = "fast",
+    svd: str | float = "fast",
     seed: int = 0,
     modules_to_save: Iterable[str] | None = None,
     adapter_name: str = "default",
@@ -63,7 +60,7 @@ def attach(
         targets: "all-linear", module names or endings, or a regular expression over full names.
         base: "keep" (the weights stay, the drift trains) or "residual" (the paper's form: the weights become the
             residual; `unload()` and `delete_adapter()` put the kept originals back).
-        svd: "fast" or "exact".
+        svd: "fast", "exact" (certified to 1e-5) or a tolerance to certify.
         seed: fixes every random number together with the tensors' names.
         modules_to_save: modules that train whole; by default the head of a classification model.
         adapter_name: peft's name for the adapter.
@@ -101,21 +98,13 @@ def split_model(
     chosen, scale = get(recipe.method), scale_of(recipe.alpha, recipe.rank)
     starts, layers = {}, []
     for target in targets:
-        matrix = target.to_matrix(modules[target.module].weight.data)
-        split = chosen.split(matrix, recipe.rank, scale=scale, svd=recipe.svd, seed=recipe.seed, name=target.weight)
+        weight = modules[target.module].weight.data
+        matrix, name = target.to_matrix(weight), target.weight
+        split = chosen.split(matrix, recipe.rank, scale=scale, svd=recipe.svd, seed=recipe.seed, name=name)
         starts[target.module] = split.left, split.right
-        layers.append(measure(target.weight, matrix, split))
+        kept = recipe.base_form == "keep"
+        layers.append(describe(name, split) if kept else store(name, split, split.left.dtype, weight.dtype).layer)
     return starts, layers
-
-
-def measure(name: str, matrix: Tensor, split: Split) -> Layer:
-    """The layer's line in `pissa.json`."""
-    values = product_singular_values(split.left, split.right, split.scale)
-    wide = matrix.to(split.frozen.dtype)
-    total = frobenius(wide) ** 2
-    energy = float(values.square().sum()) / total if total > 0 else 0.0
-    error = relative_error(split.rebuild(), wide)
-    return Layer(name, list(matrix.shape), split.rank, energy, error, [float(f"{value:.6g}") for value in values])
 
 
 def wrap(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Embedding, _ConvNd
-from torch import Tensor
+from torch import Tensor, nn
 
 from pissa.checkpoint.targets import Target, kind_of
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""Module path to (left [out, r], right [r, in])."""
 
 
 def trained(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """(left [out, r], right [r, in]): views of the adapter's own parameters as matrices."""
-    if isinstance(layer, Embedding):
+    if isinstance(layer.get_base_layer(), nn.Embedding):
         return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
     left, right = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
     return left.flatten(1), right.flatten(1)
@@ -29,16 +32,16 @@ def assign(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
 
 def keys(layer: Any, adapter: str, prefix: str) -> tuple[str, str]:
     """The state-dict keys of (left, right)."""
-    if isinstance(layer, Embedding):
+    if isinstance(layer.get_base_layer(), nn.Embedding):
         return f"{prefix}lora_embedding_B.{adapter}", f"{prefix}lora_embedding_A.{adapter}"
     return f"{prefix}lora_B.{adapter}.weight", f"{prefix}lora_A.{adapter}.weight"
 
 
 def as_stored(layer: Any, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Factors in the shapes that peft stores."""
-    if isinstance(layer, _ConvNd):
-        weight: Any = layer.get_base_layer().weight
-        return left[..., None, None], right.reshape(-1, *weight.shape[1:])
+    base: Any = layer.get_base_layer()
+    if isinstance(base, nn.Conv2d):
+        return left[..., None, None], right.reshape(-1, *base.weight.shape[1:])
     return left, right
 
 

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from pissa.adapters import factors, plain
 from pissa.adapters.attach import Attachment, is_residual, plain_model, wrap
+from pissa.adapters.plain import INIT
 from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.targets import Target, find_targets
 from pissa.errors import CheckpointError, WrongBaseError
 from pissa.records import Base, Recipe, Record
-
-INIT = "pissa_init"
 
 
 def read_pair(folder: Path, targets: list[Target]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -16,6 +16,8 @@ from pissa.records import Record
 from pissa.splits import Lora
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "pissa.json"
+INIT = "pissa_init"
+"""The folder beside a residual that holds its start."""
 
 
 def adapter_config(

@@ -75,9 +75,11 @@ class Checkpoint:
         if info is None:
             raise CheckpointError(f"no tensor {name!r} in {self.folder}.{did_you_mean(name, self.tensors)}")
         try:
-            if self._latest[0] != info.shard:
-                self._latest = (info.shard, safe_open(self.folder / info.shard, framework="pt", device="cpu"))
-            return self._latest[1].get_tensor(name)
+            shard, file = self._latest  # taken once: another thread may put another shard there
+            if shard != info.shard:
+                file = safe_open(self.folder / info.shard, framework="pt", device="cpu")
+                self._latest = (info.shard, file)
+            return file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"{self.folder / info.shard}: {name!r} cannot be read any more ({error}): has the file changed?"

@@ -21,6 +21,7 @@ def decompose(
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
+    workers: options.Workers = None,
     max_shard_bytes: options.MaxShardBytes = "5GB",
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = False,
@@ -29,7 +30,7 @@ def decompose(
 ) -> None:
     """Write a model's residual, with its start in OUT/pissa_init.
 
-    One tensor is in memory at a time, so any size of model fits.
+    A few tensors are in memory at a time, so any size of model fits.
     """
     import pissa
 
@@ -45,6 +46,7 @@ def decompose(
             seed=seed,
             dtype=dtype,
             device=device,
+            workers=workers,
             max_shard_bytes=max_shard_bytes,
             revision=revision,
             trust_remote_code=trust_remote_code,

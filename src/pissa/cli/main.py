@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from typing import NoReturn
@@ -31,6 +32,8 @@ app.command("demo")(demo.demo)
 
 def main() -> NoReturn:
     """Run a command; what a user can mend is one line on stderr and exit status 2, never a traceback."""
+    # Large tensors in huge pages: mapping small ones anew for every weight takes as long as the algebra.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _say_warning
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels at import

@@ -13,7 +13,8 @@ from pissa.checkpoint.output import staged_output, write_json
 from pissa.config import load_settings
 from pissa.errors import PissaError, require
 from pissa.reports import plot_losses
-from pissa.surgery import convert, decompose
+from pissa.surgery.convert import convert
+from pissa.surgery.decompose import decompose
 from pissa.training import quiet, train
 
 HERE = Path(__file__).parent
@@ -101,7 +102,7 @@ def prove(run: Path, lora: Path) -> Proof:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pissa.adapters import load
+    from pissa.adapters.runs import load
 
     def base() -> Any:
         return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def product_singular_values(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """Singular values of ``scale * left [m, k] @ right [k, n]``, descending, without forming it; float64."""
-    left_small = torch.linalg.qr(left.double(), mode="r").R
-    right_small = torch.linalg.qr(right.double().T, mode="r").R
-    return scale * torch.linalg.svdvals(left_small @ right_small.T)
+    """Singular values of ``scale * left [m, k] @ right [k, n]``, descending, without forming it, in their dtype."""
+    left_small = torch.linalg.qr(left, mode="r").R
+    right_small = torch.linalg.qr(right.T, mode="r").R
+    return scale * torch.linalg.svdvals(left_small.double() @ right_small.double().T).to(left.dtype)
 
 
 def frobenius(matrix: Tensor) -> float:

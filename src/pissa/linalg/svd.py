@@ -8,34 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pissa.errors import InputError
-from pissa.linalg.subspace import Triplets, certified_triplets, leading_triplets
+from pissa.linalg.lanczos import FLOOR, Triplets, certified_triplets, leading_triplets
+from pissa.registry import tolerance_of
 
-EXTRA = 32
-"""Least number of columns beyond the rank in the fast form; a third of the rank where that is more."""
-TOLERANCE = 1e-5
-"""What "exact" certifies, for the singular values and for the energy."""
-SMALL = 512
-"""Below this size LAPACK is as quick as certifying."""
+SMALL = 128
+"""Up to this size LAPACK is as quick as certifying."""
 ORDINARY = (1e-6, 1e6)
 """Largest entries between these need no scaling."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known of an exact decomposition: from computed residuals for "subspace".
+    """What is known of an exact decomposition: from computed residuals for "lanczos".
 
-    For "lapack" nothing is computed; the bounds are its rounding level, by backward stability, relative to the largest
-    singular value.
+    For "lapack" nothing is computed: the bounds are its rounding level, by backward stability.
 
     Attributes:
-        engine: "subspace" or "lapack".
-        sigma: bound on the relative error of each singular value.
+        engine: "lanczos" or "lapack".
+        sigma: bound on the error of each singular value, relative to it (to the largest where it is below 1e-6 of it).
         gap: bound on the energy missed, as a share of the energy of the optimal tail.
     """
 
@@ -52,6 +47,10 @@ class LowRank:
     S: Tensor
     Vh: Tensor
     certificate: Certificate | None = None
+
+    def leading(self, rank: int) -> LowRank:
+        """The first `rank` of the triplets."""
+        return replace(self, U=self.U[:, :rank], S=self.S[:rank], Vh=self.Vh[:rank])
 
     def balanced(self, scale: float = 1.0, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``left = U sqrt(S / scale)``, ``right = sqrt(S / scale) Vh``, so that scale * left @ right = U S Vh.
@@ -76,71 +75,93 @@ def tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def truncated_svd(weight: Tensor, rank: int, accuracy: str = "exact", *, seed: int = 0, name: str = "") -> LowRank:
+def truncated_svd(
+    weight: Tensor, rank: int, accuracy: str | float = "exact", *, seed: int = 0, name: str = ""
+) -> LowRank:
     """The `rank` leading singular triplets of a matrix.
 
     Args:
-        weight: [m, n], any float dtype, finite; computed in at least float32 on its device.
+        weight: [m, n], any float dtype, finite; returned in at least float32, on its device.
         rank: 1 to min(m, n).
-        accuracy: "exact" (singular values and captured energy certified to 1e-5; LAPACK where the spectrum falls too
-            slowly, or the matrix is small) or "fast" (the energy missed is below 0.1 % of the optimal tail on the
-            spectra of trained weights). Both in `pissa.linalg.subspace`.
+        accuracy: "fast" (no check; on the spectra of trained weights the energy missed is below 0.1 % of the optimal
+            tail), "exact" (singular values and captured energy certified to 1e-5), or a tolerance for the certificate,
+            5e-6 to 1. Where no certificate is met LAPACK decides.
         seed: fixes the random start together with `name`.
         name: the tensor's name.
 
     Raises:
         InputError: unknown accuracy.
     """
-    if accuracy not in ("exact", "fast"):
-        raise InputError(f"svd is {accuracy!r}, expected 'fast' or 'exact'")
-    compute = torch.promote_types(weight.dtype, torch.float32)
+    tolerance, seed = tolerance_of(accuracy), tensor_seed(seed, name)
+    scaled, exponent = _ordinary(weight)
+    if scaled is None:
+        return _zero(weight, rank)
+    if tolerance is not None:
+        return _signed(*_certified(scaled, rank, seed, tolerance), exponent)
+    triplets = leading_triplets(scaled, rank, seed)
+    return _signed(triplets, None, exponent) if triplets else full_svd(weight).leading(rank)
+
+
+def full_svd(weight: Tensor) -> LowRank:
+    """All min(m, n) singular triplets, by LAPACK in at least float32."""
+    scaled, exponent = _ordinary(weight)
+    if scaled is None:
+        return _zero(weight, min(weight.shape))
+    triplets, _ = _lapack(scaled, min(weight.shape), torch.promote_types(weight.dtype, torch.float32))
+    return _signed(triplets, None, exponent)
+
+
+def _ordinary(weight: Tensor) -> tuple[Tensor | None, float]:
+    """The weight and 1, or scaled by a power of two, which rounds nothing: squares of 1e30 overflow. None if zero."""
     largest = max(abs(float(extreme)) for extreme in torch.aminmax(weight))
     if largest == 0.0:
-        return _zero(weight.to(compute), rank)
-    # Values near 1e30 overflow when squared; a power of two scales without rounding.
-    exponent = 1.0 if ORDINARY[0] < largest < ORDINARY[1] else 2.0 ** math.frexp(largest)[1]
-    scaled = weight if exponent == 1.0 else weight.to(compute) / exponent
-    solve = _fast if accuracy == "fast" else _exact
-    (U, S, Vh), certificate = solve(scaled, rank, tensor_seed(seed, name))
-    U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
-    signs = _signs(U)
-    return LowRank((U * signs).contiguous(), S * exponent, (signs[:, None] * Vh).contiguous(), certificate)
+        return None, 1.0
+    if ORDINARY[0] < largest < ORDINARY[1]:
+        return weight, 1.0
+    exponent = 2.0 ** (math.frexp(largest)[1] - 1)
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) / exponent, exponent
 
 
-def _fast(weight: Tensor, rank: int, seed: int) -> tuple[Triplets, Certificate | None]:
-    width = rank + max(EXTRA, rank // 3)
-    if 2 * width >= min(weight.shape):
-        return _lapack(weight)
-    return leading_triplets(weight, width, seed), None
-
-
-def _exact(weight: Tensor, rank: int, seed: int) -> tuple[Triplets, Certificate | None]:
-    width = rank + max(EXTRA, 3 * rank // 4)
-    if min(weight.shape) >= max(SMALL, 3 * width):
-        found = certified_triplets(weight, rank, width, seed, TOLERANCE)
-        if found:
-            return found[0], Certificate("subspace", found[1], found[2])
-    return _lapack(weight)
-
-
-def _lapack(weight: Tensor) -> tuple[Triplets, Certificate]:
+def _certified(weight: Tensor, rank: int, seed: int, tolerance: float) -> tuple[Triplets, Certificate]:
     compute = torch.promote_types(weight.dtype, torch.float32)
-    noise = torch.finfo(compute).eps * max(weight.shape) ** 0.5
-    return torch.linalg.svd(weight.to(compute), full_matrices=False), Certificate("lapack", noise, noise)
+    found = certified_triplets(weight, rank, seed, tolerance) if min(weight.shape) > SMALL else None
+    if found:
+        triplets, certificate = found[0], Certificate("lanczos", *found[1])
+    else:
+        triplets, certificate = _lapack(weight, rank, compute, tolerance)
+    U, S, Vh = (part.to(compute) for part in triplets)
+    return (U, S, Vh), certificate
 
 
-def _signs(U: Tensor) -> Tensor:
-    """+1 or -1 per column so that its entry of largest magnitude becomes positive."""
-    rows = U.abs().argmax(dim=0)
-    picked = U[rows, torch.arange(U.shape[1], device=U.device)]
-    return torch.where(picked < 0, -1.0, 1.0).to(U)
+def _lapack(weight: Tensor, rank: int, dtype: torch.dtype, tolerance: float = math.inf) -> tuple[Triplets, Certificate]:
+    """The full decomposition, cut off; in float64 if that of `dtype` does not meet the tolerance."""
+    U, S, Vh = torch.linalg.svd(weight.to(dtype), full_matrices=False)
+    # How far from the given matrix the decomposed one is; three times what was seen from 128 to 4096 columns.
+    noise = 4 * torch.finfo(dtype).eps * max(weight.shape) ** 0.25
+    returned = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
+    first, last, energies = float(S[0]), float(S[rank - 1]), S.double().square()
+    energy = float(energies.sum())
+    tail = max(float(energies[rank:].sum()), float(torch.finfo(torch.float32).eps) * energy)
+    sigma = noise * first / (last if last > FLOOR * first else first) + returned
+    gap = noise * (4 * first / tail**0.5 + energy / tail) + returned
+    if max(sigma, gap) > tolerance and dtype != torch.float64:
+        return _lapack(weight, rank, torch.float64)
+    return (U[:, :rank], S[:rank], Vh[:rank]), Certificate("lapack", sigma, gap)
+
+
+def _signed(triplets: Triplets, certificate: Certificate | None, exponent: float) -> LowRank:
+    """With the sign of each pair fixed: in its left vector the entry of largest magnitude is positive."""
+    U, S, Vh = triplets
+    picked = U.gather(0, U.abs().argmax(dim=0, keepdim=True))[0]
+    signs = torch.where(picked < 0, -1.0, 1.0).to(U)
+    return LowRank((U * signs).contiguous(), S * exponent, (signs[:, None] * Vh).contiguous(), certificate)
 
 
 def _zero(weight: Tensor, rank: int) -> LowRank:
     """Any orthonormal bases serve a zero matrix; unit vectors are the ones that need no arithmetic."""
-    rows, columns = weight.shape
+    (rows, columns), dtype = weight.shape, torch.promote_types(weight.dtype, torch.float32)
     return LowRank(
-        torch.eye(rows, rank, dtype=weight.dtype, device=weight.device),
-        torch.zeros(rank, dtype=weight.dtype, device=weight.device),
-        torch.eye(rank, columns, dtype=weight.dtype, device=weight.device),
+        torch.eye(rows, rank, dtype=dtype, device=weight.device),
+        torch.zeros(rank, dtype=dtype, device=weight.device),
+        torch.eye(rank, columns, dtype=dtype, device=weight.device),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pissa.linalg import LowRank, truncated_svd
+from pissa.linalg import LowRank, full_svd
 from pissa.registry import method
 from pissa.splits import Split
 
@@ -24,7 +24,7 @@ from pissa.splits import Split
 )
 def milora(weight: Tensor, rank: int, *, scale: float, svd: str, seed: int, name: str) -> Split:
     """The last singular triplets, balanced between the factors."""
-    full = truncated_svd(weight, min(weight.shape), "exact")
+    full = full_svd(weight)
     minor = LowRank(full.U[:, -rank:], full.S[-rank:], full.Vh[-rank:])
     left, right = minor.balanced(scale, largest=full.S[0])
-    return Split(weight - scale * (left @ right), left, right, scale=scale)
+    return Split(weight, left, right, scale=scale)

@@ -29,4 +29,4 @@ def olora(weight: Tensor, rank: int, *, scale: float, svd: str, seed: int, name:
     Q, R = torch.linalg.qr(weight / exponent)
     signs = torch.where(R.diagonal()[:rank] < 0, -1.0, 1.0).to(weight)
     left, right = Q[:, :rank] * signs, exponent * signs[:, None] * R[:rank]
-    return Split(weight - scale * (left @ right), left, right, scale=scale)
+    return Split(weight, left, right, scale=scale)

@@ -25,4 +25,4 @@ from pissa.splits import Split
 def pissa(weight: Tensor, rank: int, *, scale: float, svd: str, seed: int, name: str) -> Split:
     """The top singular triplets, balanced between the factors."""
     left, right = truncated_svd(weight, rank, svd, seed=seed, name=name).balanced(scale)
-    return Split(weight - scale * (left @ right), left, right, scale=scale)
+    return Split(weight, left, right, scale=scale)

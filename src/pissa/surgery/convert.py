@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pissa.adapters import plain
-from pissa.adapters.initial import INIT
+from pissa.adapters.plain import INIT
 from pissa.checkpoint.fingerprint import canonical, check_tensor
 from pissa.checkpoint.output import read_json, staged_output
 from pissa.checkpoint.reader import Checkpoint

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pissa.adapters import factors, plain
-from pissa.adapters.attach import measure
-from pissa.adapters.initial import INIT
+from pissa.adapters.plain import INIT
+from pissa.adapters.storing import store
 from pissa.checkpoint.fingerprint import Digests, canonical, combined, tensor_digests
 from pissa.checkpoint.layout import plan_bytes
 from pissa.checkpoint.output import staged_output, write_json
@@ -26,6 +26,7 @@ from pissa.checkpoint.writer import CheckpointWriter, TensorFile, parse_bytes
 from pissa.errors import CheckpointError, InputError, WrongBaseError
 from pissa.records import Base, Layer, Recipe, Record, versions
 from pissa.registry import Method, check_rank, get, scale_of
+from pissa.surgery.pipeline import check_workers, in_order
 
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FACTOR_DTYPE = torch.float32
@@ -41,17 +42,18 @@ def decompose(
     *,
     alpha: float | None = None,
     targets: str | Iterable[str] = "all-linear",
-    svd: str = "fast",
+    svd: str | float = "fast",
     seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
+    workers: int | None = None,
     max_shard_bytes: int | str = "5GB",
     revision: str | None = None,
     trust_remote_code: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Record:
-    """Split every target of a checkpoint, one tensor in memory at a time.
+    """Split every target of a checkpoint, as many tensors in memory as there are workers.
 
     Args:
         source: a folder or a Hub id.
@@ -60,10 +62,11 @@ def decompose(
         rank: 1 to min(out, in) of the smallest target.
         alpha: above 0; by default `rank`, which makes the scale 1.
         targets: "all-linear", module names or endings, or a regular expression.
-        svd: "fast" or "exact".
+        svd: "fast", "exact" (certified to 1e-5) or a tolerance to certify.
         seed: fixes every random number together with the tensors' names.
         dtype: "float32", "bfloat16" or "float16" for the residual; as stored by default.
         device: where the algebra runs.
+        workers: tensors worked on side by side, which the output does not depend on; one a core, up to 4, by default.
         max_shard_bytes: size of an output file, a number or "500MB".
         revision: of a Hub id.
         trust_remote_code: whether the model's own code may run; off by default.
@@ -78,6 +81,7 @@ def decompose(
     """
     chosen, scale = get(method), scale_of(alpha, rank)
     check_dtype(dtype)
+    check_workers(workers)
     shard_bytes = parse_bytes(max_shard_bytes)
     checkpoint = Checkpoint.open(source, revision)
     _refuse_unfit(checkpoint)
@@ -97,7 +101,20 @@ def decompose(
     }
     folder = Path(out)
     with staged_output(folder, force=force, needs_bytes=job.bytes_needed(), inputs=[checkpoint.folder]) as staging:
-        return job.write(staging, folder, shard_bytes, progress)
+        return job.write(staging, folder, shard_bytes, workers, progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """One tensor's way into the output: what is written of it and what is noted."""
+
+    name: str
+    key: str
+    frozen: Tensor
+    base_digests: Digests | None
+    residual_digests: Digests | None = None
+    start: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    layer: Layer | None = None
 
 
 @dataclasses.dataclass
@@ -113,9 +130,6 @@ class _Job:
     scale: float
     device: str
     residual_plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
-    base_digests: dict[str, Digests] = dataclasses.field(default_factory=dict)
-    residual_digests: dict[str, Digests] = dataclasses.field(default_factory=dict)
-    layers: list[Layer] = dataclasses.field(default_factory=list)
 
     def start_plan(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors of `pissa_init/`."""
@@ -131,57 +145,58 @@ class _Job:
         """What the output will take on disk, less headers and small files."""
         return plan_bytes(self.residual_plan) + plan_bytes(self.start_plan())
 
-    def write(self, staging: Path, final: Path, shard_bytes: int, progress: Progress | None) -> Record:
+    def write(
+        self, staging: Path, final: Path, shard_bytes: int, workers: int | None, progress: Progress | None
+    ) -> Record:
         """Stream all tensors, then the small files, `pissa.json` last."""
         init = staging / INIT
         init.mkdir()
         total = sum(info.nbytes for info in self.checkpoint.tensors.values())
         done = 0
+        base, frozen, layers = {}, {}, []
         with ExitStack() as stack:
             residual = stack.enter_context(CheckpointWriter(staging, self.residual_plan, shard_bytes))
             start = stack.enter_context(TensorFile(init / plain.WEIGHTS, self.start_plan()))
-            for name, info in self.checkpoint.tensors.items():
-                residual.write(name, self.split_tensor(name, self.checkpoint.read(name), start))
-                done += info.nbytes
+            for piece in in_order(self.split_tensor, self.checkpoint.tensors, workers):
+                residual.write(piece.name, piece.frozen)
+                for factor_name, factor in piece.start.items():
+                    start.write(factor_name, factor)
+                if piece.base_digests:
+                    base[piece.key] = piece.base_digests
+                if piece.layer and piece.residual_digests:
+                    frozen[piece.key] = piece.residual_digests
+                    layers.append(piece.layer)
+                done += self.checkpoint.tensors[piece.name].nbytes
                 if progress:
-                    progress(name, done, total)
-        record = self.record()
+                    progress(piece.name, done, total)
+        record = self.record(base, frozen, layers)
         self.write_small_files(staging, final, record)
         return record
 
-    def split_tensor(self, name: str, tensor: Tensor, start: TensorFile) -> Tensor:
-        """What takes the tensor's place in the residual; a target's factors go to `start`."""
-        dtype = self.residual_plan[name][0]
-        prefix = getattr(self.skeleton, "base_model_prefix", "")
-        key = canonical(self.parameters.get(name, name), prefix)
-        if name in self.parameters:
-            self.base_digests[key] = tensor_digests(tensor)
+    def split_tensor(self, name: str) -> _Piece:
+        """What takes the tensor's place in the residual, and the start where it is a target."""
+        tensor, dtype = self.checkpoint.read(name), self.residual_plan[name][0]
+        key = canonical(self.parameters.get(name, name), getattr(self.skeleton, "base_model_prefix", ""))
+        digests = tensor_digests(tensor) if name in self.parameters else None
         target = self.targets.get(name)
         if target is None:
-            return tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
-        matrix = target.to_matrix(tensor.to(self.device))
-        recipe = self.recipe
+            return _Piece(name, key, tensor.to(dtype) if tensor.dtype.is_floating_point else tensor, digests)
+        matrix, recipe = target.to_matrix(tensor.to(self.device)), self.recipe
         split = self.method.split(
             matrix, recipe.rank, scale=self.scale, svd=recipe.svd, seed=recipe.seed, name=target.weight
-        ).stored(FACTOR_DTYPE, dtype)
-        self.layers.append(measure(target.weight, matrix, split))
-        for factor_name, factor in factors.file_tensors(target, split.left, split.right).items():
-            start.write(factor_name, factor.to("cpu", FACTOR_DTYPE).contiguous())
-        frozen = target.from_matrix(split.frozen.to("cpu", dtype)).contiguous()
-        self.residual_digests[key] = tensor_digests(frozen)
-        return frozen
+        )
+        stored = store(target.weight, split, FACTOR_DTYPE, dtype)
+        pair = factors.file_tensors(target, stored.split.left, stored.split.right)
+        start = {factor_name: factor.to("cpu", FACTOR_DTYPE).contiguous() for factor_name, factor in pair.items()}
+        frozen = target.from_matrix(stored.frozen.to("cpu")).contiguous()
+        return _Piece(name, key, frozen, digests, tensor_digests(frozen), start, stored.layer)
 
-    def record(self) -> Record:
+    def record(self, base: dict[str, Digests], frozen: dict[str, Digests], layers: list[Layer]) -> Record:
         """The record of kind "residual"."""
         source = self.checkpoint
-        local = Path(source.name).is_dir()
-        base = Base(
-            str(source.folder.resolve()) if local else source.name,
-            source.revision,
-            combined(self.base_digests),
-            self.base_digests,
-        )
-        return Record("residual", self.recipe, base, self.layers, self.residual_digests, versions=versions())
+        name = str(source.folder.resolve()) if Path(source.name).is_dir() else source.name
+        origin = Base(name, source.revision, combined(base), base)
+        return Record("residual", self.recipe, origin, layers, frozen, versions=versions())
 
     def write_small_files(self, staging: Path, final: Path, record: Record) -> None:
         """Config, tokenizer, adapter config; the records last."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pissa.adapters import plain
-from pissa.adapters.initial import INIT
+from pissa.adapters.plain import INIT
 from pissa.adapters.state import STATE, read_state
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint

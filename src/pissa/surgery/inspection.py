@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa.adapters import plain
-from pissa.adapters.initial import INIT
+from pissa.adapters.plain import INIT
 from pissa.adapters.state import RECORD
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint

@@ -15,14 +15,15 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback
 
-from pissa import adapters
+from pissa.adapters import runs
+from pissa.adapters.attach import attach, is_residual, recipe_of
 from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import write_json
 from pissa.checkpoint.targets import head_modules
 from pissa.config import TrainSettings, config_error
 from pissa.errors import InputError, require
 from pissa.records import versions
-from pissa.registry import get
+from pissa.registry import get, tolerance_of
 from pissa.training import classification, folder, language
 from pissa.training.arguments import device
 from pissa.training.callbacks import Checkpoints, Metrics, Progress
@@ -75,7 +76,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
             _check_same_data(before["data"], data, out)
         record = before or _open_run(out, settings, {"data": data, "base": base, "labels": examples.names})
         if isinstance(model, PeftModel) and not (out / "state").is_dir():
-            adapters.save(model, out)  # the start, so that resuming never decomposes again
+            runs.save(model, out)  # the start, so that resuming never decomposes again
         newest = folder.newest_checkpoint(out / "checkpoints")
         metrics = Metrics(out / folder.METRICS, folder.cut_metrics(out / folder.METRICS, folder.step_of(newest)))
         callbacks = [metrics, Checkpoints(settings.save_total_limit)]
@@ -93,6 +94,10 @@ def _check(settings: TrainSettings, resume: bool) -> None:
     if resume and settings.force:
         mistakes.append("force: got true beside --resume, expected one of the two")
     if settings.method != "full":
+        try:
+            tolerance_of(settings.svd)
+        except InputError as error:
+            mistakes.append(f"svd: {error}")
         try:
             zero_start = get(settings.method).zero_start
         except InputError as error:
@@ -155,12 +160,12 @@ def _start(
             return model, before["base"]
         return model, base | {"tensors": fingerprint(tensors)}
     if before and state.is_dir():
-        model = adapters.restart(model, state)
-    elif adapters.is_residual(model):
+        model = runs.restart(model, state)
+    elif is_residual(model):
         model = _load_decomposed(model, settings)
     else:
         heads = [*head_modules(model), *(settings.modules_to_save or ())]
-        model = adapters.attach(
+        model = attach(
             model,
             settings.method,
             settings.rank,
@@ -178,8 +183,8 @@ def _start(
 
 def _load_decomposed(model: nn.Module, settings: TrainSettings) -> PeftModel:
     """The start that lies beside a residual, which the settings must not contradict."""
-    attached = adapters.load(model, settings.model)
-    recipe = adapters.recipe_of(attached)
+    attached = runs.load(model, settings.model)
+    recipe = recipe_of(attached)
     mistakes = [
         f"{key}: got {got!r}, expected {expected!r}, as {settings.model} was decomposed"
         for key, got, expected in (
@@ -230,7 +235,7 @@ def _run(trainer: Any, newest: Path | None) -> None:
 
 def _save(model: nn.Module, tokenizer: Any, out: Path) -> None:
     if isinstance(model, PeftModel):
-        adapters.save(model, out)
+        runs.save(model, out)
         tokenizer.save_pretrained(out / "adapter")
     else:
         model.save_pretrained(out / "model")  # type: ignore[operator]

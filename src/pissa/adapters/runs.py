@@ -1,0 +1,168 @@
+"""A run between memory and disk: save, load, and restart from its start.
+
+`run/adapter` is the plain LoRA to use anywhere, `run/state` what going on needs. Loading checks the fingerprint of the
+base before it touches the model, so a run never meets another base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from pissa.adapters import drift, factors, plain
+from pissa.adapters.attach import Attachment, adapter_layers, attachments_of, wrap
+from pissa.adapters.initial import check_base, load_initial
+from pissa.adapters.plain import INIT
+from pissa.adapters.state import RECORD, STATE, State, read_state, write_adapter, write_state
+from pissa.checkpoint.output import read_json, staged_output
+from pissa.checkpoint.targets import short_names
+from pissa.errors import CheckpointError, InputError, OutputError
+from pissa.records import Record
+from pissa.registry import get
+
+
+def save(model: PeftModel, run: str | Path, *, adapter_name: str | None = None) -> Path:
+    """Write `run/adapter` (plain LoRA for the original base) and `run/state` (what going on needs).
+
+    Args:
+        model: made by `attach` or `load`.
+        run: a new folder, or one that an earlier `save` or training made.
+        adapter_name: which adapter; the only one by default.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        InputError: the model carries no such attachment.
+        OutputError: the folder holds something else, or cannot be written.
+    """
+    run = Path(run)
+    name, attachment = _attachment(model, adapter_name)
+    if run.is_file() or (run.is_dir() and any(run.iterdir()) and not _looks_like_run(run)):
+        raise OutputError(f"{run} is not empty and is not a run: choose a new folder")
+    layers = adapter_layers(model, attachment.targets)
+    starts, trained = {}, {}
+    zero_start = get(attachment.recipe.method).zero_start
+    for target in attachment.targets:
+        layer = layers[target.module]
+        left, right = (factor.detach().clone() for factor in factors.trained(layer, name))
+        trained[target.module] = left, right
+        starts[target.module] = (left.new_zeros(left.shape), right) if zero_start else drift.starts(layer)[name]
+    # Without "False" peft adds the whole weight of an embedding that is a target.
+    saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    extras = {key: value for key, value in saved.items() if ".lora_" not in key}
+    peft_config: Any = model.peft_config[name]
+    heads = peft_config.modules_to_save
+    record = dataclasses.replace(
+        attachment.record,
+        notes={
+            **attachment.record.notes,
+            "modules_to_save": sorted(set(heads)) if heads else [],
+            "task_type": peft_config.task_type,
+            "target_modules": short_names(attachment.targets, model.get_base_model()),
+            "shapes": {target.module: list(target.shape) for target in attachment.targets},
+            "model_config": _model_config(model.get_base_model()) if extras else None,
+        },
+    )
+    state = State(record, starts, trained, extras, record.notes["shapes"])
+    run.mkdir(parents=True, exist_ok=True)
+    with staged_output(run / "adapter", force=True) as folder:
+        write_adapter(folder, state)
+    with staged_output(run / "state", force=True) as folder:
+        write_state(folder, state)
+    return run
+
+
+def load(model: nn.Module, path: str | Path, *, trainable: bool = True, adapter_name: str = "default") -> PeftModel:
+    """Put a saved run, a decomposed folder's start, or a plain LoRA made here on its base, after checking the base.
+
+    Args:
+        model: the base model, as it was when the run began (for a decomposed folder: the residual model).
+        path: a run, its state/ or adapter/ folder, a converted LoRA, or a decomposed folder.
+        trainable: whether to go on training.
+        adapter_name: peft's name for the adapter.
+
+    Raises:
+        WrongBaseError: naming the first differing tensor, both digests and what to do.
+        CheckpointError: not a folder that pissa wrote.
+    """
+    path = Path(path)
+    if (path / "state" / RECORD).is_file():
+        wrapped = _load_state(model, path / "state", adapter_name, zero_drift=False)
+    elif (path / STATE).is_file():
+        wrapped = _load_state(model, path, adapter_name, zero_drift=False)
+    elif (path / INIT).is_dir():
+        wrapped = load_initial(model, path, adapter_name)
+    elif (path / plain.WEIGHTS).is_file():
+        wrapped = _load_plain(model, path, adapter_name, trainable)
+    else:
+        raise CheckpointError(
+            f"{path} is neither a run, nor a decomposed folder, nor a LoRA adapter: see pissa inspect"
+        )
+    if not trainable:
+        wrapped.requires_grad_(False)
+        wrapped.eval()
+    return wrapped
+
+
+def restart(model: nn.Module, state: str | Path, *, adapter_name: str = "default") -> PeftModel:
+    """The same start that a run began with, drift zero, on a checked base: what resuming a training needs."""
+    return _load_state(model, Path(state), adapter_name, zero_drift=True)
+
+
+def _load_state(model: nn.Module, folder: Path, adapter: str, *, zero_drift: bool) -> PeftModel:
+    state = read_state(folder)
+    record, zero_start = state.record, get(state.record.recipe.method).zero_start  # type: ignore[union-attr]
+    on_residual = check_base(record, model, f"the state in {folder}")
+    starts = state.trained if zero_start else state.starts
+    heads = record.notes["modules_to_save"]
+    wrapped = wrap(model, Attachment(record, state.targets), starts, heads, adapter, on_residual=on_residual)
+    if not zero_start and not zero_drift:
+        for target in state.targets:
+            layer = wrapped.get_base_model().get_submodule(target.module)
+            factors.assign(layer, adapter, *state.trained[target.module])
+    if state.extras:
+        set_peft_model_state_dict(wrapped, state.extras, adapter_name=adapter)
+    return wrapped
+
+
+def _load_plain(model: nn.Module, folder: Path, adapter: str, trainable: bool) -> PeftModel:
+    if not (folder / RECORD).is_file():
+        raise CheckpointError(
+            f"{folder} has no pissa.json, so the base it needs cannot be checked: load it with peft at your own risk, "
+            "or look at it with pissa inspect"
+        )
+    record = Record.from_json(read_json(folder / RECORD), str(folder / RECORD))
+    if record.kind != "lora":
+        raise CheckpointError(f"{folder} is a {record.kind!r} folder, not a plain LoRA: load the folder above it")
+    check_base(record, model, f"the adapter in {folder}")
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), adapter, is_trainable=trainable)
+        return model
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter, is_trainable=trainable)
+
+
+def _model_config(model: nn.Module) -> dict[str, Any]:
+    """The config with the class that is really there: a new head is no part of the base's own config."""
+    return {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}  # type: ignore[operator, union-attr]
+
+
+def _attachment(model: PeftModel, adapter_name: str | None) -> tuple[str, Attachment]:
+    attachments = attachments_of(model)
+    present = [name for name in attachments if name in model.peft_config]
+    if adapter_name is None and len(present) == 1:
+        adapter_name = present[0]
+    if adapter_name not in present:
+        raise InputError(
+            f"adapter {adapter_name!r} was not attached by pissa; attached here: {', '.join(present) or 'none'}. "
+            "Name one with adapter_name, or use the model's own save_pretrained"
+        )
+    return adapter_name, attachments[adapter_name]
+
+
+def _looks_like_run(run: Path) -> bool:
+    return any((run / name).exists() for name in ("state", "adapter", "run.json", "metrics.jsonl", "settings.yaml"))
