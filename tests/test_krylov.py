@@ -23,14 +23,14 @@ def orthonormality(space: KrylovSpace) -> float:
 @pytest.mark.parametrize("kind", ["language", "flat", "steep", "exponential", "equal", "deficient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_basis_stays_orthonormal_whatever_the_spectrum(kind: str, dtype: torch.dtype) -> None:
-    space = KrylovSpace(matrix(kind, dtype=dtype), block=16, capacity=320, seed=0)
+    space = KrylovSpace(matrix(kind, dtype=dtype), dtype, block=16, capacity=320, seed=0)
     space.grow(320)
     assert orthonormality(space) < 20 * torch.finfo(dtype).eps
 
 
 def test_images_and_projection_are_those_of_the_matrix() -> None:
     weight = matrix(dtype=torch.float64)
-    space = KrylovSpace(weight, block=8, capacity=64, seed=0)
+    space = KrylovSpace(weight, weight.dtype, block=8, capacity=64, seed=0)
     space.grow(64)
     basis = space.basis.T
     assert torch.allclose(space.images.T, weight @ basis, atol=1e-12)
@@ -39,7 +39,7 @@ def test_images_and_projection_are_those_of_the_matrix() -> None:
 
 def test_what_leaves_the_space_is_the_next_block_times_the_coupling() -> None:
     weight = matrix(dtype=torch.float64)
-    space = KrylovSpace(weight, block=8, capacity=64, seed=0)
+    space = KrylovSpace(weight, weight.dtype, block=8, capacity=64, seed=0)
     space.grow(40)
     basis, last = space.basis[:40].T, space.basis[32:40].T
     image = weight.T @ (weight @ last)
@@ -49,7 +49,7 @@ def test_what_leaves_the_space_is_the_next_block_times_the_coupling() -> None:
 
 
 def test_following_a_fresh_block_keeps_what_is_there_and_the_basis_orthonormal() -> None:
-    space = KrylovSpace(matrix(), block=16, capacity=96, seed=0)
+    space = KrylovSpace(matrix(), torch.float32, block=16, capacity=96, seed=0)
     space.grow(64)
     before = space.basis[:64].clone()
     space.follow(16)
@@ -60,7 +60,7 @@ def test_following_a_fresh_block_keeps_what_is_there_and_the_basis_orthonormal()
 
 def test_the_turn_from_images_finds_values_that_squaring_loses() -> None:
     weight = matrix("exponential")
-    space = KrylovSpace(weight, block=16, capacity=304, seed=0)
+    space = KrylovSpace(weight, weight.dtype, block=16, capacity=304, seed=0)
     space.grow(304)
     true = torch.linalg.svdvals(weight.double())[:250]
     _, image = space.turned(space.turn_from_images()[:, :250])

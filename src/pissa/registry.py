@@ -45,7 +45,7 @@ class Method:
         seed: int = 0,
         name: str = "weight",
     ) -> Split:
-        """Check the input, then split `weight` in float32 (float64 stays float64).
+        """Check the input, then split `weight`; factors are float32 (float64 for a float64 weight).
 
         Args:
             weight: [out, in], finite, float64/32/16 or bfloat16.
@@ -63,12 +63,11 @@ class Method:
         if not (scale > 0 and math.isfinite(scale)):
             raise InputError(f"scale (alpha / rank) is {scale} for `{name}`: alpha must be above 0")
         tolerance_of(svd)
-        compute = torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
-            split = self.start(weight.to(compute), rank, scale=scale, svd=svd, seed=seed, name=name)
+            split = self.start(weight, rank, scale=scale, svd=svd, seed=seed, name=name)
         if not (is_finite(split.left) and is_finite(split.right)):
             raise InputError(
-                f"splitting `{name}` overflows {str(compute).removeprefix('torch.')}: its largest value is "
+                f"splitting `{name}` overflows {str(split.left.dtype).removeprefix('torch.')}: its largest value is "
                 f"{float(weight.abs().max()):.3g} and alpha / rank is {scale:.3g}; look for a damaged checkpoint"
             )
         return split

@@ -103,8 +103,8 @@ class Split:
     """One weight at the start of training, ``W = frozen + scale * left @ core @ right``.
 
     Attributes:
-        weight: W [out, in], in the compute dtype of the split (float32, or float64 for a float64 weight).
-        left: [out, k], same dtype.
+        weight: W [out, in], in its own dtype.
+        left: [out, k], float32 (float64 for a float64 weight), as all that is computed from the split.
         right: [k, in], same dtype.
         core: [k, k], or None for the identity.
         scale: alpha / rank, the factor an adapter's product carries.
@@ -129,7 +129,7 @@ class Split:
     @property
     def frozen(self) -> Tensor:
         """What does not train, [out, in]; by difference, so right whatever the accuracy of the factors."""
-        return torch.addmm(self.weight, self.left_core, self.right, alpha=-self.scale)
+        return torch.addmm(self.weight.to(self.left.dtype), self.left_core, self.right, alpha=-self.scale)
 
     def product(self) -> Tensor:
         """The trainable part, ``scale * left @ core @ right``, [out, in]."""
@@ -141,7 +141,7 @@ class Split:
 
     def rounded(self, dtype: torch.dtype) -> Split:
         """The same weight around factors that are representable in `dtype`: the frozen part absorbs their rounding."""
-        compute = self.weight.dtype
+        compute = self.left.dtype
         left, right = (factor.to(dtype).to(compute) for factor in (self.left, self.right))
         core = None if self.core is None else self.core.to(dtype).to(compute)
         return Split(self.weight, left, right, core, self.scale)

@@ -38,7 +38,7 @@ def store(name: str, split: Split, factor_dtype: torch.dtype, frozen_dtype: torc
 
     Args:
         name: of the tensor.
-        split: in float32 or float64.
+        split: of the weight in its own dtype.
         factor_dtype: of left, right and core in the file.
         frozen_dtype: of the frozen part in the file.
 
@@ -46,10 +46,10 @@ def store(name: str, split: Split, factor_dtype: torch.dtype, frozen_dtype: torc
         InputError: the frozen part overflows its dtype.
     """
     split = split.rounded(factor_dtype)
-    left, frozen = split.left_core, torch.empty_like(split.weight, dtype=frozen_dtype)
+    frozen = torch.empty_like(split.weight, dtype=frozen_dtype)
     lost = 0.0
-    for weight, left_rows, rows in zip(*(part.split(ROWS) for part in (split.weight, left, frozen)), strict=True):
-        product = split.scale * (left_rows @ split.right)
+    for weight, left, rows in zip(*(part.split(ROWS) for part in (split.weight, split.left_core, frozen)), strict=True):
+        product = split.scale * (left @ split.right)
         rows.copy_(weight - product)
         lost += frobenius(product.add_(rows).sub_(weight)) ** 2
     if not lost < float("inf"):
@@ -67,7 +67,7 @@ def describe(name: str, split: Split, lost: float = 0.0) -> Layer:
         split: what trains.
         lost: Frobenius norm of what the weight lost on the way; 0 where the weight is kept as it is.
     """
-    norm = frobenius(split.weight)
+    norm = sum(frobenius(rows.to(split.left.dtype)) ** 2 for rows in split.weight.split(ROWS)) ** 0.5
     values = product_singular_values(split.left_core, split.right, split.scale)
     energy = float(values.square().sum()) / norm**2 if norm > 0 else 0.0
     error = lost / norm if norm > 0 else lost

@@ -13,16 +13,18 @@ import math
 import torch
 from torch import Tensor
 
-from pissa.linalg.krylov import KrylovSpace
+from pissa.linalg.krylov import KrylovSpace, thin_qr
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 Bounds = tuple[float, float]
 """Of the relative error of each singular value, and of the energy missed as a share of the tail."""
 
-BLOCK = (16, 64)
-"""Least and most columns of a block; in between, a quarter of the rank. Narrower products waste the processor."""
-SIZE, FIRST_SIZE = (2.6, 48), (1.8, 64)
-"""Columns of the fast form's space, and of the one first tried for a certificate: times the rank, and more."""
+BLOCK = (3 / 8, 16, 64)
+"""Columns of a block: share of the rank, least, most. Narrower products waste the processor, wider ones reach less."""
+SIZE = (2.1, 3.0)
+"""Columns of the fast form's space: so many times the rank, and so many blocks."""
+FIRST_SIZE, STEEP_SIZE = (2.6, 2.0), (1.8, 2.0)
+"""The same of the space that is first tried for a certificate, and where the spectrum falls steeply."""
 DROWNED = {torch.bfloat16: 1e-3, torch.float32: 1e-5}
 """A squared singular value below this share of the largest is lost in the rounding of such products."""
 DROWNED_FOR_BOUNDS = {torch.float32: 3e-4}
@@ -36,8 +38,6 @@ PROBE, PROBES = 16, 2
 """Columns of a fresh random start, and blocks from it, that must find nothing new before a certificate is given."""
 MOST = 0.9
 """Share of the matrix's columns beyond which LAPACK does it."""
-BLOCK_ROWS = 512
-"""Rows that the last projection widens at a time, so that they stay in the cache."""
 
 
 def leading_triplets(weight: Tensor, rank: int, seed: int) -> Triplets | None:
@@ -63,14 +63,13 @@ def leading_triplets(weight: Tensor, rank: int, seed: int) -> Triplets | None:
     if values[rank - 1] < DROWNED[torch.float32] * values[0]:
         turn = space.turn_from_images()
     basis, image = space.turned(turn[:, :rank])
-    if space.weight.dtype != torch.bfloat16:
+    if space.products != torch.bfloat16:
         return _rotated(image, basis)
-    image = _project(weight, basis)
-    if _same_values(space.weight, weight):
-        return _rotated(image, basis)
-    # The products saw a rounded matrix: half a step more with all of its bits.
-    left = torch.linalg.qr(image).Q
-    return _swapped(_rotated(weight.T @ left, left))
+    # These products only steered. One pass with all bits gives the images, and half a step more beside them.
+    space.products = space.dtype
+    image, returned = space.times(basis)
+    left, R = thin_qr(image)
+    return _swapped(_rotated(torch.linalg.solve_triangular(R, returned, upper=True, left=False), left))
 
 
 def certified_triplets(weight: Tensor, rank: int, seed: int, tolerance: float) -> tuple[Triplets, Bounds] | None:
@@ -97,14 +96,16 @@ def certified_triplets(weight: Tensor, rank: int, seed: int, tolerance: float) -
     if weight.shape[0] < weight.shape[1]:
         found = certified_triplets(weight.T, rank, seed, tolerance)
         return found and (_swapped(found[0]), found[1])
-    most, size, block = int(MOST * weight.shape[1]), _size(rank, FIRST_SIZE), _block(rank)
-    if size > most:
+    most, block = int(MOST * weight.shape[1]), _block(rank)
+    if _size(rank, FIRST_SIZE) > most:
         return None
     capacity = most + PROBES * PROBE + block
     space = _space(weight, [torch.float32, torch.float64], DROWNED_FOR_BOUNDS, rank, capacity, seed)
-    energy = float(torch.linalg.vector_norm(space.weight, dim=1).double().square().sum())
+    size = _size(rank, FIRST_SIZE if space.products == torch.float32 else STEEP_SIZE)
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    energy = float(norms.double().square().sum())
     reached: list[tuple[int, float]] = []
-    while space.size < size <= most:
+    while size <= most:
         space.grow(size)
         bounds = _expected_bounds(space, rank, energy, tolerance)
         if max(bounds) <= tolerance:
@@ -115,7 +116,9 @@ def certified_triplets(weight: Tensor, rank: int, seed: int, tolerance: float) -
                 return triplets, bounds
             space.follow(residual @ torch.linalg.eigh(residual.T @ residual).eigenvectors[:, -block:])
         reached.append((space.size, max(bounds)))
-        size = min(_next_size(reached, tolerance, block), most)
+        size = _next_size(reached, tolerance, block)
+        if space.size < most:
+            size = min(size, most)
     return None
 
 
@@ -134,7 +137,7 @@ def _bounded_triplets(
     """The triplets, the residuals [n, k + 1] of the pairs that the bounds lean on, and the bounds."""
     basis, image = space.turned(space.ritz()[1][:, : _pairs(rank, space.size)])
     U, S, Vh = _rotated(image, basis)
-    residual = space.weight.T @ (U * S) - Vh.T * S.square()
+    residual = space.transposed_times(U * S) - Vh.T * S.square()
     sigma, gap = _bounds(S.square(), residual.T @ residual, rank, energy, tolerance)
     rounding = ROUNDING * max(torch.finfo(S.dtype).eps, torch.finfo(torch.float32).eps / ROUNDING)
     bounds = sigma + rounding, gap + rounding
@@ -181,7 +184,7 @@ def _space(
     """A space begun in the first of the dtypes in which the wanted singular values do not drown, or the last."""
     block = _block(rank)
     for dtype in dtypes:
-        space = KrylovSpace(weight.to(dtype), block, capacity, seed)
+        space = KrylovSpace(weight, dtype, block, capacity, seed)
         if dtype != dtypes[-1]:
             space.grow(rank + 2 * block)
             values = space.ritz()[0]
@@ -192,13 +195,14 @@ def _space(
 
 
 def _block(rank: int) -> int:
-    """Columns of a block: a quarter of the rank, a multiple of 16."""
-    return min(max(-(-rank // 4 // 16) * 16, BLOCK[0]), BLOCK[1])
+    """Columns of a block, a multiple of 16."""
+    share, least, most = BLOCK
+    return min(max(math.ceil(share * rank / 16) * 16, least), most)
 
 
-def _size(rank: int, law: tuple[float, int]) -> int:
+def _size(rank: int, law: tuple[float, float]) -> int:
     """Columns of the space, whole blocks."""
-    return math.ceil((law[0] * rank + law[1]) / _block(rank)) * _block(rank)
+    return math.ceil(law[0] * rank / _block(rank) + law[1]) * _block(rank)
 
 
 def _pairs(rank: int, size: int) -> int:
@@ -208,7 +212,7 @@ def _pairs(rank: int, size: int) -> int:
 
 def _rotated(image: Tensor, basis: Tensor) -> Triplets:
     """The singular triplets of ``image @ basis.T`` for an orthonormal basis [n, k] and image = W basis [m, k]."""
-    Q, R = torch.linalg.qr(image)
+    Q, R = thin_qr(image)
     U, S, Vh = torch.linalg.svd(R.double())
     return Q @ U.to(Q.dtype), S.to(Q.dtype), Vh.to(Q.dtype) @ basis.T
 
@@ -225,17 +229,3 @@ def _product_dtypes(weight: Tensor) -> list[torch.dtype]:
         return [torch.float64]
     fast = weight.is_cuda or torch.cpu._is_avx512_bf16_supported()
     return [torch.bfloat16, torch.float32] if fast else [torch.float32]
-
-
-def _same_values(rough: Tensor, weight: Tensor) -> bool:
-    """Whether rounding for the products lost nothing; one row settles it for most weights that are not bf16."""
-    return rough.dtype == weight.dtype or all(
-        torch.equal(rough[rows].to(weight.dtype), weight[rows]) for rows in (slice(0, 1), slice(1, None))
-    )
-
-
-def _project(weight: Tensor, basis: Tensor) -> Tensor:
-    """``W basis`` in the basis' dtype."""
-    if weight.dtype == basis.dtype:
-        return weight @ basis
-    return torch.cat([rows.to(basis.dtype) @ basis for rows in weight.split(BLOCK_ROWS)])

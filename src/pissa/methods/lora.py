@@ -28,5 +28,5 @@ def lora(weight: Tensor, rank: int, *, scale: float, svd: str, seed: int, name: 
     rows, columns = weight.shape
     generator = torch.Generator().manual_seed(tensor_seed(seed, name))
     uniform = torch.rand(rank, columns, generator=generator, dtype=torch.float64)
-    right = ((2 * uniform - 1) / columns**0.5).to(weight)
-    return Split(weight, weight.new_zeros(rows, rank), right, scale=scale)
+    right = ((2 * uniform - 1) / columns**0.5).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    return Split(weight, right.new_zeros(rows, rank), right, scale=scale)

@@ -26,7 +26,7 @@ def olora(weight: Tensor, rank: int, *, scale: float, svd: str, seed: int, name:
     """The leading columns of Q and rows of R, diagonal of R positive."""
     # A power of two keeps huge and tiny values away from overflow in the norms and rounds nothing.
     exponent = 2.0 ** float(torch.frexp(weight.abs().max().double()).exponent)
-    Q, R = torch.linalg.qr(weight / exponent)
-    signs = torch.where(R.diagonal()[:rank] < 0, -1.0, 1.0).to(weight)
+    Q, R = torch.linalg.qr(weight.to(torch.promote_types(weight.dtype, torch.float32)) / exponent)
+    signs = torch.where(R.diagonal()[:rank] < 0, -1.0, 1.0).to(R)
     left, right = Q[:, :rank] * signs, exponent * signs[:, None] * R[:rank]
     return Split(weight, left, right, scale=scale)
