@@ -16,7 +16,7 @@ from torch import Tensor
 from pissa.linalg.lanczos import FLOOR, Triplets, certified_triplets, leading_triplets
 from pissa.registry import tolerance_of
 
-SMALL = 128
+SMALL = 384
 """Up to this size LAPACK is as quick as certifying."""
 ORDINARY = (1e-6, 1e6)
 """Largest entries between these need no scaling."""
