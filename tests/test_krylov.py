@@ -52,7 +52,7 @@ def test_following_a_fresh_block_keeps_what_is_there_and_the_basis_orthonormal()
     space = KrylovSpace(matrix(), torch.float32, block=16, capacity=96, seed=0)
     space.grow(64)
     before = space.basis[:64].clone()
-    space.follow(16)
+    space.follow(None, 16)
     space.grow(96)
     assert torch.equal(space.basis[:64], before)
     assert orthonormality(space) < 1e-5

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pissa.adapters.attach import attach
     from pissa.adapters.runs import load, restart, save
+    from pissa.adapters.splitting import split
     from pissa.errors import PissaError
-    from pissa.registry import split
     from pissa.splits import Lora, Split
     from pissa.surgery.convert import convert
     from pissa.surgery.decompose import decompose
@@ -34,7 +34,7 @@ _HOMES = {
     "merge": "pissa.surgery.merge",
     "restart": "pissa.adapters.runs",
     "save": "pissa.adapters.runs",
-    "split": "pissa.registry",
+    "split": "pissa.adapters.splitting",
     "train": "pissa.training",
 }
 

@@ -28,6 +28,11 @@ class Recipe:
     base_form: str = "keep"
     targets: dict[str, str] = field(default_factory=dict)
     """Module path to kind (linear, conv1d, embedding, conv2d)."""
+    quant: str | None = None
+    """The quantiser of the frozen part."""
+    double_quant: bool = False
+    iterations: int = 1
+    """Rounds of alternation between the low-rank part and the quantised rest."""
 
     @property
     def scale(self) -> float:

@@ -6,6 +6,7 @@ holds nothing but its formula.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import pkgutil
@@ -16,11 +17,26 @@ import torch
 from torch import Tensor
 
 from pissa.errors import InputError, did_you_mean
-from pissa.splits import Split, is_finite
+from pissa.splits import Quantised, Split, is_finite
 
 EXACT, LEAST_TOLERANCE = 1e-5, 5e-6
 """What svd="exact" certifies, for singular values and energy; and the least that float32 can."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How the frozen part is quantised.
+
+    Attributes:
+        quantise: from a matrix [out, in] in float32 to its quantised form.
+        rounds: of alternation between the low-rank part and the quantised rest, 1 or more.
+        closing: whether the last round ends with the low-rank part; the authors of PiSSA leave that out.
+    """
+
+    quantise: Callable[[Tensor], Quantised]
+    rounds: int = 1
+    closing: bool = True
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,8 @@ class Method:
     trains: str
     verdict: str
     start: Callable[..., Split]
-    zero_start: bool
+    zero_start: bool = False
+    alternates: bool = False
 
     def split(
         self,
@@ -44,6 +61,7 @@ class Method:
         svd: str | float = "exact",
         seed: int = 0,
         name: str = "weight",
+        quantisation: Quantisation | None = None,
     ) -> Split:
         """Check the input, then split `weight`; factors are float32 (float64 for a float64 weight).
 
@@ -54,6 +72,7 @@ class Method:
             svd: "fast", "exact" or a tolerance, see `pissa.linalg.truncated_svd`; methods without an SVD ignore it.
             seed: with `name` it fixes every random number, whatever the order of the calls.
             name: the tensor's name, for the seed and for error messages.
+            quantisation: of the frozen part; None to leave it as it is.
 
         Raises:
             InputError: naming the tensor.
@@ -63,8 +82,14 @@ class Method:
         if not (scale > 0 and math.isfinite(scale)):
             raise InputError(f"scale (alpha / rank) is {scale} for `{name}`: alpha must be above 0")
         tolerance_of(svd)
+        settings = {"scale": scale, "svd": svd, "seed": seed, "name": name}
         with torch.no_grad():
-            split = self.start(weight, rank, scale=scale, svd=svd, seed=seed, name=name)
+            if self.alternates:
+                split = self.start(weight, rank, **settings, quantisation=quantisation)
+            else:
+                split = self.start(weight, rank, **settings)
+                if quantisation:
+                    split = dataclasses.replace(split, quantised=quantisation.quantise(split.frozen))
         if not (is_finite(split.left) and is_finite(split.right)):
             raise InputError(
                 f"splitting `{name}` overflows {str(split.left.dtype).removeprefix('torch.')}: its largest value is "
@@ -77,7 +102,14 @@ _METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, *, title: str, paper: str, trains: str, verdict: str, zero_start: bool = False
+    name: str,
+    *,
+    title: str,
+    paper: str,
+    trains: str,
+    verdict: str,
+    zero_start: bool = False,
+    alternates: bool = False,
 ) -> Callable[[Callable[..., Split]], Callable[..., Split]]:
     """Register the decorated function ``f(weight, rank, *, scale, svd, seed, name) -> Split`` as a method.
 
@@ -88,10 +120,12 @@ def method(
         trains: which part of the weight trains, in words.
         verdict: when to take it and when not, one sentence.
         zero_start: whether left @ right is zero at first (nothing is taken out of the weight).
+        alternates: whether the low-rank part follows the error of a quantised rest; the function then takes
+            ``quantisation`` too, a `Quantisation` or None.
     """
 
     def register(start: Callable[..., Split]) -> Callable[..., Split]:
-        _METHODS[name] = Method(name, title, paper, trains, verdict, start, zero_start)
+        _METHODS[name] = Method(name, title, paper, trains, verdict, start, zero_start, alternates)
         return start
 
     return register
@@ -109,44 +143,51 @@ def get(name: str) -> Method:
     """The method of that name, or an error with the nearest one."""
     known = methods()
     if name not in known:
-        raise InputError(f"unknown method {name!r}.{did_you_mean(name.lower(), known)} Known: {', '.join(known)}")
+        names = sorted({*known, *PRESETS})
+        raise InputError(f"unknown method {name!r}.{did_you_mean(name.lower(), names)} Known: {', '.join(names)}")
     return known[name]
 
 
-def split(
-    weight: Tensor,
-    method: str = "pissa",
-    rank: int = 16,
-    *,
-    alpha: float | None = None,
-    svd: str | float = "exact",
-    seed: int = 0,
-    name: str = "weight",
-) -> Split:
-    """Split one weight.
+@dataclass(frozen=True)
+class Choice:
+    """A method with its quantiser, as asked for or by a preset's name.
 
-    Args:
-        weight: [out, in], finite, float64/32/16 or bfloat16; computed in float32 (float64 stays).
+    Attributes:
         method: a name listed by `pissa methods`.
-        rank: 1 to min(out, in).
-        alpha: above 0; `rank` by default, which makes the scale alpha / rank equal 1.
-        svd: "exact" (certified to 1e-5), "fast" (a seeded sketch), or a tolerance for the certificate.
-        seed: with `name` it fixes every random number.
-        name: the tensor's name, for the seed and for messages.
+        quant: a quantiser's name, or None.
+        iterations: rounds of alternation; 1 where the method does not alternate.
+    """
+
+    method: str
+    quant: str | None = None
+    iterations: int = 1
+
+
+PRESETS = {"qlora": ("lora", "nf4"), "loftq": ("loftq", "nf4"), "qpissa": ("pissa", "nf4")}
+"""Names for a method with a quantiser."""
+ITERATIONS = 5
+"""Rounds of the methods that alternate, as in the scripts of PiSSA and LoftQ."""
+
+
+def choose(method: str, quant: str | None = None, iterations: int | None = None) -> Choice:
+    """Resolve a method or preset; `quant` wins over the preset's own.
 
     Raises:
-        InputError: naming the tensor.
-
-    Example:
-        >>> import torch, pissa
-        >>> s = pissa.split(torch.eye(4), method="pissa", rank=2)
-        >>> bool(torch.allclose(s.rebuild(), torch.eye(4)))
-        True
+        InputError: unknown, or a combination without a meaning.
     """
-    chosen = get(method)
-    check_weight(weight, name)
-    check_rank(rank, weight.shape, name)
-    return chosen.split(weight, rank, scale=scale_of(alpha, rank), svd=svd, seed=seed, name=name)
+    method, preset_quant = PRESETS.get(method, (method, None))
+    quant, alternates = quant or preset_quant, get(method).alternates
+    if quant is None and iterations is not None:
+        raise InputError(f"iterations is {iterations}, which has a meaning only with a quantiser: add --quant nf4")
+    if iterations is not None and iterations < 1:
+        raise InputError(f"iterations is {iterations}, expected 1 or more")
+    if not alternates and iterations not in (None, 1):
+        able = ", ".join(known.name for known in methods().values() if known.alternates)
+        raise InputError(
+            f"iterations is {iterations} with {method}, whose factors do not follow the error of the quantised part: "
+            f"leave it out, or use one of {able}"
+        )
+    return Choice(method, quant, (iterations or ITERATIONS) if alternates and quant else 1)
 
 
 def scale_of(alpha: float | None, rank: int) -> float:

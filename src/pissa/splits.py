@@ -99,6 +99,19 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
+class Quantised:
+    """A matrix in few bits.
+
+    Attributes:
+        parts: what files hold, by their names in the module ("weight", "weight.absmax").
+        dense: [out, in], what a loader of these parts computes with, in the dtype it unpacks them in.
+    """
+
+    parts: dict[str, Tensor]
+    dense: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Split:
     """One weight at the start of training, ``W = frozen + scale * left @ core @ right``.
 
@@ -108,6 +121,7 @@ class Split:
         right: [k, in], same dtype.
         core: [k, k], or None for the identity.
         scale: alpha / rank, the factor an adapter's product carries.
+        quantised: the frozen part in few bits; then W is only nearly the sum.
     """
 
     weight: Tensor
@@ -115,6 +129,7 @@ class Split:
     right: Tensor
     core: Tensor | None = None
     scale: float = 1.0
+    quantised: Quantised | None = None
 
     @property
     def rank(self) -> int:
@@ -128,7 +143,9 @@ class Split:
 
     @property
     def frozen(self) -> Tensor:
-        """What does not train, [out, in]; by difference, so right whatever the accuracy of the factors."""
+        """What does not train, [out, in]: quantised, or by difference (right whatever the accuracy of the factors)."""
+        if self.quantised is not None:
+            return self.quantised.dense.to(self.left.dtype)
         return torch.addmm(self.weight.to(self.left.dtype), self.left_core, self.right, alpha=-self.scale)
 
     def product(self) -> Tensor:
@@ -144,7 +161,7 @@ class Split:
         compute = self.left.dtype
         left, right = (factor.to(dtype).to(compute) for factor in (self.left, self.right))
         core = None if self.core is None else self.core.to(dtype).to(compute)
-        return Split(self.weight, left, right, core, self.scale)
+        return Split(self.weight, left, right, core, self.scale, self.quantised)
 
     def as_lora(self, drift_left: Tensor | None = None, drift_right: Tensor | None = None) -> Lora:
         """The change since this start as a plain LoRA for the original weight; zero drifts when none are given.

@@ -1,11 +1,13 @@
 """Linear algebra on one matrix: truncated SVD and measures of it."""
 
+from pissa.linalg.alternate import alternate
 from pissa.linalg.measures import frobenius, product_singular_values, relative_error
 from pissa.linalg.svd import Certificate, LowRank, full_svd, tensor_seed, truncated_svd
 
 __all__ = [
     "Certificate",
     "LowRank",
+    "alternate",
     "frobenius",
     "full_svd",
     "product_singular_values",

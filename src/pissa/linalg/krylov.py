@@ -60,17 +60,18 @@ class KrylovSpace:
         self.basis, self.images, self.projected = empty(columns), empty(rows), empty(capacity)
         self._returned: Tensor | None = None
         self._outside: Tensor
-        self.follow(block)
+        self.follow(None, block)
 
     def grow(self, size: int) -> None:
         """Add blocks until the space has `size` columns or a few more."""
         while self.size < size:
             self._append(self.outside())
 
-    def follow(self, block: Tensor | int) -> None:
-        """Go on from a block [n, b], or from b fresh random columns, instead of from where the space ends."""
+    def follow(self, block: Tensor | None, fresh: int = 0) -> None:
+        """Go on from a block [n, b] and `fresh` random columns, instead of from where the space ends."""
+        random = self._random(fresh)
         self._returned = None
-        self._outside = self._orthonormal(self._random(block) if isinstance(block, int) else block)
+        self._outside = self._orthonormal(random if block is None else torch.cat([block, random], dim=1))
 
     def outside(self) -> Tensor:
         """The next block [n, b]: G times the last one = (inside the space) + outside @ coupling."""

@@ -25,6 +25,8 @@ SIZE = (2.1, 3.0)
 """Columns of the fast form's space: so many times the rank, and so many blocks."""
 FIRST_SIZE, STEEP_SIZE = (2.6, 2.0), (1.8, 2.0)
 """The same of the space that is first tried for a certificate, and where the spectrum falls steeply."""
+FRESH = 16
+"""Random columns beside those of triplets to start from."""
 DROWNED = {torch.bfloat16: 1e-3, torch.float32: 1e-5}
 """A squared singular value below this share of the largest is lost in the rounding of such products."""
 DROWNED_FOR_BOUNDS = {torch.float32: 3e-4}
@@ -40,24 +42,29 @@ MOST = 0.9
 """Share of the matrix's columns beyond which LAPACK does it."""
 
 
-def leading_triplets(weight: Tensor, rank: int, seed: int) -> Triplets | None:
+def leading_triplets(weight: Tensor, rank: int, seed: int, near: Triplets | None = None) -> Triplets | None:
     """The `rank` leading singular triplets, approximately.
 
     Args:
         weight: [m, n] with entries of ordinary size, any float dtype; computed in at least float32.
         rank: 1 to min(m, n).
         seed: of the random blocks, drawn on the CPU.
+        near: triplets of a matrix nearby to start from.
 
     Returns:
         U [m, rank], S [rank] descending, Vh [rank, n]; None where the space would be nearly the whole one.
     """
     if weight.shape[0] < weight.shape[1]:
-        found = leading_triplets(weight.T, rank, seed)
+        found = leading_triplets(weight.T, rank, seed, near and _swapped(near))
         return found and _swapped(found)
-    size = _size(rank, SIZE)
+    size = _size(rank, SIZE) if near is None else 2 * (near[0].shape[1] + FRESH)
     if size > MOST * weight.shape[1]:
         return None
-    space = _space(weight, _product_dtypes(weight), DROWNED, rank, size, seed)
+    if near is None:
+        space = _space(weight, _product_dtypes(weight), DROWNED, rank, size, seed)
+    else:
+        space = KrylovSpace(weight, _product_dtypes(weight)[0], FRESH, size, seed)
+        space.follow(near[2].T, FRESH)
     space.grow(size)
     values, turn = space.ritz()
     if values[rank - 1] < DROWNED[torch.float32] * values[0]:
@@ -109,7 +116,7 @@ def certified_triplets(weight: Tensor, rank: int, seed: int, tolerance: float) -
         space.grow(size)
         bounds = _expected_bounds(space, rank, energy, tolerance)
         if max(bounds) <= tolerance:
-            space.follow(PROBE)
+            space.follow(None, PROBE)
             space.grow(space.size + PROBES * PROBE)
             triplets, residual, bounds = _bounded_triplets(space, rank, energy, tolerance)
             if max(bounds) <= tolerance:

@@ -23,7 +23,7 @@ from pissa.splits import Split
     verdict="the reference; tune its learning rate before believing that another method is better",
     zero_start=True,
 )
-def lora(weight: Tensor, rank: int, *, scale: float, svd: str, seed: int, name: str) -> Split:
+def lora(weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str) -> Split:
     """Noise on the right, zero on the left."""
     rows, columns = weight.shape
     generator = torch.Generator().manual_seed(tensor_seed(seed, name))

@@ -1,0 +1,114 @@
+"""NF4 and FP4 through bitsandbytes (arXiv 2305.14314, sections 3 and appendix E), in the files that transformers loads.
+
+64 values in a row share a scale; double quantisation stores the scales in 8 bits. The codes are those of
+bitsandbytes, a piece of the matrix at a time, so that no more than a piece is ever held wide.
+
+The trap: on some processors bitsandbytes repacks a layer's codes at its first forward, after which a naive
+dequantisation returns garbage. Parts come from files, or from a module's state dict, which undoes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa.errors import require
+from pissa.splits import Quantised
+
+BLOCK, NESTED_BLOCK = 64, 256
+"""Values per scale, and scales per scale of scales."""
+PIECE = 2**20
+"""Values that are worked on at a time."""
+STATE_BYTES = 256
+"""More than the JSON of any quantisation state takes."""
+
+
+class FourBit:
+    """NF4 ("nf4": the quantiles of a normal distribution) or FP4 ("fp4").
+
+    Args:
+        name: which code book.
+        double: quantise the scales too.
+
+    Raises:
+        MissingExtraError: bitsandbytes is absent.
+    """
+
+    def __init__(self, name: str, double: bool = False) -> None:
+        self.name, self.double = name, double
+        self._functional: Any = require("bitsandbytes.functional", "quant")
+
+    def quantise(self, matrix: Tensor, dtype: torch.dtype) -> Quantised:
+        """See `Quantiser.quantise`."""
+        F = self._functional
+        codes, scales = [], []
+        for piece in matrix.contiguous().reshape(-1).split(PIECE):
+            packed, state = F.quantize_4bit(piece.float(), blocksize=BLOCK, quant_type=self.name)
+            codes.append(packed)
+            scales.append(state.absmax)
+        absmax = torch.cat(scales)
+        nested: dict[str, Any] = {}
+        if self.double:
+            offset = absmax.mean()
+            absmax, outer = F.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+            nested = {"offset": offset, "state2": outer}
+        state = F.QuantState(absmax, matrix.shape, state.code, BLOCK, self.name, dtype, **nested)
+        packed = torch.cat(codes)
+        parts = {"weight": packed, **{f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}}
+        return Quantised(parts, self._dense(packed, state))
+
+    def dense(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """See `Quantiser.dense`."""
+        rest = {key: part for key, part in parts.items() if key != "weight"}
+        packed = parts["weight"]
+        return self._dense(packed, self._functional.QuantState.from_dict(rest, device=packed.device))
+
+    def plan(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """See `Quantiser.plan`."""
+        values = prod(shape)
+        blocks = -(-values // BLOCK)
+        plan = {
+            "weight": (torch.uint8, (-(-values // 2), 1)),
+            "weight.absmax": (torch.uint8 if self.double else torch.float32, (blocks,)),
+            "weight.quant_map": (torch.float32, (16,)),
+        }
+        if self.double:
+            plan["weight.nested_absmax"] = (torch.float32, (-(-blocks // NESTED_BLOCK),))
+            plan["weight.nested_quant_map"] = (torch.float32, (256,))
+        return {**plan, self.late[0]: (torch.uint8, (STATE_BYTES,))}
+
+    @property
+    def late(self) -> tuple[str, ...]:
+        """See `Quantiser.late`."""
+        return (f"weight.quant_state.bitsandbytes__{self.name}",)
+
+    def config(self, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
+        """See `Quantiser.config`."""
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": self.name,
+            "bnb_4bit_use_double_quant": self.double,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": skipped,
+        }
+
+    def _dense(self, packed: Tensor, state: Any) -> Tensor:
+        dense = torch.empty(prod(state.shape), dtype=state.dtype, device=packed.device)
+        scales = self._scales(state)
+        pieces = (packed.split(PIECE // 2), scales.split(PIECE // BLOCK), dense.split(PIECE))
+        for codes, absmax, out in zip(*pieces, strict=True):
+            piece = self._functional.QuantState(absmax, out.shape, state.code, BLOCK, self.name, state.dtype)
+            out.copy_(self._functional.dequantize_4bit(codes, piece).reshape(-1))
+        return dense.reshape(state.shape)
+
+    def _scales(self, state: Any) -> Tensor:
+        if not state.nested:
+            return state.absmax
+        return self._functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
