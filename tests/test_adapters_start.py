@@ -52,7 +52,7 @@ def test_first_step_equals_the_base_bit_for_bit(method, dtype, alpha):
 def test_first_step_of_real_models_equals_the_base_bit_for_bit(shared, name, dtype):
     model = language_model(shared / "models" / name, dtype)
     base = logits(model)
-    for method in methods():
+    for method in METHODS:
         assert torch.equal(logits(pissa.attach(copy.deepcopy(model), method, rank=8)), base), method
 
 

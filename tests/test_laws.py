@@ -13,8 +13,8 @@ from pissa.linalg import relative_error, tensor_seed
 from pissa.registry import methods
 from pissa.splits import Lora, Split
 
-METHODS = sorted(methods())
-STARTED = [name for name, method in methods().items() if not method.zero_start]
+METHODS = sorted(name for name, method in methods().items() if method.needs == "weight")
+STARTED = [name for name in METHODS if not methods()[name].zero_start]
 SHAPES = {"wide": (12, 40), "tall": (40, 12), "square": (24, 24)}
 # docs: float64 identities to 1e-10 of the norm, float32 ones to 2e-6 sqrt(k); here k <= 24.
 REBUILD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}

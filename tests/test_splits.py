@@ -14,7 +14,7 @@ from pissa.errors import InputError
 from pissa.registry import check_rank, method, methods, scale_of, tolerance_of
 from pissa.splits import Lora, Split
 
-METHODS = sorted(methods())
+METHODS = sorted(name for name, method in methods().items() if method.needs == "weight")
 
 
 def pair(rows: int = 20, rank: int = 6, columns: int = 14, dtype: torch.dtype = torch.float64) -> Lora:

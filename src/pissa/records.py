@@ -35,6 +35,11 @@ class Recipe:
     """Rounds of alternation between the low-rank part and the quantised rest."""
 
     @property
+    def needs_residual(self) -> bool:
+        """Whether what was trained is right only beside its own frozen part, which quantisation moved off the base."""
+        return self.quant is not None
+
+    @property
     def scale(self) -> float:
         """The factor of the adapter's product, alpha / rank."""
         return self.alpha / self.rank
@@ -78,6 +83,13 @@ class Record:
     """Digests of the residual's own target tensors, where a residual was written."""
     notes: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def served_on(self) -> Base | None:
+        """The model that a plain adapter made from this is right on: the base, or the residual where that is needed."""
+        if self.base is None or self.recipe is None or not self.recipe.needs_residual:
+            return self.base
+        return Base(str(self.notes.get("residual", "")), None, "", {**self.base.tensors, **self.residual})
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `from_json` reads it back."""

@@ -21,6 +21,7 @@ from pissa.splits import Quantised, Split, is_finite
 
 EXACT, LEAST_TOLERANCE = 1e-5, 5e-6
 """What svd="exact" certifies, for singular values and energy; and the least that float32 can."""
+QUANTISER = "quantiser"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,6 +52,7 @@ class Method:
     start: Callable[..., Split]
     zero_start: bool = False
     alternates: bool = False
+    needs: str = "weight"
 
     def split(
         self,
@@ -82,6 +84,10 @@ class Method:
         if not (scale > 0 and math.isfinite(scale)):
             raise InputError(f"scale (alpha / rank) is {scale} for `{name}`: alpha must be above 0")
         tolerance_of(svd)
+        if self.needs == QUANTISER and quantisation is None:
+            raise InputError(
+                f"{self.name} starts from the error of a quantised weight: name the quantiser, --quant nf4"
+            )
         settings = {"scale": scale, "svd": svd, "seed": seed, "name": name}
         with torch.no_grad():
             if self.alternates:
@@ -110,6 +116,7 @@ def method(
     verdict: str,
     zero_start: bool = False,
     alternates: bool = False,
+    needs: str = "weight",
 ) -> Callable[[Callable[..., Split]], Callable[..., Split]]:
     """Register the decorated function ``f(weight, rank, *, scale, svd, seed, name) -> Split`` as a method.
 
@@ -122,10 +129,11 @@ def method(
         zero_start: whether left @ right is zero at first (nothing is taken out of the weight).
         alternates: whether the low-rank part follows the error of a quantised rest; the function then takes
             ``quantisation`` too, a `Quantisation` or None.
+        needs: "weight", or "quantiser" where there is no start without one.
     """
 
     def register(start: Callable[..., Split]) -> Callable[..., Split]:
-        _METHODS[name] = Method(name, title, paper, trains, verdict, start, zero_start, alternates)
+        _METHODS[name] = Method(name, title, paper, trains, verdict, start, zero_start, alternates, needs)
         return start
 
     return register

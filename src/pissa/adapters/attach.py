@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from pissa.adapters import drift, factors
+from pissa.adapters import drift, factors, quantised
 from pissa.adapters.factors import Factors
 from pissa.adapters.plain import whole
+from pissa.adapters.state import trains_drift
 from pissa.adapters.storing import describe, store
 from pissa.checkpoint.fingerprint import combined, fingerprint, model_tensors
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
@@ -143,11 +144,13 @@ def wrap(
         layer = layers[target.module]
         if zero_start:
             factors.assign(layer, adapter, left, right)
+        elif recipe.needs_residual:
+            quantised.install(layer, adapter, left, right)
         elif recipe.base_form == "keep":
             drift.install(layer, adapter, left, right)
         else:
             drift.install_residual(layer, adapter, left, right, on_residual=on_residual)
-    if not zero_start:
+    if trains_drift(recipe):
         _tell_stock_tools(wrapped, adapter, recipe)
     attachments_of(wrapped)[adapter] = attachment
     return wrapped

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pissa.adapters import factors
+from pissa.checkpoint.targets import target_of
 from pissa.errors import InputError, WrongBaseError
 from pissa.splits import drift_as_lora
 
@@ -80,7 +81,9 @@ class Keep(LoraVariant):
     def change(module: Any, adapter: str) -> Tensor:
         """What merging adds to the layer's weight, in that weight's shape, at least float32."""
         L0, R0, dL, dR = _all_factors(module, adapter)
-        return factors.target_of("", module).from_matrix(drift_as_lora(L0, R0, dL, dR, module.scaling[adapter]).delta())
+        return target_of("", module.get_base_layer()).from_matrix(
+            drift_as_lora(L0, R0, dL, dR, module.scaling[adapter]).delta()
+        )
 
     @classmethod
     def merge_safe(cls, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ class Residual(Keep):
         """``s L R``."""
         L0, R0, dL, dR = _all_factors(module, adapter)
         product = module.scaling[adapter] * ((L0 + dL) @ (R0 + dR))
-        return factors.target_of("", module).from_matrix(product)
+        return target_of("", module.get_base_layer()).from_matrix(product)
 
 
 def install(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
@@ -135,7 +138,7 @@ def install(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
         layer.register_state_dict_post_hook(_emit_plain_lora)
         layer.register_load_state_dict_pre_hook(_take_plain_lora)
         if isinstance(layer, Embedding):
-            layer._mixed_batch_forward = _refuse_mixed_batch  # type: ignore[method-assign, assignment]
+            layer._mixed_batch_forward = refuse_mixed  # type: ignore[method-assign, assignment]
     dL, dR = factors.trained(layer, adapter)
     # Contiguous, as they come back from a file: another memory order rounds a product differently.
     layer.start_left[adapter] = left.to(dL).contiguous()
@@ -160,13 +163,13 @@ def install_residual(layer: Any, adapter: str, left: Tensor, right: Tensor, *, o
     layer.lora_variant[adapter] = Residual()
     weight = layer.get_base_layer().weight
     L0, R0 = layer.start_left[adapter].float(), layer.start_right[adapter].float()
-    product = factors.target_of("", layer).from_matrix(layer.scaling[adapter] * (L0 @ R0))
+    product = target_of("", layer.get_base_layer()).from_matrix(layer.scaling[adapter] * (L0 @ R0))
     if on_residual:
         layer.original_weight = (weight.data.float() + product).to(weight.dtype).cpu()
     else:
         layer.original_weight = weight.data.cpu().clone()
         weight.data.copy_((weight.data.float() - product).to(weight.dtype))
-    layer.principal_hook = layer.register_forward_hook(partial(_give_back_principal, adapter=adapter))
+    layer.principal_hook = layer.register_forward_hook(partial(give_back_principal, adapter=adapter))
     # peft asks a layer for these by name; bound to the instance they know the undo, also on a deep copy.
     for name, override in _RESIDUAL_OVERRIDES.items():
         setattr(layer, name, MethodType(override, layer))
@@ -192,13 +195,15 @@ def _delete(layer: Any, adapter: str) -> None:
         delattr(layer, name)
 
 
-def _refuse_second_adapter(*args: Any, **kwargs: Any) -> None:
+def refuse_second_adapter(*args: Any, **kwargs: Any) -> None:
+    """In place of peft's method that adds one."""
     raise InputError(
         "this model's weights are a residual and carry exactly one adapter: attach with base='keep' for several"
     )
 
 
-def _refuse_mixed_batch(*args: Any, **kwargs: Any) -> None:
+def refuse_mixed(*args: Any, **kwargs: Any) -> None:
+    """In place of peft's method for a batch with several adapters."""
     raise InputError(
         "adapter_names (several adapters in one batch) works neither on a split embedding nor on a residual: "
         "use set_adapter, or attach linear layers with base='keep'"
@@ -208,8 +213,8 @@ def _refuse_mixed_batch(*args: Any, **kwargs: Any) -> None:
 _RESIDUAL_OVERRIDES: dict[str, Callable[..., Any]] = {
     "unload_and_optionally_merge_module": _unload,
     "delete_adapter": _delete,
-    "update_layer": _refuse_second_adapter,
-    "_mixed_batch_forward": _refuse_mixed_batch,
+    "update_layer": refuse_second_adapter,
+    "_mixed_batch_forward": refuse_mixed,
 }
 
 
@@ -274,7 +279,7 @@ def _take_plain_lora(layer: Any, state: dict[str, Any], prefix: str, *args: Any)
         state[key_base] = layer.get_base_layer().weight.data
 
 
-def _give_back_principal(layer: Any, args: Any, output: Tensor, *, adapter: str) -> Tensor:
+def give_back_principal(layer: Any, args: Any, output: Tensor, *, adapter: str) -> Tensor:
     """forward hook of the residual form: with the adapter off, the base's output, not the residual's."""
     if layer.merged or (not layer.disable_adapters and adapter in layer.active_adapters):
         return output

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pissa.checkpoint.targets import Target, kind_of
+from pissa.checkpoint.targets import Target
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """Module path to (left [out, r], right [r, in])."""
@@ -66,11 +66,3 @@ def file_tensors(target: Target, left: Tensor, right: Tensor) -> dict[str, Tenso
     key_left, key_right = file_keys(target)
     shape_left, shape_right = file_shapes(target, right.shape[0])
     return {key_right: right.reshape(shape_right), key_left: left.reshape(shape_left)}
-
-
-def target_of(name: str, layer: Any) -> Target:
-    """The target that a peft layer wraps."""
-    base = layer.get_base_layer()
-    kind = kind_of(base)
-    assert kind is not None
-    return Target(name, kind, tuple(base.weight.shape))

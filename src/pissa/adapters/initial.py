@@ -56,8 +56,13 @@ def load_initial(model: nn.Module, folder: Path, adapter: str) -> PeftModel:
     else:
         record = _foreign_record(config, model, folder)
     assert record.recipe is not None
-    targets = find_targets(model, list(record.recipe.targets))
-    record = dataclasses.replace(record, kind="state", recipe=dataclasses.replace(record.recipe, base_form="residual"))
+    targets = find_targets(model, list(record.recipe.targets), quantised=record.recipe.needs_residual)
+    record = dataclasses.replace(
+        record,
+        kind="state",
+        recipe=dataclasses.replace(record.recipe, base_form="residual"),
+        notes={**record.notes, "residual": str(folder.resolve())},
+    )
     starts = read_pair(initial, targets)
     return wrap(model, Attachment(record, targets), starts, [], adapter, on_residual=True)
 
@@ -75,6 +80,11 @@ def check_base(record: Record, model: nn.Module, what: str) -> bool:
     model = plain_model(model)
     # A folder that others made carries no note and leaves only the residual to compare with.
     on_residual = bool(record.residual) and (is_residual(model) or not record.base.tensors)
+    if record.recipe.needs_residual and not on_residual:
+        raise WrongBaseError(
+            f"{what} belongs on the residual in {record.recipe.quant} that it was made with, and this model is none: "
+            f"load {record.notes.get('residual', 'the folder above pissa_init/')}"
+        )
     revision = f", revision {record.base.revision}" if record.base.revision else ""
     check_same(
         {**record.base.tensors, **record.residual} if on_residual else record.base.tensors,

@@ -92,9 +92,9 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True, adapter_
     """
     path = Path(path)
     if (path / "state" / RECORD).is_file():
-        wrapped = _load_state(model, path / "state", adapter_name, zero_drift=False)
+        wrapped = _load_state(model, path / "state", adapter_name, from_start=False)
     elif (path / STATE).is_file():
-        wrapped = _load_state(model, path, adapter_name, zero_drift=False)
+        wrapped = _load_state(model, path, adapter_name, from_start=False)
     elif (path / INIT).is_dir():
         wrapped = load_initial(model, path, adapter_name)
     elif (path / plain.WEIGHTS).is_file():
@@ -111,17 +111,17 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True, adapter_
 
 def restart(model: nn.Module, state: str | Path, *, adapter_name: str = "default") -> PeftModel:
     """The same start that a run began with, drift zero, on a checked base: what resuming a training needs."""
-    return _load_state(model, Path(state), adapter_name, zero_drift=True)
+    return _load_state(model, Path(state), adapter_name, from_start=True)
 
 
-def _load_state(model: nn.Module, folder: Path, adapter: str, *, zero_drift: bool) -> PeftModel:
+def _load_state(model: nn.Module, folder: Path, adapter: str, *, from_start: bool) -> PeftModel:
     state = read_state(folder)
     record, zero_start = state.record, get(state.record.recipe.method).zero_start  # type: ignore[union-attr]
     on_residual = check_base(record, model, f"the state in {folder}")
     starts = state.trained if zero_start else state.starts
     heads = record.notes["modules_to_save"]
     wrapped = wrap(model, Attachment(record, state.targets), starts, heads, adapter, on_residual=on_residual)
-    if not zero_start and not zero_drift:
+    if not zero_start and not from_start:
         for target in state.targets:
             layer = wrapped.get_base_model().get_submodule(target.module)
             factors.assign(layer, adapter, *state.trained[target.module])

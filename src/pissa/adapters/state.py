@@ -18,11 +18,16 @@ from pissa.adapters.factors import Factors
 from pissa.checkpoint.output import read_json, write_json
 from pissa.checkpoint.targets import Target
 from pissa.errors import CheckpointError
-from pissa.records import Record
+from pissa.records import Recipe, Record
 from pissa.registry import get
 from pissa.splits import Lora, drift_as_lora
 
 STATE, RECORD = "state.safetensors", "pissa.json"
+
+
+def trains_drift(recipe: Recipe) -> bool:
+    """Whether dL and dR train, the change since the start; else L and R, as where nothing was taken out of a base."""
+    return not (get(recipe.method).zero_start or recipe.needs_residual)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class State:
     Attributes:
         record: of kind "state".
         starts: L0, R0 by module.
-        trained: for a zero start (LoRA) L and R, else the drift dL and dR, by module.
+        trained: dL and dR where the drift trains, else L and R, by module.
         extras: tensors of modules that trained whole, under peft's file names.
         shapes: the stored weight's shape by module.
     """
@@ -51,7 +56,7 @@ class State:
         return [Target(name, kind, tuple(self.shapes[name])) for name, kind in kinds.items()]
 
     def changes(self) -> dict[Target, Lora]:
-        """Each weight's change since the start as a plain LoRA, scale folded in."""
+        """Each weight's change of the model it is served on as a plain LoRA, scale folded in."""
         return {
             target: _change(self.record, self.starts[target.module], self.trained[target.module])
             for target in self.targets
@@ -72,18 +77,19 @@ def write_state(folder: Path, state: State) -> None:
 def write_adapter(folder: Path, state: State, changes: dict[Target, Lora] | None = None) -> None:
     """The plain LoRA folder of a state: its exact changes, or the given approximations of them."""
     record = state.record
-    assert record.base is not None
+    served_on = record.served_on
+    assert served_on is not None
     config = plain.adapter_config(
         rank=1,
         alpha=1,
-        base=record.base.name,
-        revision=record.base.revision,
+        base=served_on.name,
+        revision=served_on.revision,
         target_modules=record.notes["target_modules"],
         transposed="conv1d" in {target.kind for target in state.targets},
         task_type=record.notes["task_type"],
         modules_to_save=record.notes["modules_to_save"],
     )
-    lora = dataclasses.replace(record, kind="lora")
+    lora = dataclasses.replace(record, kind="lora", base=served_on)
     plain.write_plain_lora(folder, changes or state.changes(), state.extras, config, lora)
 
 
@@ -104,16 +110,15 @@ def read_state(folder: Path) -> State:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read ({error}): go on from an earlier save") from error
     zero_start = get(record.recipe.method).zero_start
+    drift = "drift_" if trains_drift(record.recipe) else ""
     try:
         starts, trained = {}, {}
         for module in record.recipe.targets:
+            left, right = trained[module] = tensors.pop(f"{module}.{drift}left"), tensors.pop(f"{module}.{drift}right")
             if zero_start:
-                left, right = tensors.pop(f"{module}.left"), tensors.pop(f"{module}.right")
                 starts[module] = left.new_zeros(left.shape), right
-                trained[module] = left, right
             else:
                 starts[module] = tensors.pop(f"{module}.start_left"), tensors.pop(f"{module}.start_right")
-                trained[module] = tensors.pop(f"{module}.drift_left"), tensors.pop(f"{module}.drift_right")
     except KeyError as error:
         raise CheckpointError(
             f"{folder / STATE} lacks tensor {error}: the file is damaged, save the run again"
@@ -138,19 +143,18 @@ def _check_shapes(state: State, file: Path) -> None:
 
 def _change(record: Record, start: tuple[Tensor, Tensor], trained: tuple[Tensor, Tensor]) -> Lora:
     assert record.recipe is not None
-    if get(record.recipe.method).zero_start:
+    if not trains_drift(record.recipe):
         return Lora(trained[1], record.recipe.scale * trained[0])
     return drift_as_lora(*start, *trained, record.recipe.scale)
 
 
 def _state_tensors(state: State) -> dict[str, Tensor]:
     assert state.record.recipe is not None
-    zero_start = get(state.record.recipe.method).zero_start
+    drift = "drift_" if trains_drift(state.record.recipe) else ""
     tensors = dict(state.extras)
     for module, (left, right) in state.trained.items():
-        kind = "" if zero_start else "drift_"
-        tensors[f"{module}.{kind}left"], tensors[f"{module}.{kind}right"] = left, right
-    if not zero_start:
+        tensors[f"{module}.{drift}left"], tensors[f"{module}.{drift}right"] = left, right
+    if not get(state.record.recipe.method).zero_start:
         for module, (left, right) in state.starts.items():
             tensors[f"{module}.start_left"], tensors[f"{module}.start_right"] = left, right
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}

@@ -21,7 +21,7 @@ class Stored:
     """A split in the dtypes of its files.
 
     Attributes:
-        frozen: [out, in] in its own dtype.
+        frozen: [out, in] in its own dtype; of a quantised one what it stands for.
         split: with factors that are representable in theirs.
         layer: what was kept and lost.
     """
@@ -46,11 +46,13 @@ def store(name: str, split: Split, factor_dtype: torch.dtype, frozen_dtype: torc
         InputError: the frozen part overflows its dtype.
     """
     split = split.rounded(factor_dtype)
-    frozen = torch.empty_like(split.weight, dtype=frozen_dtype)
+    quantised = split.quantised
+    frozen = quantised.dense.to(frozen_dtype) if quantised else torch.empty_like(split.weight, dtype=frozen_dtype)
     lost = 0.0
     for weight, left, rows in zip(*(part.split(ROWS) for part in (split.weight, split.left_core, frozen)), strict=True):
         product = split.scale * (left @ split.right)
-        rows.copy_(weight - product)
+        if not quantised:
+            rows.copy_(weight - product)
         lost += frobenius(product.add_(rows).sub_(weight)) ** 2
     if not lost < float("inf"):
         raise InputError(

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from pissa.checkpoint.targets import plain_modules
+from pissa.checkpoint.targets import is_quantised, plain_modules
 from pissa.errors import WrongBaseError
 
 NARROWER = {
@@ -48,6 +48,7 @@ def model_tensors(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, Tenso
 
     Args:
         model: a plain model, or one whose layers are wrapped by adapters that leave the base as it is.
+            Quantised layers give their parts, as files hold them.
         skip: modules whose parameters are not part of the base (a new head).
     """
     skipped = tuple(f"{name}." for name in skip)
@@ -55,10 +56,15 @@ def model_tensors(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, Tenso
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for module_name, module in plain_modules(model).items():
-        for key, parameter in module.named_parameters(recurse=False):
+        own = dict(module.named_parameters(recurse=False))
+        shared = {key for key, parameter in own.items() if id(parameter) in seen}
+        seen |= {id(parameter) for parameter in own.values()}
+        if is_quantised(module):
+            # Its state dict has all parts of the weight, in the order of files whatever its kernels made of them.
+            own = module.state_dict()
+        for key, parameter in own.items():
             name = f"{module_name}.{key}" if module_name else key
-            if id(parameter) not in seen and not name.startswith(skipped):
-                seen.add(id(parameter))
+            if key not in shared and not name.startswith(skipped):
                 tensors[canonical(name, prefix)] = parameter.data
     return tensors
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {name: TensorInfo(dtype, shape, stop - begin, path.name) for name, dtype, shape, begin, stop in entries}
 
 
-def make_header(plan: Plan, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+def make_header(
+    plan: Plan, metadata: Mapping[str, str], last: Container[str] = (), room: int = 0
+) -> tuple[bytes, dict[str, int]]:
     """The bytes that come before the data, and where in the file each tensor begins.
+
+    Args:
+        plan: Dtype and shape of every tensor.
+        metadata: Strings for the header.
+        last: Names of tensors that come after all others.
+        room: Least number of bytes; the header is filled up with spaces.
 
     Raises:
         InputError: A dtype or name that safetensors cannot hold.
@@ -89,12 +97,13 @@ def make_header(plan: Plan, metadata: Mapping[str, str]) -> tuple[bytes, dict[st
     begins: dict[str, int] = {}
     end = 0
     # Wide dtypes first: every tensor then begins at a multiple of its item size, which a memory map wants.
-    for name, (dtype, shape) in sorted(plan.items(), key=lambda item: -item[1][0].itemsize):
+    for name, (dtype, shape) in sorted(plan.items(), key=lambda item: (item[0] in last, -item[1][0].itemsize)):
         if name == "__metadata__" or dtype not in _NAME_OF:
             raise InputError(f"{name!r} of {dtype} does not fit safetensors: use a plain name, and float32 or the like")
         begins[name], end = end, end + count_bytes(dtype, shape)
         entries[name] = {"dtype": _NAME_OF[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
     header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    header = header.ljust(room - 8)
     header += b" " * (-len(header) % 8)
     before = len(header).to_bytes(8, "little") + header
     return before, {name: begin + len(before) for name, begin in begins.items()}

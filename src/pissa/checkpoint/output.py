@@ -16,10 +16,18 @@ from typing import Any
 
 from pissa.errors import CheckpointError, OutputError
 
+JOB = "job.txt"
+"""In a staging folder that can be gone on with: the job's key."""
+
 
 @contextmanager
 def staged_output(
-    target: str | Path, *, force: bool = False, needs_bytes: int = 0, inputs: Iterable[Path] = ()
+    target: str | Path,
+    *,
+    force: bool = False,
+    needs_bytes: int = 0,
+    inputs: Iterable[Path] = (),
+    job: str | None = None,
 ) -> Iterator[Path]:
     """Yield a hidden folder beside `target` that becomes `target` if the block ends well, and is removed if not.
 
@@ -30,6 +38,8 @@ def staged_output(
         force: Replace what is there. Never replaces an input, a git repository, the working or the home folder.
         needs_bytes: Free disk space to insist on; 0 for no check.
         inputs: Folders or files that are being read, so must not be touched.
+        job: A key for work that can go on where a kill or an interrupt left it: the folder of a dead run with the same
+            key is yielded again, with all that is in it. None for work that starts afresh.
 
     Raises:
         OutputError: The target must not be written, or the disk is full.
@@ -40,20 +50,28 @@ def staged_output(
     """
     path = Path(target).expanduser().resolve()
     _refuse_inputs(path, inputs)
-    _sweep_leftovers(path)
+    left = _sweep_leftovers(path, job)
     _refuse_target(path, force)
-    _refuse_full_disk(path, needs_bytes)
+    if left is None:
+        _refuse_full_disk(path, needs_bytes)
 
     staging = _sibling(path, "partial")
     try:
-        staging.mkdir(parents=True)
+        if left is None:
+            staging.mkdir(parents=True)
+        else:
+            os.replace(left, staging)
+        if job:
+            (staging / JOB).write_text(job)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error}): choose another folder") from error
     try:
         yield staging
+        (staging / JOB).unlink(missing_ok=True)
         _publish(staging, path, force)
     except BaseException as error:
-        _remove(staging)
+        if not (job and isinstance(error, KeyboardInterrupt)):
+            _remove(staging)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
                 f"disk full while writing {path} ({error}); nothing is left behind: "
@@ -131,10 +149,15 @@ def _sibling(path: Path, state: str) -> Path:
     return path.with_name(f".{path.name}.{state}-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def _sweep_leftovers(path: Path) -> None:
-    """Clear what a killed run to the same target left; give back the old output if it was killed while replacing it."""
+def _sweep_leftovers(path: Path, job: str | None) -> Path | None:
+    """Clear what a killed run to the same target left; give back the old output if it was killed while replacing it.
+
+    Returns:
+        What is left of the same job, to go on with.
+    """
     if not path.parent.is_dir():
-        return
+        return None
+    left: Path | None = None
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(partial|replaced)-{re.escape(platform.node())}-(\d+)-\w+")
     for leftover in list(path.parent.iterdir()):
         found = pattern.fullmatch(leftover.name)
@@ -142,8 +165,11 @@ def _sweep_leftovers(path: Path) -> None:
             continue
         if found[1] == "replaced" and not path.exists():
             os.replace(leftover, path)
+        elif job and left is None and (leftover / JOB).is_file() and (leftover / JOB).read_text() == job:
+            left = leftover
         else:
             _remove(leftover)
+    return left
 
 
 def _is_alive(pid: int) -> bool:

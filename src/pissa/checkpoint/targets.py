@@ -93,7 +93,28 @@ def kind_of(module: nn.Module) -> str | None:
     return None
 
 
-def find_targets(model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR) -> list[Target]:
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a layer holds its weight in few bits."""
+    return type(module).__name__ in QUANTISED or type(getattr(module, "weight", None)).__name__ in QUANTISED
+
+
+def target_of(name: str, module: nn.Module) -> Target:
+    """A module's weight as a target; a quantised one as the matrix it stands for.
+
+    Args:
+        name: the module's path.
+        module: of a kind that can be a target.
+    """
+    weight: Any = module.weight
+    kind = kind_of(module)
+    assert kind is not None
+    shape = (module.out_features, module.in_features) if is_quantised(module) else tuple(weight.shape)
+    return Target(name, kind, shape)  # type: ignore[arg-type]
+
+
+def find_targets(
+    model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR, *, quantised: bool = False
+) -> list[Target]:
     """The weights that `targets` names, in the model's order.
 
     Args:
@@ -101,6 +122,7 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR) ->
         targets: "all-linear" (every linear layer but the output head and a classification head), module names or
             their last parts (`q_proj`, `layers.0.mlp`-style endings), or one string: a regular expression over
             full names if it is not itself a name.
+        quantised: whether a weight in few bits may be among them.
 
     Raises:
         InputError: nothing matched, a tied weight, fused expert weights, a quantised weight, a grouped convolution.
@@ -131,8 +153,8 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = ALL_LINEAR) ->
             )
         if name in attention_outputs:
             raise InputError(f"target `{name}` belongs to nn.MultiheadAttention, which bypasses adapters: leave it out")
-        _refuse_unsupported(name, module)
-        found.append(Target(name, kind, tuple(module.weight.shape)))  # type: ignore[arg-type, union-attr]
+        _refuse_unsupported(name, module, quantised)
+        found.append(target_of(name, module))
     missing = [pattern for pattern in asked if pattern not in hit] if not everything else []
     if missing or not found:
         raise InputError(_no_match(missing or asked, modules))
@@ -176,11 +198,12 @@ def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     }
 
 
-def _refuse_unsupported(name: str, module: nn.Module) -> None:
+def _refuse_unsupported(name: str, module: nn.Module, quantised: bool) -> None:
     weight: Any = module.weight
-    if type(module).__name__ in QUANTISED or type(weight).__name__ in QUANTISED or not weight.dtype.is_floating_point:
+    if not quantised and (is_quantised(module) or not weight.dtype.is_floating_point):
         raise InputError(
-            f"`{name}` is quantised ({type(module).__name__}): decompose the 16-bit model, quantise afterwards"
+            f"`{name}` is quantised ({type(module).__name__}), and what it lost cannot be split off any more: start "
+            "from the 16-bit model, which `pissa decompose --quant nf4` splits and quantises in one go"
         )
     plain = {"groups": 1, "dilation": (1, 1), "padding_mode": "zeros"}
     if isinstance(module, nn.Conv2d) and any(getattr(module, key) != value for key, value in plain.items()):

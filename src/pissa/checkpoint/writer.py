@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from pissa.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Plan, Spec, count_bytes, make_header
+from pissa.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Plan, Spec, count_bytes, make_header, plan_bytes
 from pissa.checkpoint.output import write_json
 from pissa.errors import InputError, OutputError, did_you_mean
 
@@ -45,21 +45,34 @@ class TensorFile:
         path: The file to make; it must not exist.
         plan: Dtype and shape of every tensor that will come.
         metadata: Strings for the header, beside the `{"format": "pt"}` that other tools ask for.
+        late: Names of short 1-D tensors whose length the plan only bounds; they wait in memory and are written last.
+        done: Names that a killed run with the same plan wrote into this file already; none that are late.
 
     Raises:
         InputError: A dtype or name that safetensors cannot hold.
-        OutputError: The file exists.
+        OutputError: The file exists, or does not where something is done.
     """
 
-    def __init__(self, path: str | Path, plan: Plan, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        plan: Plan,
+        metadata: Mapping[str, str] | None = None,
+        late: Collection[str] = (),
+        done: Collection[str] = (),
+    ) -> None:
         self.path = Path(path)
-        self._plan = dict(plan)
-        self._header, self._offsets = make_header(self._plan, {"format": "pt", **(metadata or {})})
-        self.missing = set(self._plan)
+        self._plan, self._late = dict(plan), set(late) & plan.keys()
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._metadata = {"format": "pt", **(metadata or {})}
+        self._header, self._offsets = make_header(self._plan, self._metadata, self._late)
+        self.missing = set(self._plan) - set(done)
         try:
-            self._file = self.path.open("xb")
+            self._file = self.path.open("r+b" if done else "xb")
         except FileExistsError as error:
             raise OutputError(f"{self.path} exists already: choose another folder") from error
+        except FileNotFoundError as error:
+            raise OutputError(f"{self.path} is gone, but a run was to go on with it: start again") from error
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one planned tensor, in any order, straight from its memory.
@@ -73,14 +86,16 @@ class TensorFile:
         if name not in self.missing:
             raise InputError(f"{name!r} was written to {self.path} before: write each tensor once")
         dtype, shape = planned
+        if name in self._late and tensor.ndim == 1 and len(tensor) <= shape[0]:
+            self._plan[name], self._waiting[name] = (dtype, tuple(tensor.shape)), tensor
+            shape = tensor.shape
         if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
             raise InputError(
                 f"{name!r} is {tensor.dtype} {list(tensor.shape)}, but the plan of {self.path} says "
                 f"{dtype} {list(shape)}: convert the tensor or change the plan"
             )
-        self._file.seek(self._offsets[name])
-        # As bytes, for numpy knows no bfloat16 or float8. On a contiguous tensor of the CPU nothing is copied.
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if name not in self._late:
+            self._put(name, tensor)
         self.missing.remove(name)
 
     def close(self) -> None:
@@ -94,6 +109,10 @@ class TensorFile:
         with self._file:
             if self.missing:
                 raise _unfinished(self.path, [name for name in self._plan if name in self.missing])
+            # The same length as at first, so the data lies where the offsets say.
+            self._header, self._offsets = make_header(self._plan, self._metadata, self._late, len(self._header))
+            for name, tensor in self._waiting.items():
+                self._put(name, tensor)
             self._file.seek(0)
             self._file.write(self._header)
             self._file.flush()
@@ -102,6 +121,17 @@ class TensorFile:
     def abandon(self) -> None:
         """Close without a header."""
         self._file.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors, as far as they are known."""
+        return plan_bytes(self._plan)
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        self._file.seek(self._offsets[name])
+        # As bytes, for numpy knows no bfloat16 or float8. On a contiguous tensor of the CPU nothing is copied.
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._file.flush()  # so that it outlives a kill
 
     def __enter__(self) -> Self:
         return self
@@ -120,24 +150,36 @@ class CheckpointWriter:
         folder: Where to write; made if absent, and free of model weights.
         plan: Dtype and shape of every tensor that will come.
         max_shard_bytes: Most bytes of tensors in one file, at least 1.
+        late: See `TensorFile`.
+        done: See `TensorFile`.
 
     Raises:
         InputError: An empty plan, no room in a shard, or a dtype that safetensors cannot hold.
         OutputError: The folder holds model weights, which would mix with the new ones.
     """
 
-    def __init__(self, folder: str | Path, plan: Plan, max_shard_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        plan: Plan,
+        max_shard_bytes: int,
+        late: Collection[str] = (),
+        done: Collection[str] = (),
+    ) -> None:
         shards = _assign_shards(plan, max_shard_bytes)
         make_header(plan, {})  # refuses what safetensors cannot hold now, not at the last shard
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if stale := sorted(path.name for path in self.folder.glob("model*.safetensors*")):
+        if not done and (stale := sorted(path.name for path in self.folder.glob("model*.safetensors*"))):
             raise OutputError(f"{self.folder} holds {stale[0]} already: choose another folder")
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         self._plans = dict(zip(names if len(names) > 1 else [SINGLE_NAME], shards, strict=True))
         self._shard_of = {name: shard for shard, part in self._plans.items() for name in part}
         self._files: dict[str, TensorFile] = {}
-        self._total_bytes = sum(count_bytes(dtype, shape) for dtype, shape in plan.values())
+        self._late = late
+        for shard, part in self._plans.items():
+            if begun := part.keys() & done:
+                self._files[shard] = TensorFile(self.folder / shard, part, late=late, done=begun)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one planned tensor, in any order; in the order of the plan one file is open at a time.
@@ -149,7 +191,7 @@ class CheckpointWriter:
         if shard is None:
             raise InputError(f"{name!r} is not in the plan of {self.folder}.{did_you_mean(name, self._shard_of)}")
         if shard not in self._files:
-            self._files[shard] = TensorFile(self.folder / shard, self._plans[shard])
+            self._files[shard] = TensorFile(self.folder / shard, self._plans[shard], late=self._late)
         self._files[shard].write(name, tensor)
         if not self._files[shard].missing:
             self._files[shard].close()
@@ -166,7 +208,8 @@ class CheckpointWriter:
             self.abandon()
             raise _unfinished(self.folder, missing)
         if len(self._plans) > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._shard_of}
+            total = sum(file.nbytes for file in files.values())
+            index = {"metadata": {"total_size": total}, "weight_map": self._shard_of}
             write_json(self.folder / INDEX_NAME, index)
 
     def abandon(self) -> None:

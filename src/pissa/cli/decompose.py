@@ -20,6 +20,10 @@ def decompose(
     svd: options.Svd = "fast",
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
+    quant: options.Quant = None,
+    iterations: options.Iterations = None,
+    double_quant: options.DoubleQuant = False,
+    store: options.Store = "packed",
     device: options.Device = "cpu",
     workers: options.Workers = None,
     max_shard_bytes: options.MaxShardBytes = "5GB",
@@ -28,9 +32,9 @@ def decompose(
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write a model's residual, with its start in OUT/pissa_init.
+    """Write a model's residual, with its start in OUT/pissa_init; with --quant in few bits.
 
-    A few tensors are in memory at a time, so any size of model fits.
+    A few tensors are in memory at a time, so any size of model fits. Killed, it goes on when it is typed again.
     """
     import pissa
 
@@ -45,6 +49,10 @@ def decompose(
             svd=svd,
             seed=seed,
             dtype=dtype,
+            quant=quant,
+            iterations=iterations,
+            double_quant=double_quant,
+            store=store,
             device=device,
             workers=workers,
             max_shard_bytes=max_shard_bytes,
@@ -56,7 +64,8 @@ def decompose(
     if as_json:
         show.print_json(record.to_json())
         return
-    show.say(f"{out}: residual of {model} and its start ({method}, rank {rank}), {len(record.layers)} weights")
+    kind = f"{quant or ''} residual"
+    show.say(f"{out}: {kind.strip()} of {model} and its start ({method}, rank {rank}), {len(record.layers)} weights")
     energy = sum(layer.energy for layer in record.layers) / len(record.layers)
     worst = max(record.layers, key=lambda layer: layer.error)
     show.say(f"energy in the trainable part {energy:.1%} (mean); largest error {worst.error:.1e} in {worst.name}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
-Method = Annotated[str, Option(help="How to split; see `pissa methods`.")]
+Method = Annotated[str, Option(help="How to split; see `pissa methods`. Presets: qlora, loftq, qpissa.")]
 Rank = Annotated[int, Option(help="Rank of the trainable part, 1 to the smaller side of the narrowest target.")]
 Alpha = Annotated[float | None, Option(help="Strength: the product is scaled by alpha / rank. Default: the rank (1).")]
 Targets = Annotated[str, Option(help="all-linear, names separated by commas, or a regular expression.")]
@@ -14,6 +14,14 @@ Svd = Annotated[str, Option(help="fast (seeded sketch), exact (certified to 1e-5
 Seed = Annotated[int, Option(help="Fixes every random number, together with the tensors' names.")]
 Dtype = Annotated[str | None, Option(help="float32, bfloat16 or float16 for what is written. Default: as stored.")]
 Device = Annotated[str, Option(help="Where the algebra runs: cpu, cuda, cuda:1.")]
+Quant = Annotated[
+    str | None, Option(help="nf4, fp4 or int8 for the frozen part. Default: as it is, or as a preset says.")
+]
+Iterations = Annotated[
+    int | None, Option(help="Rounds of low-rank part and quantised rest (pissa, loftq). Default: 5.")
+]
+DoubleQuant = Annotated[bool, Option("--double-quant", help="Quantise the scales of the blocks too (nf4, fp4).")]
+Store = Annotated[str, Option(help="packed (few bits, for bitsandbytes) or 16bit (what they stand for, for any tool).")]
 Workers = Annotated[int | None, Option(help="Tensors worked on side by side, 1 or more. Default: one a core, up to 4.")]
 MaxShardBytes = Annotated[str, Option(help="Size of an output file: bytes, 500MB, 5GB.")]
 Revision = Annotated[str | None, Option(help="Commit, tag or branch of a Hub model.")]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pissa.errors import InputError
 from pissa.linalg import alternate
 from pissa.registry import Quantisation, method
 from pissa.splits import Split
@@ -23,6 +22,7 @@ from pissa.splits import Split
     trains="what quantisation lost of the weight",
     verdict="only for a quantised base; starts closer to it than QLoRA, further than QPiSSA at equal rounds",
     alternates=True,
+    needs="quantiser",
 )
 def loftq(
     weight: Tensor,
@@ -32,9 +32,7 @@ def loftq(
     svd: str | float,
     seed: int,
     name: str,
-    quantisation: Quantisation | None,
+    quantisation: Quantisation,
 ) -> Split:
     """The best low-rank part of the quantisation error, in turn with the quantised rest."""
-    if not quantisation:
-        raise InputError("loftq starts from the error of a quantised base: name the quantiser, --quant nf4")
     return alternate(weight, rank, quantisation, principal=False, scale=scale, svd=svd, seed=seed, name=name)

@@ -1,0 +1,43 @@
+"""An adapter beside a frozen part in few bits: y = Q x + s L R x, where W is only nearly Q + s L0 R0.
+
+Nothing can be given back exactly here, so L and R train themselves, in peft's own lora_B and lora_A, and what any tool
+saves is a plain LoRA that is right on Q and on nothing else. The start L0, R0 is kept in buffers: with the adapter off
+the layer still stands for W as nearly as it did at the start, not for Q alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor
+
+from pissa.adapters import drift, factors
+from pissa.errors import InputError
+
+
+def install(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
+    """Give one adapter of a peft layer its start.
+
+    Args:
+        layer: a peft layer over the quantised part; it must hold no other adapter.
+        adapter: its name.
+        left: L0 [out, r].
+        right: R0 [r, in].
+    """
+    factors.assign(layer, adapter, left, right)
+    layer.start_left, layer.start_right = (BufferDict({adapter: part}, persistent=False) for part in (left, right))
+    layer.register_forward_hook(partial(drift.give_back_principal, adapter=adapter))
+    for name in ("merge", "unload_and_optionally_merge_module", "delete_adapter"):
+        setattr(layer, name, MethodType(_refuse, layer))
+    for name, override in (("update_layer", drift.refuse_second_adapter), ("_mixed_batch_forward", drift.refuse_mixed)):
+        setattr(layer, name, MethodType(override, layer))
+
+
+def _refuse(*args: Any, **kwargs: Any) -> None:
+    raise InputError(
+        "the quantised part under this adapter is no model without it, and merging into few bits would lose what was "
+        "trained: use `pissa merge FOLDER RUN OUT`, which writes both together in 16 bits"
+    )

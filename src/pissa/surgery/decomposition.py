@@ -1,0 +1,255 @@
+"""One decomposition on its way through a checkpoint: what is planned, split, written and recorded.
+
+What a killed run had finished is in its staging folder, with a line in `pieces.jsonl` for each tensor; the same job
+goes on from there, and ends with the same bits, since no tensor's split depends on another's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pissa.adapters import factors, plain
+from pissa.adapters.plain import INIT
+from pissa.adapters.splitting import quantiser_of, split_by
+from pissa.adapters.storing import store
+from pissa.checkpoint.fingerprint import Digests, canonical, combined, tensor_digests
+from pissa.checkpoint.layout import Spec, plan_bytes
+from pissa.checkpoint.output import write_json
+from pissa.checkpoint.reader import Checkpoint
+from pissa.checkpoint.targets import Target, short_names
+from pissa.checkpoint.writer import CheckpointWriter, TensorFile
+from pissa.records import Base, Layer, Recipe, Record, versions
+from pissa.surgery.packing import packed_names, quantisation_config
+from pissa.surgery.pipeline import in_order
+
+FACTOR_DTYPE = torch.float32
+PIECES = "pieces.jsonl"
+Progress = Callable[[str, int, int], None]
+"""Called with a tensor's name, the bytes done and the bytes in all."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the base on its way into the output.
+
+    Attributes:
+        name: in the base.
+        base: digests of it under its canonical name; empty for a tensor that is no parameter.
+        residual: digests of what takes a target's place, under canonical names.
+        layer: what the split of a target kept and lost.
+        tensors: what is written of it, in the residual and in the start.
+    """
+
+    name: str
+    base: dict[str, Digests] = field(default_factory=dict)
+    residual: dict[str, Digests] = field(default_factory=dict)
+    layer: Layer | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
+
+    def receipt(self, late: set[str]) -> str:
+        """A line that stands for the piece once its tensors are written; `late` ones, which are JSON, are in it."""
+        texts = {name: bytes(tensor.tolist()).decode() for name, tensor in self.tensors.items() if name in late}
+        facts = dataclasses.asdict(dataclasses.replace(self, tensors={}))
+        return json.dumps({**facts, "tensors": texts}) + "\n"
+
+    @classmethod
+    def from_receipt(cls, line: str) -> Piece:
+        """The piece that a line stands for, with its late tensors."""
+        facts = json.loads(line)
+        tensors = {
+            name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+            for name, text in facts.pop("tensors").items()
+        }
+        layer = facts.pop("layer")
+        return cls(**facts, layer=Layer(**layer) if layer else None, tensors=tensors)
+
+
+@dataclass
+class Decomposition:
+    """What is to be done to which checkpoint.
+
+    Attributes:
+        checkpoint: the base.
+        skeleton: its model without weights.
+        parameters: each tensor's parameter in the model.
+        targets: by the name of their tensor.
+        recipe: how to split.
+        dtypes: of each tensor in the output; of a packed one the dtype it is unpacked in.
+        packed: whether quantised weights are written in few bits.
+        device: where the algebra runs.
+    """
+
+    checkpoint: Checkpoint
+    skeleton: nn.Module
+    parameters: dict[str, str]
+    targets: dict[str, Target]
+    recipe: Recipe
+    dtypes: dict[str, torch.dtype]
+    packed: bool
+    device: str
+
+    def check(self) -> None:
+        """Refuse what can be told before anything is written: a quantiser, or names that no config can tell apart."""
+        packer = quantiser_of(self.recipe)
+        if packer and self.packed:
+            quantisation_config(packer, self.skeleton, self.targets.values(), torch.float32)
+
+    def plan(self, name: str) -> dict[str, Spec]:
+        """What takes a tensor's place in the residual."""
+        target, packer = self.targets.get(name), quantiser_of(self.recipe)
+        if target is None or packer is None or not self.packed:
+            return {name: (self.dtypes[name], self.checkpoint.tensors[name].shape)}
+        parts = packer.plan(target.matrix_shape, self.dtypes[name])
+        names = packed_names(name, parts)
+        return {names[part]: spec for part, spec in parts.items()}
+
+    def residual_plan(self) -> dict[str, Spec]:
+        """The tensors of the residual."""
+        return {key: spec for name in self.checkpoint.tensors for key, spec in self.plan(name).items()}
+
+    def start_plan(self) -> dict[str, Spec]:
+        """The tensors of `pissa_init/`."""
+        plan: dict[str, Spec] = {}
+        for target in self.targets.values():
+            shapes = factors.file_shapes(target, self.recipe.rank)
+            plan |= {key: (FACTOR_DTYPE, shape) for key, shape in zip(factors.file_keys(target), shapes, strict=True)}
+        return plan
+
+    def late(self) -> set[str]:
+        """Tensors whose length is only known once they are made."""
+        packer = quantiser_of(self.recipe)
+        if packer is None or not self.packed:
+            return set()
+        return {name for weight in self.targets for name in packed_names(weight, packer.late).values()}
+
+    def bytes_needed(self) -> int:
+        """What the output will take on disk, less headers and small files."""
+        return plan_bytes(self.residual_plan()) + plan_bytes(self.start_plan())
+
+    def write(
+        self, staging: Path, final: Path, shard_bytes: int, workers: int | None, progress: Progress | None
+    ) -> Record:
+        """Stream all tensors that a killed run did not finish, then the small files, `pissa.json` last."""
+        init, late, residual_plan = staging / INIT, self.late(), self.residual_plan()
+        init.mkdir(exist_ok=True)
+        pieces = {piece.name: piece for piece in _finished(staging / PIECES)}
+        written = {key for name in pieces for key in self.plan(name)} - late
+        begun = {key for name in pieces if name in self.targets for key in factors.file_keys(self.targets[name])}
+        total = sum(info.nbytes for info in self.checkpoint.tensors.values())
+        done = 0
+        with ExitStack() as stack:
+            residual = stack.enter_context(CheckpointWriter(staging, residual_plan, shard_bytes, late, written))
+            start = stack.enter_context(TensorFile(init / plain.WEIGHTS, self.start_plan(), done=begun))
+            receipts = stack.enter_context((staging / PIECES).open("a", encoding="utf-8"))
+            for piece in pieces.values():
+                for key, tensor in piece.tensors.items():
+                    residual.write(key, tensor)
+                done += self.checkpoint.tensors[piece.name].nbytes
+            rest = [name for name in self.checkpoint.tensors if name not in pieces]
+            for piece in in_order(self.split_tensor, rest, workers):
+                for key, tensor in piece.tensors.items():
+                    (residual if key in residual_plan else start).write(key, tensor)
+                receipts.write(piece.receipt(late))
+                receipts.flush()
+                pieces[piece.name] = dataclasses.replace(piece, tensors={})
+                done += self.checkpoint.tensors[piece.name].nbytes
+                if progress:
+                    progress(piece.name, done, total)
+        (staging / PIECES).unlink()
+        record = self.record([pieces[name] for name in self.checkpoint.tensors])
+        self.write_small_files(staging, final, record)
+        return record
+
+    def split_tensor(self, name: str) -> Piece:
+        """What takes the tensor's place in the residual, and the start where it is a target."""
+        tensor, dtype = self.checkpoint.read(name), self.dtypes[name]
+        key = canonical(self.parameters.get(name, name), getattr(self.skeleton, "base_model_prefix", ""))
+        base = {key: tensor_digests(tensor)} if name in self.parameters else {}
+        target = self.targets.get(name)
+        if target is None:
+            tensor = tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
+            return Piece(name, base, tensors={name: tensor})
+        matrix = target.to_matrix(tensor.to(self.device))
+        stored = store(target.weight, split_by(self.recipe, matrix, target.weight, dtype), FACTOR_DTYPE, dtype)
+        pair = factors.file_tensors(target, stored.split.left, stored.split.right)
+        start = {factor_name: factor.to("cpu", FACTOR_DTYPE).contiguous() for factor_name, factor in pair.items()}
+        if self.packed and stored.split.quantised:
+            parts = {part: tensor.cpu() for part, tensor in stored.split.quantised.parts.items()}
+        else:
+            parts = {"weight": target.from_matrix(stored.frozen.to("cpu")).contiguous()}
+        names, keys = packed_names(name, parts), packed_names(key, parts)
+        residual = {keys[part]: tensor_digests(tensor) for part, tensor in parts.items()}
+        tensors = {names[part]: tensor for part, tensor in parts.items()}
+        return Piece(name, base, residual, stored.layer, {**tensors, **start})
+
+    def record(self, pieces: list[Piece]) -> Record:
+        """The record of kind "residual"."""
+        base: dict[str, Digests] = {}
+        residual: dict[str, Digests] = {}
+        for piece in pieces:
+            base |= piece.base
+            residual |= piece.residual
+        source = self.checkpoint
+        name = str(source.folder.resolve()) if Path(source.name).is_dir() else source.name
+        origin = Base(name, source.revision, combined(base), base)
+        layers = [piece.layer for piece in pieces if piece.layer]
+        return Record("residual", self.recipe, origin, layers, residual, versions=versions())
+
+    def write_small_files(self, staging: Path, final: Path, record: Record) -> None:
+        """Config, tokenizer, adapter config; the records last."""
+        for file in self.checkpoint.companions():
+            shutil.copyfile(file, staging / file.name)
+        config = json.loads((staging / "config.json").read_text())
+        assert record.base is not None
+        # transformers carries unknown keys along, so the residual says what it is wherever it is saved again.
+        config["pissa"] = {
+            "kind": "residual",
+            "base": record.base.name,
+            "method": self.recipe.method,
+            "rank": self.recipe.rank,
+            "quant": self.recipe.quant,
+            "fingerprint": record.base.fingerprint,
+        }
+        dtype = next(self.dtypes[name] for name in self.targets)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+        packer = quantiser_of(self.recipe)
+        if self.packed and packer:
+            config["quantization_config"] = quantisation_config(packer, self.skeleton, self.targets.values(), dtype)
+        write_json(staging / "config.json", config)
+        write_json(staging / INIT / plain.CONFIG, self.init_config(final))
+        write_json(staging / INIT / plain.RECORD, dataclasses.replace(record, kind="init").to_json())
+        write_json(staging / plain.RECORD, record.to_json())
+
+    def init_config(self, final: Path) -> dict[str, Any]:
+        """The adapter config of the start: it names the residual's folder, where alone it is right."""
+        found = list(self.targets.values())
+        name = type(self.skeleton).__name__
+        return plain.adapter_config(
+            rank=self.recipe.rank,
+            alpha=self.recipe.alpha,
+            base=str(final.resolve()),
+            revision=None,
+            target_modules=short_names(found, self.skeleton),
+            transposed="conv1d" in self.recipe.targets.values(),
+            task_type="CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None,
+        )
+
+
+def _finished(path: Path) -> list[Piece]:
+    """The pieces that a killed run finished; a last line that the kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) < len(lines):
+        path.write_text("".join(whole), encoding="utf-8")
+    return [Piece.from_receipt(line) for line in whole]

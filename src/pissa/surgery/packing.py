@@ -1,0 +1,116 @@
+"""Quantised weights in a checkpoint: which tensors take a weight's place, and what the model's config says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pissa.checkpoint.reader import Checkpoint
+from pissa.checkpoint.targets import Target, kind_of
+from pissa.errors import CheckpointError, InputError
+from pissa.quant import NAMES, Quantiser, quantiser
+
+PACKABLE = ("linear", "conv1d")
+
+
+def check_packable(targets: Iterable[Target]) -> None:
+    """Refuse layers that transformers does not load in few bits."""
+    for target in targets:
+        if target.kind not in PACKABLE:
+            raise InputError(
+                f"`{target.weight}` is of kind {target.kind}, which transformers does not load quantised: leave it out "
+                "of --targets, or use --store 16bit"
+            )
+
+
+def packed_names(weight: str, parts: Iterable[str]) -> dict[str, str]:
+    """The tensors' names in the checkpoint for the parts of a weight, "....weight" among them.
+
+    Args:
+        weight: the weight's own name.
+        parts: names in its module.
+    """
+    module = weight.removesuffix("weight")
+    return {part: module + part for part in parts}
+
+
+def quantisation_config(
+    packer: Quantiser, skeleton: nn.Module, targets: Iterable[Target], dtype: torch.dtype
+) -> dict[str, Any]:
+    """`quantization_config` with which transformers expects exactly the targets to be quantised.
+
+    Raises:
+        InputError: transformers would take other layers for quantised; names the first.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    packed = {target.module for target in targets}
+    linear = [name for name, module in skeleton.named_modules() if kind_of(module) in PACKABLE]
+    skipped = [name for name in linear if name not in packed]
+    odd = [name for name in linear if should_convert_module(name, skipped) != (name in packed)]
+    if odd:
+        raise InputError(
+            f"transformers tells quantised layers by the ends of their names and cannot tell `{odd[0]}` from one that "
+            "stays: target both or neither, or use --store 16bit"
+        )
+    return packer.config(dtype, skipped)
+
+
+def quantiser_of_checkpoint(checkpoint: Checkpoint) -> Quantiser | None:
+    """What the checkpoint's config says its weights are packed with; None for a plain one.
+
+    Raises:
+        CheckpointError: packed in a way that cannot be read here.
+    """
+    config = checkpoint.config.get("quantization_config")
+    if not config:
+        return None
+    kind = config.get("quant_method")
+    name = "int8" if config.get("load_in_8bit") else config.get("bnb_4bit_quant_type")
+    if kind != "bitsandbytes" or name not in NAMES:
+        raise CheckpointError(
+            f"{checkpoint.name} is quantised with {kind} ({name}), expected bitsandbytes' 4 or 8 bits"
+        )
+    return quantiser(name, double=name != "int8" and bool(config.get("bnb_4bit_use_double_quant")))
+
+
+class PackedWeights:
+    """The quantised weights of a checkpoint, unpacked one at a time.
+
+    Attributes:
+        names: the weights' names.
+
+    Args:
+        checkpoint: any; one without quantised weights has no names here.
+
+    Raises:
+        CheckpointError: see `quantiser_of_checkpoint`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._quantiser = checkpoint, quantiser_of_checkpoint(checkpoint)
+        marks = (".SCB",) if self._quantiser and self._quantiser.name == "int8" else (".absmax",)
+        found = (name for name in checkpoint.tensors if self._quantiser and name.endswith(marks))
+        self.names = {
+            name.removesuffix(".absmax").removesuffix(".SCB").removesuffix(".weight") + ".weight" for name in found
+        }
+
+    def parts(self, weight: str) -> dict[str, Tensor]:
+        """The parts of a weight by their names in its module."""
+        module = weight.removesuffix("weight")
+        own = [name for name in self._checkpoint.tensors if name.startswith(module) and name != f"{module}bias"]
+        return {name.removeprefix(module): self._checkpoint.read(name) for name in own}
+
+    def dense(self, weight: str) -> Tensor:
+        """What a weight stands for, [out, in]."""
+        assert self._quantiser is not None
+        return self._quantiser.dense(self.parts(weight))
+
+    def weight_of(self, name: str) -> str | None:
+        """The quantised weight that a tensor is a part of, if it is one."""
+        module = name.split(".weight")[0].removesuffix(".SCB")
+        weight = f"{module}.weight"
+        return weight if weight in self.names and not name.endswith(".bias") else None
