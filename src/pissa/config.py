@@ -24,6 +24,7 @@ ALIASES = {
     "dataset": "data", "dataset_path": "data", "train_file": "data", "val_set_size": "eval_size",
     "output_dir": "output", "lr": "learning_rate", "lr_scheduler_type": "lr_scheduler",
     "per_device_train_batch_size": "micro_batch_size", "num_epochs": "epochs", "num_train_epochs": "epochs",
+    "bnb_4bit_quant_type": "quant", "bnb_4bit_use_double_quant": "double_quant",
     "sequence_len": "max_length", "max_seq_length": "max_length", "cutoff_len": "max_length", "torch_dtype": "dtype",
 }  # fmt: skip
 """Spellings of axolotl, LLaMA-Factory, TRL and peft; `gradient_accumulation_steps` is understood too."""
@@ -52,7 +53,9 @@ class TrainSettings(BaseModel):
 
     model: str = Field(min_length=1, description="Base model: a folder with safetensors, or a Hub id.")
     revision: str | None = Field(None, description="Commit, tag or branch of a Hub model; null for its main branch.")
-    method: str = Field("pissa", description="full (every weight trains) or a name listed by `pissa methods`.")
+    method: str = Field(
+        "pissa", description="full (every weight trains), a name listed by `pissa methods`, or qlora, loftq, qpissa."
+    )
     rank: Whole = Field(16, ge=1, description="Rank of the adapter, 1 to the smaller side of a weight; unused by full.")
     alpha: Number = Field(
         default_factory=lambda data: float(data.get("rank", 16)),
@@ -72,6 +75,13 @@ class TrainSettings(BaseModel):
     svd: Literal["fast", "exact"] | Number = Field(
         "fast", description="fast: seeded sketch. exact: certified to 1e-5. A number: the tolerance to certify."
     )
+    quant: Literal["nf4", "fp4", "int8"] | None = Field(
+        None, description="Few bits for the frozen part of a 16-bit base; null: as it is, or as a preset says."
+    )
+    iterations: Whole | None = Field(
+        None, ge=1, description="Rounds of low-rank part and quantised rest (pissa, loftq). Default: 5."
+    )
+    double_quant: bool = Field(False, description="Quantise the scales of the blocks too (nf4, fp4).")
     task: Literal["language", "classification"] = Field("language", description="What the model learns to do.")
     data: str = Field(
         min_length=1, description="Training data: json, jsonl, csv, tsv, parquet, folder, or a Hub id[:subset]."
@@ -176,6 +186,7 @@ def load_settings(path: Path | None, overrides: Mapping[str, object]) -> TrainSe
     values = _canonical(_read_yaml(path, mistakes), mistakes) if path else {}
     values |= _canonical(overrides, mistakes)
     _set_batch_size(values, mistakes)
+    _set_quant(values, mistakes)
     try:
         settings = TrainSettings.model_validate(values)
     except ValidationError as error:
@@ -246,6 +257,16 @@ def _set_batch_size(values: dict[str, Any], mistakes: list[str]) -> None:
             f"gradient_accumulation_steps: got {steps}, expected batch_size / micro_batch_size, "
             f"{values['batch_size']} / {values['micro_batch_size']}"
         )
+
+
+def _set_quant(values: dict[str, Any], mistakes: list[str]) -> None:
+    """`load_in_4bit: true` of other tools is nf4, `load_in_8bit: true` int8."""
+    for key, quant in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
+        asked = values.pop(key, None)
+        if asked in (None, False, "false"):
+            continue
+        if asked not in (True, "true") or values.setdefault("quant", quant) != quant:
+            mistakes.append(f"{key}: got {asked!r} beside quant {values.get('quant')!r}, expected one of the two")
 
 
 def _lines(error: ValidationError) -> list[str]:

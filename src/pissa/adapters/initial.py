@@ -15,7 +15,7 @@ from pissa.adapters.attach import Attachment, is_residual, plain_model, wrap
 from pissa.adapters.plain import INIT
 from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import read_json
-from pissa.checkpoint.targets import Target, find_targets
+from pissa.checkpoint.targets import Target, find_targets, head_modules
 from pissa.errors import CheckpointError, WrongBaseError
 from pissa.records import Base, Recipe, Record
 
@@ -64,7 +64,7 @@ def load_initial(model: nn.Module, folder: Path, adapter: str) -> PeftModel:
         notes={**record.notes, "residual": str(folder.resolve())},
     )
     starts = read_pair(initial, targets)
-    return wrap(model, Attachment(record, targets), starts, [], adapter, on_residual=True)
+    return wrap(model, Attachment(record, targets), starts, head_modules(model), adapter, on_residual=True)
 
 
 def check_base(record: Record, model: nn.Module, what: str) -> bool:

@@ -89,7 +89,7 @@ def write_adapter(folder: Path, state: State, changes: dict[Target, Lora] | None
         task_type=record.notes["task_type"],
         modules_to_save=record.notes["modules_to_save"],
     )
-    lora = dataclasses.replace(record, kind="lora", base=served_on)
+    lora = dataclasses.replace(record, kind="lora")
     plain.write_plain_lora(folder, changes or state.changes(), state.extras, config, lora)
 
 

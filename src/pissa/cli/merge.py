@@ -11,10 +11,12 @@ from pissa.cli import options, show
 
 
 def merge(
-    base: Annotated[str, Argument(help="The original model: a folder or a Hub id.")],
+    base: Annotated[str, Argument(help="The original model, or the residual that a quantised run was trained on.")],
     run: Annotated[Path, Argument(help="A run or a plain LoRA adapter.")],
     out: Annotated[Path, Argument(help="The folder to write.")],
     dtype: options.Dtype = None,
+    quant: options.MergedQuant = None,
+    workers: options.Workers = None,
     max_shard_bytes: options.MaxShardBytes = "5GB",
     revision: options.Revision = None,
     trust_remote_code: options.RemoteCode = False,
@@ -23,7 +25,7 @@ def merge(
 ) -> None:
     """Write base plus change as an ordinary model.
 
-    One tensor is in memory at a time, so any size of model fits.
+    A few tensors are in memory at a time, so any size of model fits. The result is in 16 bits unless --quant is given.
     """
     import pissa
 
@@ -33,6 +35,8 @@ def merge(
             run,
             out,
             dtype=dtype,
+            quant=quant,
+            workers=workers,
             max_shard_bytes=max_shard_bytes,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -43,4 +47,8 @@ def merge(
         show.print_json(record.to_json())
         return
     show.say(f"{out}: {base} with {run} merged in")
+    errors = record.notes["errors"]
+    if quant or "nf4" in errors:
+        in_bits = f"; in nf4 they would lose {errors['nf4']:.1%}" if "nf4" in errors else ""
+        show.say(f"rounding lost {errors['written']:.2%} of the merged weights{in_bits}")
     show.say_next(f"pissa inspect {out}", f"vllm serve {out}")

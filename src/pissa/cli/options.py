@@ -17,6 +17,9 @@ Device = Annotated[str, Option(help="Where the algebra runs: cpu, cuda, cuda:1."
 Quant = Annotated[
     str | None, Option(help="nf4, fp4 or int8 for the frozen part. Default: as it is, or as a preset says.")
 ]
+MergedQuant = Annotated[
+    str | None, Option("--quant", help="nf4, fp4 or int8 for the merged weights. Default: 16 bits.")
+]
 Iterations = Annotated[
     int | None, Option(help="Rounds of low-rank part and quantised rest (pissa, loftq). Default: 5.")
 ]

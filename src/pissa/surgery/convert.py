@@ -20,6 +20,7 @@ from pissa.checkpoint.targets import Target
 from pissa.errors import CheckpointError, InputError, WrongBaseError
 from pissa.records import Base, Recipe, Record, versions
 from pissa.splits import Lora, drift_as_lora
+from pissa.surgery import beside_residual
 from pissa.surgery.folders import Changes, adapter_scale, adapter_targets, read_changes
 
 Pairs = dict[Target, tuple[Tensor, Tensor]]
@@ -41,9 +42,10 @@ def convert(
     Args:
         run: a run, its state/ or a plain LoRA; with `start`, an adapter that stock peft trained on a residual.
         out: the folder to write.
-        rank: None for the exact change (rank 2r), else the best approximation of that rank, its error recorded.
+        rank: None for the exact change (rank 2r), else the best approximation of that rank, its error recorded. A run
+            beside a quantised residual has no exact one.
         start: the `pissa_init/` folder that the adapter was trained from.
-        base: the original base to check against; for a start of unknown origin it is also written down.
+        base: the original base to check against, where it lies now; for a start of unknown origin also written down.
         force: replace `out`.
 
     Returns:
@@ -60,7 +62,11 @@ def convert(
     )
     if base is not None:
         check_folder(record, Path(base), f"the change in {run}")
-    changes, error = _at_rank(found.changes, rank)
+    if record.recipe and record.recipe.needs_residual:
+        changes, error = _beside_residual(found, record, rank, base, run)
+        record = beside_residual.on_the_base(record)
+    else:
+        changes, error = _at_rank(found.changes, rank)
     notes = {**record.notes, "error": error, "rank": max(change.rank for change in changes.values())}
     record = dataclasses.replace(record, kind="lora", notes=notes, versions=versions())
     assert record.base is not None
@@ -99,6 +105,8 @@ def changes_since(adapter: Path, start: Path, base: str | Path | None) -> Change
             + (f"`{odd[0]}` is in only one of them" if odd else f"its scale is {scale}, the start's {start_scale}")
         )
     _refuse_other_start(adapter, start, config, begun)
+    record = _start_record(start, config, list(trained), base)
+    needs_residual = record.recipe is not None and record.recipe.needs_residual
     changes: dict[Target, Lora] = {}
     for target, (left, right) in trained.items():
         left0, right0 = begun[target]
@@ -109,11 +117,14 @@ def changes_since(adapter: Path, start: Path, base: str | Path | None) -> Change
                     f"{list(factor.shape)} does not hold the start's {list(factor0.shape)}. "
                     "Name the pissa_init/ folder that lay beside the residual in training"
                 )
+        if needs_residual:
+            changes[target] = Lora(right.float(), scale * left.float())
+            continue
         parts = [part.float() for part in (left0, right0, left - left0, right - right0)]
         changes[target] = drift_as_lora(parts[0], parts[1], parts[2], parts[3], scale)
     checkpoint = Checkpoint.open(adapter, need_config=False)
     extras = {name: checkpoint.read(name) for name in checkpoint.tensors if ".lora_" not in name}
-    return Changes(changes, extras, _start_record(start, config, changes, base), config)
+    return Changes(changes, extras, record, config)
 
 
 def _refuse_other_start(adapter: Path, start: Path, config: dict[str, Any], begun: Pairs) -> None:
@@ -166,17 +177,35 @@ def canonical_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Canonical name to the tensor's name in the checkpoint."""
     skeleton = build_skeleton(checkpoint.folder)
     prefix = getattr(skeleton, "base_model_prefix", "")
-    return {
-        canonical(parameter, prefix): name for name, parameter in parameter_names(skeleton, checkpoint.tensors).items()
-    }
+    parameters = parameter_names(skeleton, checkpoint.tensors)
+    return {canonical(parameters.get(name, name), prefix): name for name in checkpoint.tensors}
+
+
+def _beside_residual(
+    found: Changes, record: Record, rank: int | None, base: str | Path | None, run: Path
+) -> tuple[dict[Target, Lora], float]:
+    if rank is None:
+        beside_residual.refuse_exact(record, run)
+    served_on = record.served_on
+    assert rank is not None and record.base is not None and served_on is not None
+    _check_rank(rank)
+    if base is None:
+        check_folder(record, Path(record.base.name), f"the change in {run}")
+    residual = Path(served_on.name)
+    check_folder(dataclasses.replace(record, base=served_on), residual, f"the factors in {run}")
+    return beside_residual.best_changes(found, rank, Path(base or record.base.name), residual)
+
+
+def _check_rank(rank: int) -> None:
+    if rank < 1:
+        raise InputError(f"rank {rank} is below 1: use --rank 1 or more, or leave it out for the exact change")
 
 
 def _at_rank(changes: dict[Target, Lora], rank: int | None) -> tuple[dict[Target, Lora], float]:
     """The changes at `rank`, and the error over all weights relative to the whole change."""
     if rank is None:
         return changes, 0.0
-    if rank < 1:
-        raise InputError(f"rank {rank} is below 1: use --rank 1 or more, or leave it out for the exact change")
+    _check_rank(rank)
     approximations, missed, total = {}, 0.0, 0.0
     for target, change in changes.items():
         approximations[target], error = change.truncated(rank)
@@ -185,7 +214,7 @@ def _at_rank(changes: dict[Target, Lora], rank: int | None) -> tuple[dict[Target
     return approximations, (missed / total) ** 0.5 if total else 0.0
 
 
-def _start_record(start: Path, config: dict[str, Any], changes: dict[Target, Lora], base: str | Path | None) -> Record:
+def _start_record(start: Path, config: dict[str, Any], targets: list[Target], base: str | Path | None) -> Record:
     if (start / plain.RECORD).is_file():
         record = Record.from_json(read_json(start / plain.RECORD), str(start / plain.RECORD))
         if record.kind != "init":
@@ -197,9 +226,14 @@ def _start_record(start: Path, config: dict[str, Any], changes: dict[Target, Lor
                 "base_model_name_or_path in the result",
                 stacklevel=4,
             )
-        targets = {target.module: target.kind for target in changes}
-        recipe = Recipe("pissa", config["r"], config["lora_alpha"], "unknown", 0, "residual", targets)
+        kinds = {target.module: target.kind for target in targets}
+        recipe = Recipe("pissa", config["r"], config["lora_alpha"], "unknown", 0, "residual", kinds)
         record = Record("init", recipe, Base(str(base or "unknown")))
-    shapes = {target.module: list(target.shape) for target in changes}
-    notes = {"target_modules": config["target_modules"], "task_type": config.get("task_type"), "shapes": shapes}
+    shapes = {target.module: list(target.shape) for target in targets}
+    notes = {
+        "target_modules": config["target_modules"],
+        "task_type": config.get("task_type"),
+        "shapes": shapes,
+        "residual": str(start.resolve().parent),
+    }
     return dataclasses.replace(record, notes={**record.notes, **notes})

@@ -19,7 +19,7 @@ from pissa.errors import CheckpointError, InputError, WrongBaseError
 from pissa.records import Recipe, Record, versions
 from pissa.registry import QUANTISER, check_rank, choose, get, scale_of, tolerance_of
 from pissa.surgery.decomposition import Decomposition, Progress
-from pissa.surgery.packing import check_packable
+from pissa.surgery.packing import check_packable, is_residual
 from pissa.surgery.pipeline import check_workers
 
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,10 +169,10 @@ def _refuse_other_shapes(checkpoint: Checkpoint, targets: dict[str, Target]) -> 
 
 
 def _refuse_unfit(checkpoint: Checkpoint) -> None:
-    note = checkpoint.config.get("pissa")
-    if isinstance(note, dict) and note.get("kind") == "residual":
+    if is_residual(checkpoint):
+        base = checkpoint.config["pissa"].get("base")
         raise WrongBaseError(
-            f"{checkpoint.name} is itself a residual, of {note.get('base')!r}: decompose that original model instead"
+            f"{checkpoint.name} is itself a residual, of {base!r}: decompose that original model instead"
         )
     quantised = checkpoint.config.get("quantization_config")
     if quantised:

@@ -69,8 +69,12 @@ def kind_of_folder(path: Path) -> str:
     raise CheckpointError(f"{path} holds no config.json, adapter_config.json or state: it is no model, run or adapter")
 
 
-def read_changes(path: Path) -> Changes:
+def read_changes(path: Path, *, on_residual: bool = False) -> Changes:
     """The change that a run, a state or a plain LoRA stands for.
+
+    Args:
+        path: its folder.
+        on_residual: whether it will meet a residual, beside which an adapter that stock tools trained is right too.
 
     Raises:
         WrongBaseError: an adapter that is only right beside its own residual.
@@ -80,7 +84,7 @@ def read_changes(path: Path) -> Changes:
     if kind in ("run", "state"):
         state = read_state(path / "state" if kind == "run" else path)
         return Changes(state.changes(), state.extras, state.record)
-    if kind in ("lora", "foreign-adapter"):
+    if kind in ("lora", "foreign-adapter") or (on_residual and kind in ("raw-adapter", "init")):
         return _read_plain(path, kind)
     if kind in ("raw-adapter", "init"):
         raise WrongBaseError(

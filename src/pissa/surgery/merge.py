@@ -1,8 +1,12 @@
-"""Base plus change as one ordinary model folder, tensor by tensor, the base checked on the way."""
+"""Base plus change as one ordinary model folder, tensor by tensor, the base checked on the way.
+
+A run that was trained beside a quantised residual is merged into what that stands for: Q + s L R, in 16 bits.
+"""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +15,22 @@ from torch import Tensor
 
 from pissa.adapters import plain
 from pissa.checkpoint.fingerprint import canonical, check_tensor
-from pissa.checkpoint.layout import plan_bytes
+from pissa.checkpoint.layout import Spec, plan_bytes
 from pissa.checkpoint.output import staged_output, write_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, kind_of
 from pissa.checkpoint.writer import CheckpointWriter, parse_bytes
 from pissa.errors import WrongBaseError
+from pissa.linalg import frobenius
+from pissa.quant import Quantiser, quantiser
 from pissa.records import Record, versions
 from pissa.splits import Lora
-from pissa.surgery.decompose import Progress, check_dtype, output_dtype
+from pissa.surgery.decompose import STORED, check_dtype, output_dtype
+from pissa.surgery.decomposition import Progress
 from pissa.surgery.folders import Changes, principal_share, read_changes, refuse_principal
+from pissa.surgery.packing import PackedWeights, check_packable, is_residual, packed_names, quantisation_config
+from pissa.surgery.pipeline import check_workers, in_order
 
 
 def merge(
@@ -30,135 +39,245 @@ def merge(
     out: str | Path,
     *,
     dtype: str | None = None,
+    quant: str | None = None,
+    workers: int | None = None,
     max_shard_bytes: int | str = "5GB",
     revision: str | None = None,
     trust_remote_code: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Record:
-    """Write ``W + change`` for every target and the rest as it is; sums in float32, rounded once.
+    """Write base plus change for every target and the rest as it is; sums in float32, rounded once.
 
     Args:
-        base: the original model, a folder or a Hub id.
+        base: the original model, a folder or a Hub id; for a run beside a quantised residual, that residual's folder.
         run: a run, its state/ or a plain LoRA.
         out: the folder to write; it appears whole or not at all.
         dtype: "float32", "bfloat16" or "float16"; as stored by default.
+        quant: nf4, fp4 or int8 for the merged weights, which loses some of what was trained; 16 bits by default.
+        workers: tensors worked on side by side; one a core, up to 4, by default.
         max_shard_bytes: size of an output file.
         revision: of a Hub id.
         trust_remote_code: whether the model's own code may run.
         force: replace `out`.
         progress: told after every tensor.
 
+    Returns:
+        The record; `notes["errors"]` has the relative error of what was written, and of nf4 where the base is packed.
+
     Raises:
         WrongBaseError: the run belongs to another base; names the tensor.
     """
     check_dtype(dtype)
+    check_workers(workers)
     run = Path(run)
-    found = read_changes(run)
     checkpoint = Checkpoint.open(base, revision)
-    job = _Job(checkpoint, found, run, dtype, trust_remote_code)
+    found = read_changes(run, on_residual=is_residual(checkpoint))
+    job = _Job(checkpoint, found, run, dtype, quantiser(quant) if quant else None, trust_remote_code)
     shard_bytes = parse_bytes(max_shard_bytes)
     with (
         staged_output(out, force=force, needs_bytes=plan_bytes(job.plan), inputs=[checkpoint.folder, run]) as folder,
-        CheckpointWriter(folder, job.plan, shard_bytes) as writer,
+        CheckpointWriter(folder, job.plan, shard_bytes, job.late) as writer,
     ):
-        job.write_tensors(writer, progress)
+        job.write_tensors(writer, workers, progress)
         job.write_config(folder)
         record = job.record()
         write_json(folder / plain.RECORD, record.to_json())
     return record
 
 
+@dataclass(frozen=True)
+class _Merged:
+    """What is written for one tensor of the base.
+
+    Attributes:
+        name: in the base.
+        tensors: to write.
+        share: how much of the base itself an adapter of unknown origin holds.
+        errors: squared norms of what each format lost of the merged weight, and of the weight itself ("weight").
+    """
+
+    name: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    share: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+
+
 class _Job:
     """One merge: which stored tensor takes which change, and under which name it is written."""
 
-    def __init__(self, checkpoint: Checkpoint, found: Changes, run: Path, dtype: str | None, remote_code: bool) -> None:
-        self.checkpoint, self.found, self.run = checkpoint, found, run
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        found: Changes,
+        run: Path,
+        dtype: str | None,
+        packer: Quantiser | None,
+        remote_code: bool,
+    ) -> None:
+        self.checkpoint, self.found, self.run, self.packer = checkpoint, found, run, packer
+        self._refuse_other_kind()
         # A run that trained a head belongs to a model class that the base's own config does not name.
         self.head_config: dict[str, Any] | None = found.record.notes.get("model_config") if found.record else None
-        skeleton = build_skeleton(checkpoint.folder, config=self.head_config, trust_remote_code=remote_code)
-        modules = dict(skeleton.named_modules())
+        self.skeleton = build_skeleton(checkpoint.folder, config=self.head_config, trust_remote_code=remote_code)
+        modules = dict(self.skeleton.named_modules())
         for target in found.changes:
             if target.module not in modules:
                 raise WrongBaseError(f"{run} changes `{target.weight}`, which {checkpoint.name} lacks. {self.advice()}")
-        self.prefix = getattr(skeleton, "base_model_prefix", "")
-        self.parameters = parameter_names(skeleton, checkpoint.tensors)
+        self.prefix = getattr(self.skeleton, "base_model_prefix", "")
+        self.parameters = parameter_names(self.skeleton, checkpoint.tensors)
+        self.packed = PackedWeights(checkpoint)
         self.changes: dict[str, tuple[Target, Lora]] = {}
         for name, target in stored_targets(list(found.changes), self.parameters, checkpoint.folder).items():
-            change, shape = found.changes[target], checkpoint.tensors[name].shape
+            change = found.changes[target]
             # An adapter's file has one flag "transposed" for all its layers; the model knows which of them are.
-            own = Target(target.module, kind_of(modules[target.module]) or target.kind, shape)
+            kind = kind_of(modules[target.module]) or target.kind
+            own = Target(target.module, kind, self.shape(name, kind, target))
             if own.matrix_shape != (change.B.shape[0], change.A.shape[1]):
                 raise WrongBaseError(
                     f"{run} changes `{name}` as {[change.B.shape[0], change.A.shape[1]]} (out, in), which is "
                     f"{list(own.matrix_shape)} in {checkpoint.name}. {self.advice()}"
                 )
             self.changes[name] = own, change
-        self.shares: list[float] = []
+        if packer:
+            check_packable([target for target, _ in self.changes.values()])
         self.extras = {_module_name(name): tensor for name, tensor in found.extras.items()}
-        self.plan = {
-            self.new_name(name): (output_dtype(info.dtype, dtype), info.shape)
-            for name, info in checkpoint.tensors.items()
-            if self.new_name(name) not in self.extras
-        }
+        self.dtype = dtype
+        self.plan = {key: spec for name in checkpoint.tensors for key, spec in self.planned(name).items()}
         self.plan |= {name: (output_dtype(t.dtype, dtype), tuple(t.shape)) for name, t in self.extras.items()}
+        self.late = {
+            key
+            for name in self.changes
+            for key in packed_names(self.new_name(name), packer.late if packer else ()).values()
+        }
+
+    def shape(self, name: str, kind: str, target: Target) -> tuple[int, ...]:
+        """Of the weight as the model has it, whatever the checkpoint stores."""
+        if name not in self.packed.names:
+            return self.checkpoint.tensors[name].shape
+        rows, columns = target.matrix_shape
+        return (columns, rows) if kind == "conv1d" else (rows, columns)
+
+    def planned(self, name: str) -> dict[str, Spec]:
+        """What is written for a tensor of the base."""
+        new = self.new_name(name)
+        if new in self.extras or self.packed.weight_of(name) not in (None, name):
+            return {}
+        own = self.checkpoint.tensors[name]
+        if name not in self.changes:
+            return {new: (output_dtype(own.dtype, self.dtype), own.shape)}
+        target, _ = self.changes[name]
+        dtype = self.weight_dtype(name)
+        if self.packer is None:
+            return {new: (dtype, target.shape)}
+        parts = self.packer.plan(target.matrix_shape, dtype)
+        return {packed_names(new, parts)[part]: spec for part, spec in parts.items()}
+
+    def weight_dtype(self, name: str) -> torch.dtype:
+        """Of a merged weight: as asked, as stored, or as a quantised one is unpacked."""
+        if name in self.packed.names:
+            return STORED[self.dtype or str(self.checkpoint.config.get("dtype", "bfloat16"))]
+        return output_dtype(self.checkpoint.tensors[name].dtype, self.dtype)
 
     def new_name(self, name: str) -> str:
         """The stored name, or the parameter's own where the model got another head."""
         return self.parameters.get(name, name) if self.head_config else name
 
-    def write_tensors(self, writer: CheckpointWriter, progress: Progress | None) -> None:
+    def write_tensors(self, writer: CheckpointWriter, workers: int | None, progress: Progress | None) -> None:
         """Stream the base through, checking every tensor and adding the changes."""
-        base = self.found.record.base if self.found.record else None
-        recorded = dict(base.tensors) if base else {}
-        total = sum(info.nbytes for info in self.checkpoint.tensors.values())
-        done = 0
-        for name, info in self.checkpoint.tensors.items():
-            tensor = self.checkpoint.read(name)
-            key = canonical(self.parameters.get(name, name), self.prefix)
+        served_on = self.found.record.served_on if self.found.record else None
+        recorded = dict(served_on.tensors) if served_on else {}
+        keys = {name: canonical(self.parameters.get(name, name), self.prefix) for name in self.checkpoint.tensors}
+
+        def work(name: str) -> _Merged:
+            tensor, key = self.checkpoint.read(name), keys[name]
             if key in recorded:
-                what = f"the change in {self.run}"
-                check_tensor(key, recorded.pop(key), tensor, what=what, advice=self.advice())
-            if self.new_name(name) in self.plan and self.new_name(name) not in self.extras:
-                writer.write(self.new_name(name), self.merged(name, tensor).to(self.plan[self.new_name(name)][0]))
-            done += info.nbytes
+                check_tensor(key, recorded[key], tensor, what=f"the change in {self.run}", advice=self.advice())
+            return self.merged(name, tensor) if self.planned(name) else _Merged(name)
+
+        total = sum(info.nbytes for info in self.checkpoint.tensors.values())
+        done, shares = 0, []
+        self.squares: dict[str, float] = {}
+        for piece in in_order(work, self.checkpoint.tensors, workers):
+            for key, tensor in piece.tensors.items():
+                writer.write(key, tensor)
+            shares += [piece.share] if piece.share is not None else []
+            for key, square in piece.errors.items():
+                self.squares[key] = self.squares.get(key, 0.0) + square
+            done += self.checkpoint.tensors[piece.name].nbytes
             if progress:
-                progress(name, done, total)
-        if recorded:
-            raise WrongBaseError(f"`{next(iter(recorded))}` is absent from {self.checkpoint.name}. {self.advice()}")
-        refuse_principal(self.run, self.shares, self.checkpoint.name)
+                progress(piece.name, done, total)
+        absent = recorded.keys() - keys.values()
+        if absent:
+            raise WrongBaseError(f"`{sorted(absent)[0]}` is absent from {self.checkpoint.name}. {self.advice()}")
+        refuse_principal(self.run, shares, self.checkpoint.name)
         for name, tensor in self.extras.items():
             writer.write(name, tensor.to(self.plan[name][0]))
 
-    def merged(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor with its change, if it has one."""
+    def merged(self, name: str, tensor: Tensor) -> _Merged:
+        """What takes a tensor's place."""
+        new = self.new_name(name)
         if name not in self.changes:
-            return tensor
+            return _Merged(name, {new: tensor.to(self.plan[new][0])})
         target, change = self.changes[name]
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        if self.found.record is None:
-            self.shares.append(principal_share(target.to_matrix(tensor), change))
-        return tensor.to(wide) + target.from_matrix(change.delta().to(wide))
+        packed = name in self.packed.names
+        matrix = self.packed.dense(name) if packed else target.to_matrix(tensor)
+        share = None if self.found.record else principal_share(matrix, change)
+        dtype = self.weight_dtype(name)
+        wide = torch.promote_types(matrix.dtype, torch.float32)
+        whole = matrix.to(wide) + change.delta().to(wide)
+        if self.packer is None:
+            tensors, written = {new: target.from_matrix(whole.to(dtype))}, whole.to(dtype)
+        else:
+            quantised = self.packer.quantise(whole, dtype)
+            names = packed_names(new, quantised.parts)
+            tensors, written = {names[part]: t for part, t in quantised.parts.items()}, quantised.dense
+        errors = {"weight": frobenius(whole) ** 2, "written": frobenius(whole - written) ** 2}
+        if packed and self.packer is None:
+            errors["nf4"] = frobenius(whole - quantiser("nf4").quantise(whole, dtype).dense) ** 2
+        return _Merged(name, tensors, share, errors)
 
     def write_config(self, folder: Path) -> None:
         """Config and tokenizer of the base, with the head's config where there is one."""
         for file in self.checkpoint.companions():
             shutil.copyfile(file, folder / file.name)
         config = {**self.checkpoint.config, **(self.head_config or {})}
-        floats = [dtype for dtype, _ in self.plan.values() if dtype.is_floating_point]
-        config["dtype"] = str(floats[0]).removeprefix("torch.")
+        for key in ("pissa", "quantization_config", "torch_dtype"):
+            config.pop(key, None)  # of the residual that the base may have been
+        dtype = next(self.weight_dtype(name) for name in self.changes)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        if self.packer:
+            targets = [target for target, _ in self.changes.values()]
+            config["quantization_config"] = quantisation_config(self.packer, self.skeleton, targets, dtype)
         write_json(folder / "config.json", config)
 
     def record(self) -> Record:
         """The record of kind "merged"."""
         origin = self.found.record
         recipe, base = (origin.recipe, origin.base) if origin else (None, None)
-        return Record("merged", recipe, base, versions=versions())
+        whole = self.squares.pop("weight", 0.0)
+        errors = {key: (square / whole) ** 0.5 if whole else 0.0 for key, square in self.squares.items()}
+        return Record("merged", recipe, base, notes={"errors": errors}, versions=versions())
 
     def advice(self) -> str:
         """Which base the run needs."""
-        origin = self.found.record
-        return f"Use the base it was made on: {origin.base.name}" if origin and origin.base else "Use its own base"
+        served_on = self.found.record.served_on if self.found.record else None
+        return f"Use the base it was made on: {served_on.name}" if served_on else "Use its own base"
+
+    def _refuse_other_kind(self) -> None:
+        """A change of a base on its residual, or the other way round."""
+        recipe = self.found.record.recipe if self.found.record else None
+        residual = is_residual(self.checkpoint)
+        if recipe and recipe.needs_residual and not residual:
+            raise WrongBaseError(
+                f"{self.run} was trained beside its residual in {recipe.quant}, so its factors mean nothing on "
+                f"{self.checkpoint.name}. {self.advice()}"
+            )
+        if self.checkpoint.config.get("quantization_config") and not residual:
+            raise WrongBaseError(
+                f"{self.checkpoint.name} is quantised, and a change merged into it would be rounded away: merge into "
+                "the 16-bit model, and quantise the result with --quant nf4 if you must"
+            )
 
 
 def _module_name(adapter_key: str) -> str:

@@ -59,6 +59,12 @@ def quantisation_config(
     return packer.config(dtype, skipped)
 
 
+def is_residual(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is what a decomposition left of its base."""
+    note = checkpoint.config.get("pissa")
+    return isinstance(note, dict) and note.get("kind") == "residual"
+
+
 def quantiser_of_checkpoint(checkpoint: Checkpoint) -> Quantiser | None:
     """What the checkpoint's config says its weights are packed with; None for a plain one.
 

@@ -5,6 +5,7 @@ OUT/settings.yaml   the settings, to run them again
 OUT/metrics.jsonl   one line per log event
 OUT/adapter/        plain LoRA for the original base, with the tokenizer      (full: OUT/model/)
 OUT/state/          the start, the drift since, the base's fingerprint        (full: absent)
+OUT/residual/       the base in few bits with the start beside it, where a 16-bit base was quantised for the run
 OUT/checkpoints/    checkpoint-N, whole if it holds the mark
 """
 
@@ -19,6 +20,7 @@ from pissa.checkpoint.output import read_json, write_json
 from pissa.errors import OutputError
 
 RECORD, SETTINGS, METRICS = "run.json", "settings.yaml", "metrics.jsonl"
+RESIDUAL = "residual"
 OURS = (SETTINGS, METRICS, "loss.png", "adapter", "state", "model", "checkpoints")
 CLEARED = "cleared"
 WHOLE = "whole"
@@ -42,6 +44,13 @@ def previous_run(out: Path, *, resume: bool, force: bool) -> dict[str, Any] | No
         raise OutputError(f"{out} holds a run: go on with --resume, replace it with --force, or choose another folder")
     record = read_json(out / RECORD)
     return record if resume and record.get("status") != CLEARED else None
+
+
+def claim(out: Path) -> None:
+    """Say that a folder is a run's before it has one, so that what a kill leaves is known as ours."""
+    if not (out / RECORD).is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / RECORD, {"status": CLEARED})
 
 
 def clear(out: Path) -> None:

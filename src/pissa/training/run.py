@@ -23,8 +23,8 @@ from pissa.checkpoint.targets import head_modules
 from pissa.config import TrainSettings, config_error
 from pissa.errors import InputError, require
 from pissa.records import versions
-from pissa.registry import get, tolerance_of
-from pissa.training import classification, folder, language
+from pissa.registry import choose, get, tolerance_of
+from pissa.training import classification, folder, language, residual
 from pissa.training.arguments import device
 from pissa.training.callbacks import Checkpoints, Metrics, Progress
 from pissa.training.data import load_rows
@@ -70,7 +70,10 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     tokenizer = load_tokenizer(settings)
     examples = task.encode(rows, tokenizer, settings)
     with quiet():
-        model, base = _start(task.load_model(settings, examples, tokenizer), settings, before, out / "state")
+        loaded = residual.with_quantised_base(settings, out, resumed=resume)
+        model = residual.ready(task.load_model(loaded, examples, tokenizer), settings)
+        model, base = _start(model, loaded, before, out / "state")
+        base = {**base, "name": settings.model}
         data = {"sources": rows.sources, **examples.facts()}
         if before:
             _check_same_data(before["data"], data, out)
@@ -99,15 +102,18 @@ def _check(settings: TrainSettings, resume: bool) -> None:
         except InputError as error:
             mistakes.append(f"svd: {error}")
         try:
-            zero_start = get(settings.method).zero_start
+            choice = choose(settings.method, settings.quant, settings.iterations)
+            zero_start = get(choice.method).zero_start
         except InputError as error:
-            mistakes.append(f"method: {error}, full")
+            mistakes.append(f"method: {error}")
         else:
             if settings.dropout and not zero_start:
                 mistakes.append(
                     f"dropout: got {settings.dropout:g}, expected 0 with {settings.method}: the adapter starts as a "
                     "part of the weight itself, and dropping its inputs would change the model before the first step"
                 )
+    elif settings.quant:
+        mistakes.append(f"quant: got {settings.quant}, expected null with full, which trains every weight")
     elif settings.dropout:
         mistakes.append(f"dropout: got {settings.dropout:g}, expected 0 with full, which has no adapter")
     if mistakes:
@@ -187,12 +193,7 @@ def _load_decomposed(model: nn.Module, settings: TrainSettings) -> PeftModel:
     recipe = recipe_of(attached)
     mistakes = [
         f"{key}: got {got!r}, expected {expected!r}, as {settings.model} was decomposed"
-        for key, got, expected in (
-            ("method", settings.method, recipe.method),
-            ("rank", settings.rank, recipe.rank),
-            ("alpha", settings.alpha, recipe.alpha),
-        )
-        if got != expected
+        for key, got, expected in residual.differences(recipe, settings)
     ]
     if mistakes:
         raise config_error(mistakes, "the settings")
