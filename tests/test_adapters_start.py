@@ -13,9 +13,8 @@ from torch import Tensor, nn
 import pissa
 from conftest import TOKENS, build_pico
 from pissa.adapters.drift import _DriftProduct
-from pissa.registry import methods
 from runs import gap, language_model, logits, train
-from test_laws import every_method, every_started_method
+from test_laws import METHODS, every_method, every_started_method
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -107,7 +107,17 @@ def test_a_foreign_adapters_spectrum_is_that_of_its_change(folders: Path) -> Non
 
 def test_the_recipe_is_told(folders: Path) -> None:
     recipe = pissa.inspect(folders / "out").recipe
-    assert recipe == {"method": "pissa", "rank": 4, "alpha": 4.0, "svd": "fast", "seed": 0, "base_form": "residual"}
+    assert recipe == {
+        "method": "pissa",
+        "rank": 4,
+        "alpha": 4.0,
+        "svd": "fast",
+        "seed": 0,
+        "base_form": "residual",
+        "quant": None,
+        "double_quant": False,
+        "iterations": 1,
+    }
 
 
 def test_what_is_no_folder_of_a_model_is_an_error(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_what_is_no_float_matrix_is_refused_by_name(weight: Tensor, message: str
 def test_unknown_method_names_the_nearest(wrong, meant):
     with pytest.raises(InputError, match=f"unknown method '{wrong}'. Did you mean '{meant}'?") as caught:
         pissa.split(torch.eye(4), wrong, 2)
-    assert "Known: lora, milora, olora, pissa" in str(caught.value)
+    assert "Known: loftq, lora, milora, olora, pissa, qlora, qpissa" in str(caught.value)
 
 
 def test_unknown_svd_is_refused():
