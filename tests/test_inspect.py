@@ -114,9 +114,6 @@ def test_the_recipe_is_told(folders: Path) -> None:
         "svd": "fast",
         "seed": 0,
         "base_form": "residual",
-        "quant": None,
-        "double_quant": False,
-        "iterations": 1,
     }
 
 

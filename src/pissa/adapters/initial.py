@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from peft import PeftModel
@@ -15,13 +16,17 @@ from pissa.adapters.attach import Attachment, is_residual, plain_model, wrap
 from pissa.adapters.plain import INIT
 from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import read_json
-from pissa.checkpoint.targets import Target, find_targets, head_modules
+from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules
 from pissa.errors import CheckpointError, WrongBaseError
 from pissa.records import Base, Recipe, Record
 
 
-def read_pair(folder: Path, targets: list[Target]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(left, right) of each target from a stock adapter file, unscaled.
+def read_pairs(folder: Path, targets: dict[str, Target]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(left, right) of each target by its module from a stock adapter file, unscaled.
+
+    Args:
+        folder: of the adapter.
+        targets: by the module's name in the file.
 
     Raises:
         CheckpointError: a target without its pair, naming the key.
@@ -29,8 +34,8 @@ def read_pair(folder: Path, targets: list[Target]) -> dict[str, tuple[Tensor, Te
     found: dict[str, tuple[Tensor, Tensor]] = {}
     with safe_open(folder / plain.WEIGHTS, framework="pt") as file:
         names = set(file.keys())
-        for target in targets:
-            key_left, key_right = factors.file_keys(target)
+        for name_there, target in targets.items():
+            key_left, key_right = factors.file_keys(dataclasses.replace(target, module=name_there))
             missing = {key_left, key_right} - names
             if missing:
                 raise CheckpointError(f"{folder / plain.WEIGHTS} lacks `{sorted(missing)[0]}`")
@@ -56,15 +61,30 @@ def load_initial(model: nn.Module, folder: Path, adapter: str) -> PeftModel:
     else:
         record = _foreign_record(config, model, folder)
     assert record.recipe is not None
-    targets = find_targets(model, list(record.recipe.targets), quantised=record.recipe.needs_residual)
+    names = _names_here(model, record.recipe.targets)
+    targets = find_targets(model, list(names.values()), quantised=record.recipe.needs_residual)
+    by_module = {target.module: target for target in targets}
+    starts = read_pairs(initial, {there: by_module[here] for there, here in names.items()})
+    kinds = {names[module]: kind for module, kind in record.recipe.targets.items()}
     record = dataclasses.replace(
         record,
         kind="state",
-        recipe=dataclasses.replace(record.recipe, base_form="residual"),
+        recipe=dataclasses.replace(record.recipe, base_form="residual", targets=kinds),
         notes={**record.notes, "residual": str(folder.resolve())},
     )
-    starts = read_pair(initial, targets)
     return wrap(model, Attachment(record, targets), starts, head_modules(model), adapter, on_residual=True)
+
+
+def _names_here(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
+    """The model's own name of each module, which a head puts under a prefix (`bert.encoder`) that its base lacks."""
+    known, prefix = plain_modules(model), f"{getattr(model, 'base_model_prefix', '')}."
+    found = {}
+    for module in modules:
+        here = next((n for n in (module, prefix + module, module.removeprefix(prefix)) if n in known), None)
+        if here is None:
+            raise CheckpointError(f"this model has no `{module}`, which the start is for: load the folder's own model")
+        found[module] = here
+    return found
 
 
 def check_base(record: Record, model: nn.Module, what: str) -> bool:

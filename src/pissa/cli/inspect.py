@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Exit, Option
 
@@ -13,16 +13,36 @@ from pissa.cli import options, show
 def inspect(
     path: Annotated[Path, Argument(help="Any model, run or adapter folder.")],
     base: Annotated[Path | None, Option(help="A model folder: does PATH belong to it?")] = None,
+    errors: Annotated[
+        bool, Option("--errors", help="How far a quantised residual is from its base, beside nf4 alone and LoftQ.")
+    ] = False,
+    text: Annotated[
+        Path | None, Option(help="A text file: the errors of the layers' outputs on it too. Loads the whole base.")
+    ] = None,
+    plot: Annotated[Path | None, Option(help="A PNG to draw the errors into.")] = None,
+    workers: options.Workers = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what a folder is and whether it is safe to serve.
 
     Also: which base it needs, and the spectrum and energy that the split kept. Exit status 1 if --base differs.
+    --text and --plot ask for the errors too.
     """
     import pissa
 
-    report = pissa.inspect(path, base)
+    if errors or text or plot:
+        from pissa.training import quiet
+
+        with quiet(), show.bytes_progress("comparing") as progress:
+            report = pissa.inspect(path, base, errors=True, text=text, workers=workers, progress=progress)
+    else:
+        report = pissa.inspect(path, base)
     different = base is not None and report.base_check not in ("same", "not checked")
+    if plot:
+        from pissa.reports import plot_errors
+
+        plot_errors(report.errors, plot, title=f"{path.name}: error relative to the original weights")
+        show.say(f"picture in {plot}")
     if as_json:
         show.print_json(report.to_json())
         raise Exit(1 if different else 0)
@@ -37,16 +57,34 @@ def inspect(
         facts["checked against"] = f"{base}: {report.base_check}"
     for key, value in facts.items():
         print(f"{key:16} {value}")
-    if report.layers:
-        rows = [
-            [
-                layer["name"],
-                "x".join(map(str, layer["shape"])),
-                layer["rank"],
-                None if layer["energy"] is None else f"{layer['energy']:.1%}",
-                *(f"{value:.3g}" for value in (layer["singular_values"][0], layer["singular_values"][-1])),
-            ]
-            for layer in report.layers
-        ]
-        show.print_table(["weight", "out x in", "rank", "energy", "first sigma", "last sigma"], rows)
+    if report.errors:
+        _print_errors(report.errors)
+    elif report.layers:
+        _print_layers(report.layers)
+        if report.kind == "decomposed" and report.recipe.get("quant"):
+            show.say_next(f"pissa inspect {path} --plot errors.png")
     raise Exit(1 if different else 0)
+
+
+def _print_layers(layers: list[dict[str, Any]]) -> None:
+    rows = [
+        [
+            layer["name"],
+            "x".join(map(str, layer["shape"])),
+            layer["rank"],
+            None if layer["energy"] is None else f"{layer['energy']:.1%}",
+            None if layer["error"] is None else f"{layer['error']:.1e}",
+            *(f"{value:.3g}" for value in (layer["singular_values"][0], layer["singular_values"][-1])),
+        ]
+        for layer in layers
+    ]
+    show.print_table(["weight", "out x in", "rank", "energy", "error", "first sigma", "last sigma"], rows)
+
+
+def _print_errors(errors: list[dict[str, Any]]) -> None:
+    forms = errors[0]["errors"]
+    columns = [(norm, form) for norm in forms["this"] for form in forms]
+    rows = [
+        [row["type"], row["weights"], *(f"{row['errors'][form][norm]:.2%}" for norm, form in columns)] for row in errors
+    ]
+    show.print_table(["type", "weights", *(f"{norm} {form}" for norm, form in columns)], rows)

@@ -32,6 +32,7 @@ def train(
     config, flags = split_words(words or [])
     settings = load_settings(config, flags)
 
+    from pissa.adapters.plain import INIT
     from pissa.checkpoint.output import read_json
     from pissa.reports import plot_losses
     from pissa.training import train as run_training
@@ -48,9 +49,11 @@ def train(
     if settings.method == "full":
         show.say_next(f"pissa inspect {out / 'model'}")
     else:
-        # Of a run on a residual, the base is the original model.
+        # Of a run on a residual this is the original model, of one on a residual in few bits that residual.
         base = read_json(out / "adapter" / "adapter_config.json")["base_model_name_or_path"]
-        show.say_next(f"pissa inspect {out}", f"pissa convert {out} LORA", f"pissa merge {base} {out} MERGED")
+        quantised = (Path(base) / INIT).is_dir()
+        lora = f"pissa convert {out} LORA" + (f" --rank {2 * settings.rank}" if quantised else "")
+        show.say_next(f"pissa inspect {out}", f"pissa merge {base} {out} MERGED", lora)
 
 
 def split_words(words: list[str]) -> tuple[Path | None, dict[str, str | bool]]:

@@ -1,7 +1,7 @@
 """Linear algebra on one matrix: truncated SVD and measures of it."""
 
 from pissa.linalg.alternate import alternate
-from pissa.linalg.measures import frobenius, product_singular_values, relative_error
+from pissa.linalg.measures import frobenius, nuclear, product_singular_values, relative_error
 from pissa.linalg.svd import Certificate, LowRank, full_svd, tensor_seed, truncated_svd
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "alternate",
     "frobenius",
     "full_svd",
+    "nuclear",
     "product_singular_values",
     "relative_error",
     "tensor_seed",

@@ -22,6 +22,13 @@ def frobenius(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
+def nuclear(matrix: Tensor) -> float:
+    """The nuclear norm, the sum of the singular values, from the smaller Gram matrix in float64."""
+    wide = matrix.double()
+    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
+    return float(torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum())
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """``|got - expected| / |expected|`` in the Frobenius norm; 0 where both are zero."""
     norm, difference = frobenius(expected), frobenius(got - expected)

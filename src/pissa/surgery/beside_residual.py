@@ -7,7 +7,11 @@ is exact: the best one of a rank is computed weight by weight from the base and 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
@@ -35,6 +39,52 @@ def refuse_exact(record: Record, run: Path) -> None:
     )
 
 
+class WeightPairs:
+    """Each target's weight in the original model and in the residual that a decomposition left of it.
+
+    Args:
+        base: the original model.
+        residual: what was made from it, in few bits or not.
+        targets: of the decomposition.
+        config: of the model that the targets are named in, where it has another head than the base.
+    """
+
+    def __init__(
+        self, base: Path, residual: Path, targets: Iterable[Target], config: dict[str, Any] | None = None
+    ) -> None:
+        self._original, self._residual = Checkpoint.open(base), Checkpoint.open(residual)
+        self._packed = PackedWeights(self._residual)
+        skeleton = build_skeleton(self._original.folder, config=config)
+        modules, targets = dict(skeleton.named_modules()), list(targets)
+        here, beside = (
+            {target.module: name for name, target in stored_targets(targets, names, checkpoint.folder).items()}
+            for checkpoint in (self._original, self._residual)
+            for names in [parameter_names(skeleton, checkpoint.tensors)]
+        )
+        self._names: dict[Target, tuple[str, str]] = {}
+        for target in targets:
+            name = here[target.module]
+            kind = kind_of(modules[target.module]) or target.kind
+            own = Target(target.module, kind, self._original.tensors[name].shape)
+            self._names[own] = name, beside[target.module]
+
+    @property
+    def targets(self) -> list[Target]:
+        """As the original model has them."""
+        return list(self._names)
+
+    def nbytes(self, target: Target) -> int:
+        """Size of the stored weight of one of `targets`."""
+        return self._original.tensors[self._names[target][0]].nbytes
+
+    def read(self, target: Target) -> tuple[Tensor, Tensor]:
+        """(weight, frozen part), both [out, in], of one of `targets`."""
+        name, beside = self._names[target]
+        packed = beside in self._packed.names
+        frozen = self._packed.dense(beside) if packed else target.to_matrix(self._residual.read(beside))
+        return target.to_matrix(self._original.read(name)), frozen
+
+
 def best_changes(found: Changes, rank: int, base: Path, residual: Path) -> tuple[dict[Target, Lora], float]:
     """The best rank-`rank` change of each weight of the base, and the error over all relative to the whole change.
 
@@ -44,25 +94,16 @@ def best_changes(found: Changes, rank: int, base: Path, residual: Path) -> tuple
         base: the original model.
         residual: the quantised one, both checked.
     """
-    original, packed = Checkpoint.open(base), Checkpoint.open(residual)
-    skeleton = build_skeleton(original.folder)
-    weights = PackedWeights(packed)
-    targets = list(found.changes)
-    stored = stored_targets(targets, parameter_names(skeleton, original.tensors), original.folder)
-    beside = stored_targets(targets, parameter_names(skeleton, packed.tensors), packed.folder)
-    name_beside = {target: name for name, target in beside.items()}
-    modules = dict(skeleton.named_modules())
+    pairs = {target.module: pair for target, pair in found.changes.items()}
+    head_config = found.record.notes.get("model_config") if found.record else None
+    weights = WeightPairs(base, residual, found.changes, head_config)
     changes: dict[Target, Lora] = {}
     missed, total = 0.0, 0.0
-    for name, target in stored.items():
-        own = Target(target.module, kind_of(modules[target.module]) or target.kind, original.tensors[name].shape)
-        pair, other = found.changes[target], name_beside[target]
-        tensor = original.read(name)
-        quantised = weights.dense(other) if other in weights.names else own.to_matrix(packed.read(other))
-        whole = quantised.float() + pair.delta().float() - own.to_matrix(tensor)
-        best = truncated_svd(whole, min(rank, *whole.shape), "fast", name=name)
-        left, right = best.balanced()
-        changes[own] = Lora(right, left)
+    for target in weights.targets:
+        weight, frozen = weights.read(target)
+        whole = frozen.float() + pairs[target.module].delta().float() - weight
+        left, right = truncated_svd(whole, min(rank, *whole.shape), "fast", name=target.weight).balanced()
+        changes[target] = Lora(right, left)
         missed += frobenius(whole - left @ right) ** 2
         total += frobenius(whole) ** 2
     return changes, (missed / total) ** 0.5 if total else 0.0

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,11 @@ class Decomposition:
     packed: bool
     device: str
 
+    @cached_property
+    def weights(self) -> set[str]:
+        """The model's parameters: a stored buffer (BERT's position ids) is no part of what makes the base the base."""
+        return {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
+
     def check(self) -> None:
         """Refuse what can be told before anything is written: a quantiser, or names that no config can tell apart."""
         packer = quantiser_of(self.recipe)
@@ -174,7 +180,7 @@ class Decomposition:
         """What takes the tensor's place in the residual, and the start where it is a target."""
         tensor, dtype = self.checkpoint.read(name), self.dtypes[name]
         key = canonical(self.parameters.get(name, name), getattr(self.skeleton, "base_model_prefix", ""))
-        base = {key: tensor_digests(tensor)} if name in self.parameters else {}
+        base = {key: tensor_digests(tensor)} if self.parameters.get(name) in self.weights else {}
         target = self.targets.get(name)
         if target is None:
             tensor = tensor.to(dtype) if tensor.dtype.is_floating_point else tensor

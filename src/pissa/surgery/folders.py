@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,8 +161,10 @@ def refuse_principal(path: Path, shares: list[float], base: str) -> None:
 def _read_plain(path: Path, kind: str) -> Changes:
     config = read_json(path / plain.CONFIG)
     record = None
-    if kind == "lora":
+    if kind in ("lora", "init"):
         record = Record.from_json(read_json(path / plain.RECORD), str(path / plain.RECORD))
+        if kind == "init":
+            record = dataclasses.replace(record, notes={**record.notes, "residual": str(path.resolve().parent)})
     else:
         warnings.warn(f"{path} has no pissa.json: the base it was made for cannot be checked", stacklevel=3)
     scale = adapter_scale(config, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target
-from pissa.errors import PissaError, WrongBaseError
+from pissa.errors import InputError, PissaError, WrongBaseError
 from pissa.linalg import product_singular_values
 from pissa.records import Record
 from pissa.splits import Lora
 from pissa.surgery.convert import check_folder
+from pissa.surgery.decomposition import Progress
 from pissa.surgery.folders import (
     adapter_scale,
     adapter_targets,
@@ -26,6 +27,9 @@ from pissa.surgery.folders import (
     read_changes,
     refuse_principal,
 )
+from pissa.surgery.packing import is_residual
+from pissa.surgery.pipeline import check_workers
+from pissa.surgery.quantisation_errors import quantisation_errors
 
 MEANING = {
     "run": ("a training run: adapter/ is a plain LoRA, state/ is for going on", "serve its adapter/ folder"),
@@ -39,6 +43,14 @@ MEANING = {
     "merged": ("a merged model", "yes, as any model"),
     "model": ("a model", "yes, as any model"),
 }
+ON_RESIDUAL = {
+    "run": ("a training run beside a residual in {quant}", "serve its adapter/ on {residual}, or merge both"),
+    "state": ("the state of a run beside a residual in {quant}", "no: serve the adapter/ folder beside it"),
+    "lora": ("a LoRA adapter for a residual in {quant}", "only on {residual}, not on the original base"),
+    "init": ("the start of a decomposition", "no: only right beside the residual in {quant} one folder up"),
+    "decomposed": ("a residual in {quant} with its start in pissa_init/", "only both together"),
+}
+"""Of what was made around a quantised residual."""
 
 
 @dataclass
@@ -54,6 +66,7 @@ class Report:
         recipe: how it was split.
         base_check: "same", the error's text, or "not checked".
         layers: per weight: name, shape, rank, energy, error, singular_values.
+        errors: see `pissa.surgery.quantisation_errors`; only where asked for.
     """
 
     path: str
@@ -64,35 +77,53 @@ class Report:
     recipe: dict[str, Any] = field(default_factory=dict)
     base_check: str = "not checked"
     layers: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
         return asdict(self)
 
 
-def inspect(path: str | Path, base: str | Path | None = None) -> Report:
+def inspect(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    errors: bool = False,
+    text: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Say what a folder is; with `base`, whether it belongs to that model.
 
     Args:
         path: any model, run or adapter folder.
         base: a model folder to compare fingerprints with.
+        errors: also compute how far a quantised residual is from its base; the base is the one on record by default.
+        text: a text file, to compute the errors of the layers' outputs on it too; loads the whole base.
+        workers: weights worked on side by side for the errors.
+        progress: told of every weight of the errors.
 
     Raises:
         CheckpointError: the folder is none of these, or damaged.
+        InputError: errors are asked of what is no quantised residual.
+        WrongBaseError: errors are asked against another base.
     """
     path = Path(path)
     kind = kind_of_folder(path)
-    what, safe = MEANING[kind]
-    report = Report(str(path), kind, what, safe)
     record = _record_of(path, kind)
+    report = Report(str(path), kind, *_meaning(kind, record))
+    if errors:
+        report.errors = _errors(path, kind, record, base, text, workers, progress)
     if record is not None:
         if record.base:
             report.base = {key: value for key, value in asdict(record.base).items() if key != "tensors"}
-        report.recipe = {k: v for k, v in asdict(record.recipe).items() if k != "targets"} if record.recipe else {}
+        if record.recipe:
+            left_out = {"targets"} | (set() if record.recipe.quant else {"quant", "double_quant", "iterations"})
+            report.recipe = {key: value for key, value in asdict(record.recipe).items() if key not in left_out}
         report.layers = [asdict(layer) for layer in record.layers]
         if base is not None:
             try:
-                check_folder(record, Path(base), f"{path}")
+                _check_base(record, kind, Path(base), str(path))
                 report.base_check = "same"
             except PissaError as error:
                 report.base_check = str(error)
@@ -111,6 +142,52 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Report:
     if kind in ("foreign-adapter", "raw-adapter"):
         report.base = {"name": read_json(path / plain.CONFIG).get("base_model_name_or_path")}
     return report
+
+
+def _meaning(kind: str, record: Record | None) -> tuple[str, str]:
+    """What a folder of that kind is and whether it is safe to serve."""
+    if record is None or record.recipe is None or not record.recipe.needs_residual or kind not in ON_RESIDUAL:
+        return MEANING[kind]
+    residual = record.notes.get("residual", "its residual")
+    what, safe = (text.format(quant=record.recipe.quant, residual=residual) for text in ON_RESIDUAL[kind])
+    return what, safe
+
+
+def _check_base(record: Record, kind: str, base: Path, what: str) -> None:
+    """Whether a folder belongs to a model: to the original, or to the residual where that is what it needs."""
+    if record.recipe and record.recipe.needs_residual and kind in ("run", "state", "lora"):
+        served_on = record.served_on
+        assert served_on is not None
+        if is_residual(Checkpoint.open(base)):
+            return check_folder(replace(record, base=served_on), base, what)
+        if kind == "lora":
+            raise WrongBaseError(f"{what} was made for the residual {served_on.name}, not for the original {base}")
+    return check_folder(record, base, what)
+
+
+def _errors(
+    path: Path,
+    kind: str,
+    record: Record | None,
+    base: str | Path | None,
+    text: str | Path | None,
+    workers: int | None,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    if kind != "decomposed" or record is None or record.recipe is None or not record.recipe.quant:
+        raise InputError(
+            f"{path} is {MEANING[kind][0]}, and errors are those of a quantised residual: give what "
+            "`pissa decompose MODEL OUT --quant nf4` wrote"
+        )
+    assert record.base is not None
+    original = Path(base or record.base.name)
+    if not original.is_dir():
+        raise InputError(f"the original model {original} is no folder here: name it with --base")
+    check_workers(workers)
+    check_folder(record, original, str(path))
+    return quantisation_errors(
+        path, record.recipe, original, text=Path(text) if text else None, workers=workers, progress=progress
+    )
 
 
 def _record_of(path: Path, kind: str) -> Record | None:

@@ -273,6 +273,10 @@ class _Job:
                 f"{self.run} was trained beside its residual in {recipe.quant}, so its factors mean nothing on "
                 f"{self.checkpoint.name}. {self.advice()}"
             )
+        if recipe and residual and not recipe.needs_residual:
+            raise WrongBaseError(
+                f"{self.run} is for the original model, and {self.checkpoint.name} is a residual. {self.advice()}"
+            )
         if self.checkpoint.config.get("quantization_config") and not residual:
             raise WrongBaseError(
                 f"{self.checkpoint.name} is quantised, and a change merged into it would be rounded away: merge into "

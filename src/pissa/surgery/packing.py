@@ -14,6 +14,8 @@ from pissa.errors import CheckpointError, InputError
 from pissa.quant import NAMES, Quantiser, quantiser
 
 PACKABLE = ("linear", "conv1d")
+HEADS = ("lm_head", "score", "classifier", "pre_classifier", "qa_outputs")
+"""What transformers calls the new linear layers of another model class over the same weights; they stay whole."""
 
 
 def check_packable(targets: Iterable[Target]) -> None:
@@ -50,6 +52,7 @@ def quantisation_config(
     packed = {target.module for target in targets}
     linear = [name for name, module in skeleton.named_modules() if kind_of(module) in PACKABLE]
     skipped = [name for name in linear if name not in packed]
+    skipped += [head for head in HEADS if head not in skipped and all(should_convert_module(n, [head]) for n in packed)]
     odd = [name for name in linear if should_convert_module(name, skipped) != (name in packed)]
     if odd:
         raise InputError(

@@ -78,7 +78,8 @@ def build_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return trl.SFTTrainer(
+    trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+    trainer = trl.SFTTrainer(
         model,
         arguments,
         # Our own collator keeps TRL from setting pad tokens in the model's config.
@@ -88,6 +89,9 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    for parameter, values in trained.items():
+        parameter.data = values  # TRL rounds what trains on a quantised model to bf16
+    return trainer
 
 
 def _encode_rows(
