@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+
+from pissa.config import load_settings
+from training_runs import STEPS, save_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -83,6 +88,38 @@ def pico_folder(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / name
         build_pico(seed, **changes).to(dtype).save_pretrained(folder)
         return folder
+
+    return make
+
+
+@pytest.fixture
+def base(pico_folder: Callable[..., Path]) -> Path:
+    """A pico model with a tokenizer, to train on."""
+    folder = pico_folder(vocab_size=260)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    """Twenty rows to train on."""
+    path = tmp_path / "words.jsonl"
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path: Path, base: Path, words: Path) -> Callable[..., Any]:
+    """A short training of `base` on `words`: `settings("out", method="lora")`."""
+
+    def make(output: str = "out", **more: Any) -> Any:
+        values = {
+            "model": str(base), "data": str(words), "output": str(tmp_path / output), "rank": 4, "batch_size": 4,
+            "micro_batch_size": 2, "max_steps": STEPS, "max_length": 32, "learning_rate": 1e-2, "save_steps": 2,
+            "eval_size": 4, "eval_steps": 3, "device": "cpu",
+        }  # fmt: skip
+        return load_settings(None, values | more)
 
     return make
 

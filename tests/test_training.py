@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -23,55 +18,7 @@ from pissa.errors import CheckpointError, ConfigError, DataError, OutputError, P
 from pissa.reports import plot_losses
 from pissa.training import callbacks, run, train
 from pissa.training.folder import checkpoints, newest_checkpoint, read_metrics
-
-STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small are slower on two threads, much slower where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def save_tokenizer(folder: Path) -> None:
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"</s>": 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
-    plain = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    plain.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = tokenizers.decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", pad_token="</s>")
-    fast.save_pretrained(folder)
-
-
-@pytest.fixture
-def base(pico_folder: Callable[..., Path]) -> Path:
-    folder = pico_folder(vocab_size=260)
-    save_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture
-def words(tmp_path: Path) -> Path:
-    path = tmp_path / "words.jsonl"
-    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def settings(tmp_path: Path, base: Path, words: Path) -> Callable[..., Any]:
-    def make(output: str = "out", **more: Any) -> Any:
-        values = {
-            "model": str(base), "data": str(words), "output": str(tmp_path / output), "rank": 4, "batch_size": 4,
-            "micro_batch_size": 2, "max_steps": STEPS, "max_length": 32, "learning_rate": 1e-2, "save_steps": 2,
-            "eval_size": 4, "eval_steps": 3, "device": "cpu",
-        }  # fmt: skip
-        return load_settings(None, values | more)
-
-    return make
+from training_runs import STEPS, assert_same_run, kill_training, save_tokenizer, weights_of
 
 
 class Stopped(Exception):
@@ -95,22 +42,6 @@ def train_up_to(step: int, settings: Any, monkeypatch: pytest.MonkeyPatch) -> No
         patch.setattr(callbacks.Metrics, "on_log", on_log)
         with pytest.raises(Stopped):
             train(settings)
-
-
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    file = out / "adapter" / "adapter_model.safetensors"
-    return load_file(file if file.is_file() else out / "model" / "model.safetensors")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    first, second = weights_of(one), weights_of(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    lines = [
-        [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(out / "metrics.jsonl")]
-        for out in (one, other)
-    ]
-    assert lines[0] == lines[1]
 
 
 def test_a_run_leaves_a_lora_that_stock_peft_loads(settings: Callable[..., Any], base: Path, tmp_path: Path) -> None:
@@ -192,20 +123,7 @@ def test_a_run_broken_off_while_saving_ends_without_another_step(
 def test_sigkill_and_resume_give_the_same_bits(settings: Callable[..., Any], tmp_path: Path) -> None:
     train(settings("whole"))
     killed = settings("killed")
-    program = (
-        "import sys, torch; from pathlib import Path; from pissa.config import load_settings; "
-        "from pissa.training import train; torch.set_num_threads(1); "
-        "train(load_settings(Path(sys.argv[1]), {'output': sys.argv[2]}))"
-    )
-    arguments = [sys.executable, "-c", program, str(tmp_path / "whole" / "settings.yaml"), killed.output]
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
-    mark = tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "whole"
-    deadline = time.monotonic() + 120
-    while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert mark.exists()
+    kill_training(killed, once=tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "whole")
     train(killed, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 

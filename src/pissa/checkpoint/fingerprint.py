@@ -108,7 +108,7 @@ def check_same(
 
 
 def check_tensor(name: str, recorded: Digests, tensor: Tensor, *, what: str, advice: str) -> None:
-    """Compare one tensor with its record, in the narrower of the two dtypes."""
+    """Compare one tensor with its record, in the narrowest dtype that either went through."""
     own = next(iter(recorded))
     at_hand = _name(tensor.dtype)
     if at_hand in recorded:
@@ -120,11 +120,20 @@ def check_tensor(name: str, recorded: Digests, tensor: Tensor, *, what: str, adv
         raise WrongBaseError(
             f"{what} was made on `{name}` in {own}; it is {at_hand} here and cannot be compared. Load the base in {own}"
         )
-    if got != recorded[at_hand]:
+    if got != recorded[at_hand] and not _is_widened(tensor, recorded):
         raise WrongBaseError(
             f"{what} was made for another base: `{name}` {list(tensor.shape)} has digest {got[:16]} here, "
             f"expected {recorded[at_hand][:16]} ({at_hand}). {advice}"
         )
+
+
+def _is_widened(tensor: Tensor, recorded: Digests) -> bool:
+    """Whether it is the recorded tensor rounded to a narrower dtype and widened again, as before k-bit training."""
+    for dtype in NARROWER.get(tensor.dtype, ()):
+        narrow = tensor.detach().to(dtype)
+        if torch.equal(narrow.to(tensor.dtype), tensor):
+            return tensor_digest(narrow) == recorded.get(_name(dtype))
+    return False
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -47,7 +47,7 @@ ON_RESIDUAL = {
     "run": ("a training run beside a residual in {quant}", "serve its adapter/ on {residual}, or merge both"),
     "state": ("the state of a run beside a residual in {quant}", "no: serve the adapter/ folder beside it"),
     "lora": ("a LoRA adapter for a residual in {quant}", "only on {residual}, not on the original base"),
-    "init": ("the start of a decomposition", "no: only right beside the residual in {quant} one folder up"),
+    "init": ("the start beside a residual in {quant}", "no: only right beside that residual, one folder up"),
     "decomposed": ("a residual in {quant} with its start in pissa_init/", "only both together"),
 }
 """Of what was made around a quantised residual."""
