@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import transformers
@@ -18,6 +19,8 @@ from training_runs import STEPS, save_tokenizer
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+# On processors with AVX512-BF16 bitsandbytes computes in bf16 once a layer was run; claims here are in float32.
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 torch.set_num_threads(1)  # the suite runs in two processes, and waiting threads slow each other down
 transformers.utils.logging.disable_progress_bar()
 # Pico matrices: a second thread only waits, and on a busy machine it waits thirty times longer than it works.
@@ -124,5 +127,7 @@ def settings(tmp_path: Path, base: Path, words: Path) -> Callable[..., Any]:
     return make
 
 
+PACKABLE = {"hidden_size": 64, "intermediate_size": 128}
+"""Of a pico model whose weights are all written in few bits."""
 TOKENS = torch.arange(3, 43).reshape(2, 20)
 """Two rows of token ids that every model here knows."""

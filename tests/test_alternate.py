@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -159,35 +161,33 @@ def test_the_fast_svd_loses_next_to_nothing(method):
     assert error(fast) < 1.002 * error(exact)
 
 
-class Worsening:
+def worsening(results: list[Quantised], rest: Tensor) -> Quantised:
     """NF4 with noise that grows from call to call."""
-
-    def __init__(self, growth: float) -> None:
-        self.growth, self.results = growth, []
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, rest: Tensor) -> Quantised:
-        noise = torch.randn(rest.shape, generator=self.generator) * self.growth * len(self.results)
-        self.results.append(Quantised({}, nf4(rest).dense + noise))
-        return self.results[-1]
+    results.append(Quantised({}, nf4(rest).dense + 0.1 * len(results) * power_law(decay=0.0)))
+    return results[-1]
 
 
 @every_alternating
 @pytest.mark.parametrize("closing", [True, False])
 def test_the_best_round_is_kept_and_the_first_worse_one_is_the_last(method, closing):
-    quantise = Worsening(0.1)
-    split = get(method).split(power_law(), 8, quantisation=Quantisation(quantise, 5, closing))
-    alone = get(method).split(power_law(), 8, quantisation=Quantisation(Worsening(0.1), 1, closing))
-    assert len(quantise.results) == 2
-    assert split.quantised is quantise.results[0]
+    results: list[Quantised] = []
+    split = get(method).split(power_law(), 8, quantisation=Quantisation(partial(worsening, results), 5, closing))
+    alone = get(method).split(power_law(), 8, quantisation=Quantisation(nf4, 1, closing))
+    assert len(results) == 2
+    assert split.quantised is results[0]
     assert same_bits(split, alone)
 
 
 @every_alternating
-def test_alternation_ends_by_itself_once_it_gains_next_to_nothing(method):
-    quantise = Worsening(0.0)
-    get(method).split(power_law(), 8, quantisation=Quantisation(quantise, 200))
-    assert 5 < len(quantise.results) < 100
+def test_a_round_that_gains_next_to_nothing_is_the_last(method):
+    weight, noise, calls = power_law(), power_law(decay=0.0), []
+
+    def creeping(rest: Tensor) -> Quantised:
+        calls.append(rest)
+        return Quantised({}, weight + noise * (1 - 1e-5 * len(calls)))
+
+    get(method).split(weight, 8, quantisation=Quantisation(creeping, 50))
+    assert len(calls) == 2
 
 
 @every_preset
@@ -215,9 +215,10 @@ def test_a_zero_weight_has_no_error_and_factors_that_can_learn(preset, quant):
 @every_quantiser
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_methods_that_do_not_alternate_quantise_the_frozen_part_of_their_own_split(method, quant, dtype):
-    weight = power_law(dtype=dtype)
-    plain, split = (pissa.split(weight, method, 8, alpha=24, quant=name) for name in (None, quant))
-    expected = quantiser(quant).quantise(plain.frozen, dtype)
+    weight, double = power_law(dtype=dtype), quant != "int8"
+    plain = pissa.split(weight, method, 8, alpha=24)
+    split = pissa.split(weight, method, 8, alpha=24, quant=quant, double_quant=double)
+    expected = quantiser(quant, double=double).quantise(plain.frozen, dtype)
     assert split.quantised.dense.dtype == dtype
     assert torch.equal(split.quantised.dense, expected.dense)
     assert all(torch.equal(split.quantised.parts[key], part) for key, part in expected.parts.items())

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import pissa
+from conftest import PACKABLE
 from pissa.checkpoint.reader import Checkpoint
 from pissa.cli.main import app
 from pissa.errors import InputError, WrongBaseError
@@ -20,8 +21,16 @@ from pissa.quant import quantiser
 from pissa.reports import plot_errors
 from pissa.surgery.packing import PackedWeights
 from runs import language_model, train
+from training_runs import save_tokenizer
 
 TYPES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj", "all"]
+
+
+@pytest.fixture
+def base(pico_folder: Callable[..., Path]) -> Path:
+    folder = pico_folder(vocab_size=260, **PACKABLE)
+    save_tokenizer(folder)
+    return folder
 
 
 @pytest.fixture
@@ -135,7 +144,7 @@ def test_errors_are_refused_where_there_is_nothing_to_compare(
         with pytest.raises(InputError, match="errors are those of a quantised residual"):
             pissa.inspect(folder, errors=True)
     with pytest.raises(WrongBaseError, match="was made for another base"):
-        pissa.inspect(residual, pico_folder("other", seed=1, vocab_size=260), errors=True)
+        pissa.inspect(residual, pico_folder("other", seed=1, vocab_size=260, **PACKABLE), errors=True)
     with pytest.raises(InputError, match="is no folder here: name it with --base"):
         pissa.inspect(residual, "org/absent", errors=True)
     (tmp_path / "short.txt").write_text("few")

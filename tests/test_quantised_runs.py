@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import pissa
+from conftest import PACKABLE
 from pissa.checkpoint.reader import Checkpoint
 from pissa.errors import InputError, WrongBaseError
 from pissa.quant import quantiser
@@ -43,7 +44,7 @@ def trained(folder: Path, base: Path, method: str = "qpissa", **settings: object
 
 @pytest.fixture
 def pair(pico_folder: Callable[..., Path], tmp_path: Path) -> Trained:
-    return trained(tmp_path, pico_folder())
+    return trained(tmp_path, pico_folder(**PACKABLE))
 
 
 @pytest.mark.parametrize("method", ["qpissa", "loftq", "qlora", "milora"])
@@ -51,7 +52,7 @@ def pair(pico_folder: Callable[..., Path], tmp_path: Path) -> Trained:
 def test_the_run_its_adapter_and_the_merged_model_are_one_model(
     method: str, quant: str, pico_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    pair = trained(tmp_path, pico_folder(), method, quant=quant)
+    pair = trained(tmp_path, pico_folder(**PACKABLE), method, quant=quant)
     start = logits(pissa.load(language_model(pair.residual), pair.residual))
     assert gap(pair.logits, start) > 0.1, "training moved it"
     assert torch.equal(stock_logits(pair.residual, pair.run / "adapter"), pair.logits)
@@ -68,7 +69,7 @@ def test_the_run_its_adapter_and_the_merged_model_are_one_model(
 
 
 def test_merging_rounds_once_into_16_bits_and_says_so(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
-    pair = trained(tmp_path, pico_folder(dtype=torch.bfloat16))
+    pair = trained(tmp_path, pico_folder(dtype=torch.bfloat16, **PACKABLE))
     record = pissa.merge(pair.residual, pair.run, tmp_path / "merged")
     state = load_file(pair.run / "state" / "state.safetensors")
     module = WEIGHT.removesuffix(".weight")
@@ -115,7 +116,7 @@ def test_the_best_lora_of_a_rank_has_the_error_it_says(pair: Trained, tmp_path: 
     assert record.notes["error"] == pytest.approx((missed / total) ** 0.5, rel=1e-3)
     assert record.notes["rank"] == 8
     assert pissa.inspect(tmp_path / "lora", pair.base).base_check == "same"
-    record = pissa.convert(pair.run, tmp_path / "full", 32)
+    record = pissa.convert(pair.run, tmp_path / "full", 64)
     assert record.notes["error"] < 1e-5
     assert gap(stock_logits(pair.base, tmp_path / "full"), pair.logits) < 1e-4
 
@@ -139,7 +140,7 @@ def test_an_adapter_that_stock_peft_trained_is_merged_and_converted_like_ours(pa
 def test_no_other_model_is_taken_for_the_residual(
     pair: Trained, pico_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    pissa.decompose(pico_folder("other", seed=1), tmp_path / "foreign", "qpissa", 4)
+    pissa.decompose(pico_folder("other", seed=1, **PACKABLE), tmp_path / "foreign", "qpissa", 4)
     pissa.decompose(pair.base, tmp_path / "plain", rank=4)
     for name in (pair.run, pair.run / "state", pair.run / "adapter"):
         with pytest.raises(WrongBaseError, match="belongs on the residual in nf4"):
@@ -188,7 +189,7 @@ def test_switched_off_it_gives_the_start_back_and_nothing_is_merged_into_few_bit
 
 def test_transposed_layers_are_merged_and_converted_the_right_way_round(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64)
+    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64)
     base = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, parameter in base.named_parameters():
@@ -198,6 +199,6 @@ def test_transposed_layers_are_merged_and_converted_the_right_way_round(tmp_path
     pair = trained(tmp_path, tmp_path / "base")
     pissa.merge(pair.residual, pair.run, tmp_path / "merged")
     assert gap(logits(language_model(tmp_path / "merged")), pair.logits) < 1e-5
-    record = pissa.convert(pair.run, tmp_path / "lora", 32)
+    record = pissa.convert(pair.run, tmp_path / "lora", 64)
     assert record.notes["error"] < 1e-5
     assert gap(stock_logits(pair.base, tmp_path / "lora"), pair.logits) < 1e-4

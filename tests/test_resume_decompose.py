@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import pissa
 from conftest import build_pico
@@ -21,12 +21,7 @@ from pissa.checkpoint.output import JOB
 from pissa.surgery.decomposition import PIECES, Decomposition
 
 SHARDED = {"rank": 4, "max_shard_bytes": 6000}
-QUANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "nf4": {"quant": "nf4"},
-    "double": {"quant": "nf4", "double_quant": True},
-    "int8": {"quant": "int8"},
-}
+QUANTS: dict[str, dict[str, Any]] = {"plain": {}, "nf4": {"quant": "nf4"}}
 TENSORS = 20
 """Of a pico Llama; its first target is the third."""
 # One process imports pissa and forks for each kill. "after": at the k-th call of progress. "splitting": in the k-th
@@ -49,8 +44,6 @@ def at(count, act, work=None):
     calls = []
     def call(*args):
         calls.append(args)
-        if len(calls) == count and work is None:
-            act()
         result = work(*args) if work else None
         if len(calls) == count:
             act()
@@ -79,36 +72,31 @@ for base, out, settings, where, count in jobs:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
-# Where a kill comes, and how many tensors are finished by then.
 KILLS = {
     "in the first split": ("splitting", 1, 0),
     "before the first target": ("after", 1, 1),
-    "early": ("after", 3, 3),
     "in the middle": ("after", 10, 10),
     "late": ("after", 19, 19),
     "after the last tensor": ("after", 20, 20),
     "by an interrupt": ("interrupt", 10, 10),
 }
-TORN = (3, 10, 27, 40)
-"""Tensors written, across the parts of weights and the factors, before kills between a tensor and its receipt."""
+"""Where a kill comes, and how many tensors are finished by then."""
+TORN = (3, 27)
+"""How many tensors are written before kills that come between a tensor and its receipt."""
+CUTS = {"newline": -1, "half a line": -100}
+"""Where the last receipt is cut."""
 OTHERS: dict[str, dict[str, Any]] = {
     "rank": {"rank": 5},
-    "alpha": {"alpha": 8},
-    "method": {"method": "milora"},
-    "targets": {"targets": ["q_proj", "v_proj"]},
-    "quantiser": {"quant": "fp4"},
-    "no quantiser": {"quant": None},
-    "double quantisation": {"double_quant": True},
-    "rounds": {"iterations": 1},
     "store": {"store": "16bit"},
     "dtype": {"dtype": "bfloat16"},
-    "svd": {"svd": "exact"},
-    "seed": {"seed": 1},
     "shard size": {"max_shard_bytes": 7000},
 }
+CHANGED, CHANGED_BASE = "base changed in place", "changing"
+IN_THE_MIDDLE = (*OTHERS, "other base", "base elsewhere", CHANGED, "failing")
 
 
 def cases() -> dict[str, tuple[dict[str, Any], str, int]]:
+    """Settings beside `SHARDED`, and where the run is killed."""
     found: dict[str, tuple[dict[str, Any], str, int]] = {}
     for quant, settings in QUANTS.items():
         for when, (where, count, _) in KILLS.items():
@@ -118,13 +106,11 @@ def cases() -> dict[str, tuple[dict[str, Any], str, int]]:
         for cut in CUTS:
             found[f"{quant} cut {cut}"] = (settings, "after", 10)
         found[f"{quant} small files"] = (settings, "small files", 0)
-    for other in (*OTHERS, "other base", "base of the same size", "base elsewhere", "workers 1", "workers 3", "twice"):
-        workers = {"workers": int(other[-1])} if other.startswith("workers") else {}
-        found[other] = ({"quant": "nf4", **workers}, "after", 10)
+    for case in IN_THE_MIDDLE:
+        found[case] = ({"quant": "nf4"}, "after", 10)
+    for workers in (1, 3):
+        found[f"workers {workers}"] = ({"quant": "nf4", "workers": workers}, "after", 10)
     return found
-
-
-CUTS = {"newline": -1, "half a line": -100, "all but a byte": None}
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +126,9 @@ def killed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     """The output folder of each case, beside which a killed run left its work."""
     root = tmp_path_factory.mktemp("killed")
     outs = {case: root / case.replace(" ", "-") / "out" for case in cases()}
+    shutil.copytree(base, root / CHANGED_BASE)
     jobs = [
-        (str(base), str(outs[case]), {**SHARDED, **settings}, where, count)
+        (str(root / CHANGED_BASE if case == CHANGED else base), str(outs[case]), {**SHARDED, **settings}, where, count)
         for case, (settings, where, count) in cases().items()
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -168,152 +155,155 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file; the folder's own name, which the adapter's config holds, is made the same for all."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes().replace(str(folder).encode(), b"OUT") for name, path in files.items()}
+
+
+Whole = Callable[..., tuple[dict[str, bytes], list[tuple[str, int, int]]]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Contents and progress of a run that was never killed."""
+    root = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def make(base: Path, **settings: Any) -> tuple[dict[str, bytes], list[tuple[str, int, int]]]:
+        told: list[tuple[str, int, int]] = []
+        pissa.decompose(base, root / "out", **settings, progress=lambda *step: told.append(step))
+        found = contents(root / "out")
+        shutil.rmtree(root / "out")
+        assert sum(name.startswith("model-") for name in found) >= 3
+        assert "pissa_init/adapter_model.safetensors" in found
+        assert not {JOB, PIECES} & found.keys()
+        return found, told
+
+    return make
 
 
 def pieces(out: Path) -> Path:
+    """The list of finished tensors that a killed run left."""
+    assert not out.exists()
     (staging,) = out.parent.iterdir()
     return staging / PIECES
 
 
-def assert_as_if_never_killed(base: Path, out: Path, **settings: Any) -> None:
-    """In the same place, since the adapter's config names it; `out` is left absent."""
+def assert_same(out: Path, expected: dict[str, bytes]) -> None:
     got = contents(out)
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-    shutil.rmtree(out)
-    pissa.decompose(base, out, **settings)
-    expected = contents(out)
-    shutil.rmtree(out)
     assert got.keys() == expected.keys()
     assert [name for name in expected if got[name] != expected[name]] == []
-    assert not {JOB, PIECES} & got.keys()
-    assert sum(name.startswith("model-") for name in got) > 3
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("when", KILLS)
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_killed_run_goes_on_after_its_last_whole_tensor(
-    quant: str, when: str, base: Path, killed: dict[str, Path], splits: list[str]
+    quant: str, when: str, base: Path, killed: dict[str, Path], splits: list[str], whole: Whole
 ) -> None:
-    out, finished = killed[f"{quant} {when}"], KILLS[when][2]
-    settings = {**SHARDED, **QUANTS[quant]}
-    assert not out.exists()
+    settings, finished, out = {**SHARDED, **QUANTS[quant]}, KILLS[when][2], killed[f"{quant} {when}"]
+    expected, steps = whole(base, **settings)
+    splits.clear()
     assert len(pieces(out).read_text().splitlines()) == finished
     told: list[tuple[str, int, int]] = []
     pissa.decompose(base, out, **settings, progress=lambda *step: told.append(step))
-    assert len(splits) == TENSORS - finished
-    assert sorted(name for name, _, _ in told) == sorted(splits)
-    if told:
-        assert told[0][1] > told[0][2] * finished / TENSORS / 3  # progress goes on too
-        assert told[-1][1] == told[-1][2]
-    assert_as_if_never_killed(base, out, **settings)
+    assert sorted(splits) == sorted(name for name, _, _ in steps[finished:])
+    assert told == steps[finished:]
+    assert_same(out, expected)
 
 
 @pytest.mark.parametrize("count", TORN)
 @pytest.mark.parametrize("quant", QUANTS)
-def test_a_kill_between_two_tensors_of_a_piece_costs_that_piece(
-    quant: str, count: int, base: Path, killed: dict[str, Path], splits: list[str]
+def test_a_kill_between_two_parts_of_a_weight_costs_that_weight(
+    quant: str, count: int, base: Path, killed: dict[str, Path], splits: list[str], whole: Whole
 ) -> None:
-    out, settings = killed[f"{quant} torn {count}"], {**SHARDED, **QUANTS[quant]}
+    settings, out = {**SHARDED, **QUANTS[quant]}, killed[f"{quant} torn {count}"]
+    expected, _ = whole(base, **settings)
+    splits.clear()
     finished = len(pieces(out).read_text().splitlines())
     assert finished < count
     pissa.decompose(base, out, **settings)
     assert len(splits) == TENSORS - finished
-    assert_as_if_never_killed(base, out, **settings)
+    assert_same(out, expected)
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_receipt_cut_short_does_not_count(
-    quant: str, cut: str, base: Path, killed: dict[str, Path], splits: list[str]
+    quant: str, cut: str, base: Path, killed: dict[str, Path], splits: list[str], whole: Whole
 ) -> None:
-    out, settings = killed[f"{quant} cut {cut}"], {**SHARDED, **QUANTS[quant]}
+    settings, out = {**SHARDED, **QUANTS[quant]}, killed[f"{quant} cut {cut}"]
+    expected, _ = whole(base, **settings)
+    splits.clear()
     lines = pieces(out).read_text().splitlines(keepends=True)
-    pieces(out).write_text("".join([*lines[:-1], lines[-1][: CUTS[cut] or 1]]))
+    pieces(out).write_text("".join([*lines[:-1], lines[-1][: CUTS[cut]]]))
     pissa.decompose(base, out, **settings)
     assert len(splits) == TENSORS - 9
-    assert_as_if_never_killed(base, out, **settings)
+    assert_same(out, expected)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_a_kill_among_the_small_files_is_no_obstacle(quant: str, base: Path, killed: dict[str, Path]) -> None:
-    out, settings = killed[f"{quant} small files"], {**SHARDED, **QUANTS[quant]}
+def test_a_kill_among_the_small_files_is_no_obstacle(
+    quant: str, base: Path, killed: dict[str, Path], whole: Whole
+) -> None:
+    settings, out = {**SHARDED, **QUANTS[quant]}, killed[f"{quant} small files"]
     pissa.decompose(base, out, **settings)
-    assert_as_if_never_killed(base, out, **settings)
+    assert_same(out, whole(base, **settings)[0])
 
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_run_with_another_setting_uses_nothing_of_a_killed_one(
-    other: str, base: Path, killed: dict[str, Path], splits: list[str]
+    other: str, base: Path, killed: dict[str, Path], splits: list[str], whole: Whole
 ) -> None:
-    out, settings = killed[other], {**SHARDED, "quant": "nf4", **OTHERS[other]}
+    settings, out = {**SHARDED, "quant": "nf4", **OTHERS[other]}, killed[other]
     pissa.decompose(base, out, **settings)
     assert len(splits) == TENSORS
-    assert_as_if_never_killed(base, out, **settings)
-
-
-def other_weights(base: Path, folder: Path) -> Path:
-    build_pico(seed=1).save_pretrained(folder)
-    return folder
-
-
-def changed(base: Path, folder: Path) -> Path:
-    """The same folder and the same sizes, other weights."""
-    before = (base / "model.safetensors").stat().st_size
-    build_pico(seed=1).save_pretrained(base)
-    assert (base / "model.safetensors").stat().st_size == before
-    return base
-
-
-def moved(base: Path, folder: Path) -> Path:
-    shutil.copytree(base, folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("case", "make"),
-    [("other base", other_weights), ("base elsewhere", moved), ("base of the same size", changed)],
-    ids=str,
-)
-def test_a_run_on_another_base_uses_nothing_of_a_killed_one(
-    case: str,
-    make: Callable[[Path, Path], Path],
-    base: Path,
-    killed: dict[str, Path],
-    splits: list[str],
-    tmp_path: Path,
-) -> None:
-    out, settings = killed[case], {**SHARDED, "quant": "nf4"}
-    kept = tmp_path / "kept"
-    shutil.copytree(base, kept)
-    times = (base / "model.safetensors").stat()
-    try:
-        other = make(base, tmp_path / "other")
-        pissa.decompose(other, out, **settings)
-        assert len(splits) == TENSORS
-        assert_as_if_never_killed(other, out, **settings)
-    finally:
-        shutil.copyfile(kept / "model.safetensors", base / "model.safetensors")
-        os.utime(base / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert_same(out, whole(base, **settings)[0])
 
 
 @pytest.mark.parametrize("workers", [(1, 3), (3, 1)], ids=str)
 def test_another_number_of_workers_may_go_on(
-    workers: tuple[int, int], base: Path, killed: dict[str, Path], splits: list[str]
+    workers: tuple[int, int], base: Path, killed: dict[str, Path], splits: list[str], whole: Whole
 ) -> None:
-    out, settings = killed[f"workers {workers[0]}"], {**SHARDED, "quant": "nf4"}
+    settings, out = {**SHARDED, "quant": "nf4"}, killed[f"workers {workers[0]}"]
+    expected, _ = whole(base, **settings)
+    splits.clear()
     pissa.decompose(base, out, **settings, workers=workers[1])
     assert len(splits) == TENSORS - 10
-    assert_as_if_never_killed(base, out, **settings)
+    assert_same(out, expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_base_in_another_folder_uses_nothing_of_a_killed_run(
+    seed: int, killed: dict[str, Path], splits: list[str], whole: Whole, tmp_path: Path
+) -> None:
+    settings, out = {**SHARDED, "quant": "nf4"}, killed["other base" if seed else "base elsewhere"]
+    build_pico(seed).save_pretrained(tmp_path / "base")
+    pissa.decompose(tmp_path / "base", out, **settings)
+    assert len(splits) == TENSORS
+    assert_same(out, whole(tmp_path / "base", **settings)[0])
 
 
 def test_a_run_that_fails_leaves_nothing_of_a_killed_one(base: Path, killed: dict[str, Path]) -> None:
-    out, settings = killed["twice"], {**SHARDED, "quant": "nf4"}
+    out = killed["failing"]
 
     def fail(*_: object) -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        pissa.decompose(base, out, **settings, progress=fail)
+        pissa.decompose(base, out, **SHARDED, quant="nf4", progress=fail)
     assert list(out.parent.iterdir()) == []
-    assert torch.get_num_threads() == 1
+
+
+def test_a_base_that_changed_in_place_uses_nothing_of_a_killed_run(
+    killed: dict[str, Path], splits: list[str], whole: Whole
+) -> None:
+    """Other weights in a file of the same name and size."""
+    settings, out = {**SHARDED, "quant": "nf4"}, killed[CHANGED]
+    base = out.parents[1] / CHANGED_BASE
+    size = (base / "model.safetensors").stat().st_size
+    build_pico(seed=1).save_pretrained(base)
+    assert (base / "model.safetensors").stat().st_size == size
+    pissa.decompose(base, out, **settings)
+    assert len(splits) == TENSORS
+    assert_same(out, whole(base, **settings)[0])

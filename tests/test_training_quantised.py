@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import pissa
+from conftest import PACKABLE
 from pissa.config import load_settings
 from pissa.errors import ConfigError
 from pissa.training import train
@@ -20,6 +21,13 @@ from runs import gap, language_model, logits, stock_logits
 from training_runs import assert_same_run, kill_training, save_tokenizer, weights_of
 
 Settings = Callable[..., Any]
+
+
+@pytest.fixture
+def base(pico_folder: Callable[..., Path]) -> Path:
+    folder = pico_folder(vocab_size=260, **PACKABLE)
+    save_tokenizer(folder)
+    return folder
 
 
 @pytest.mark.parametrize("method", ["qpissa", "loftq", "qlora"])
@@ -79,7 +87,7 @@ def test_a_run_killed_while_it_quantises_resumes_to_the_same_bits(settings: Sett
 
 def test_a_classifier_trains_on_a_decomposed_encoder_and_keeps_its_head(tmp_path: Path) -> None:
     config = transformers.BertConfig(
-        vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        vocab_size=260, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
         max_position_embeddings=64,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -102,7 +110,7 @@ def test_a_classifier_trains_on_a_decomposed_encoder_and_keeps_its_head(tmp_path
     assert torch.equal(stock_logits(residual, tmp_path / "out" / "adapter", load), run)
     pissa.merge(residual, tmp_path / "out", tmp_path / "merged")
     assert gap(logits(load(tmp_path / "merged")), run) < 1e-5
-    record = pissa.convert(tmp_path / "out", tmp_path / "lora", 32)
+    record = pissa.convert(tmp_path / "out", tmp_path / "lora", 64)
     assert record.notes["error"] < 1e-5
     assert gap(stock_logits(tmp_path / "base", tmp_path / "lora", load), run) < 1e-4
 

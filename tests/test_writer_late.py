@@ -49,23 +49,25 @@ def write(path: Path, tensors: dict[str, Tensor], done: Sequence[str] = (), orde
     return path.read_bytes()
 
 
-def killed(work: Callable[[], None]) -> None:
-    """Run in a process of its own that ends by SIGKILL."""
+def killed(work: Callable[[], TensorFile | CheckpointWriter]) -> None:
+    """Run in a process of its own that ends by SIGKILL, with the file still open."""
     child = os.fork()
     if child == 0:
         try:
-            work()
+            output = work()
             os.kill(os.getpid(), signal.SIGKILL)
+            output.abandon()
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
 def killed_file(path: Path, tensors: dict[str, Tensor], names: Sequence[str]) -> None:
-    def work() -> None:
+    def work() -> TensorFile:
         file = TensorFile(path, plan_of(tensors), {"note": "ja"}, LATE)
         for name in names:
             file.write(name, tensors[name])
+        return file
 
     killed(work)
 
@@ -198,10 +200,11 @@ def test_killed_shards_are_gone_on_with_to_the_same_bytes(
     part, whole = tmp_path / "part", tmp_path / "whole"
     names = list(tensors)
 
-    def work() -> None:
+    def work() -> CheckpointWriter:
         writer = CheckpointWriter(part, plan_of(tensors), shard_bytes, LATE)
         for name in names[:count]:
             writer.write(name, tensors[name])
+        return writer
 
     killed(work)
     done = [name for name in names[:count] if name not in LATE]

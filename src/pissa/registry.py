@@ -177,7 +177,7 @@ ITERATIONS = 5
 """Rounds of the methods that alternate, as in the scripts of PiSSA and LoftQ."""
 
 
-def choose(method: str, quant: str | None = None, iterations: int | None = None) -> Choice:
+def choose(method: str, quant: str | None = None, iterations: int | None = None, double_quant: bool = False) -> Choice:
     """Resolve a method or preset; `quant` wins over the preset's own.
 
     Raises:
@@ -185,6 +185,8 @@ def choose(method: str, quant: str | None = None, iterations: int | None = None)
     """
     method, preset_quant = PRESETS.get(method, (method, None))
     quant, alternates = quant or preset_quant, get(method).alternates
+    if quant is None and double_quant:
+        raise InputError("double_quant has a meaning only with a quantiser: add --quant nf4")
     if quant is None and iterations is not None:
         raise InputError(f"iterations is {iterations}, which has a meaning only with a quantiser: add --quant nf4")
     if iterations is not None and iterations < 1:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pissa.errors import InputError
 from pissa.quant import Quantiser, quantiser
 from pissa.records import Recipe
 from pissa.registry import Quantisation, check_rank, check_weight, choose, get, scale_of
-from pissa.splits import Split
+from pissa.splits import Quantised, Split
 
 
 def split(
@@ -47,7 +48,7 @@ def split(
         >>> bool(torch.allclose(s.rebuild(), torch.eye(4)))
         True
     """
-    choice = choose(method, quant, iterations)
+    choice = choose(method, quant, iterations, double_quant)
     scale_of(alpha, rank)
     check_weight(weight, name)
     check_rank(rank, weight.shape, name)
@@ -75,8 +76,16 @@ def split_by(recipe: Recipe, weight: Tensor, name: str, dtype: torch.dtype) -> S
     """
     quantisation = None
     packer = quantiser_of(recipe)
+
+    def quantise(matrix: Tensor) -> Quantised:
+        assert packer is not None
+        try:
+            return packer.quantise(matrix, dtype)
+        except InputError as error:
+            raise InputError(f"`{name}`: {error}") from error
+
     if packer:
-        quantisation = Quantisation(lambda matrix: packer.quantise(matrix, dtype), recipe.iterations)
+        quantisation = Quantisation(quantise, recipe.iterations)
     return get(recipe.method).split(
         weight,
         recipe.rank,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pissa.checkpoint.targets import is_quantised, plain_modules
-from pissa.errors import WrongBaseError
+from pissa.errors import InputError, WrongBaseError
 
 NARROWER = {
     torch.float64: (torch.float32, torch.bfloat16, torch.float16),
@@ -60,13 +60,22 @@ def model_tensors(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, Tenso
         shared = {key for key, parameter in own.items() if id(parameter) in seen}
         seen |= {id(parameter) for parameter in own.values()}
         if is_quantised(module):
-            # Its state dict has all parts of the weight, in the order of files whatever its kernels made of them.
-            own = module.state_dict()
+            _refuse_repacked(module_name, module)
+            own = module.state_dict()  # all parts of the weight, in the order of files
         for key, parameter in own.items():
             name = f"{module_name}.{key}" if module_name else key
             if key not in shared and not name.startswith(skipped):
                 tensors[canonical(name, prefix)] = parameter.data
     return tensors
+
+
+def _refuse_repacked(name: str, module: nn.Module) -> None:
+    """On some processors bitsandbytes rounds a layer's scales at its first forward without gradients."""
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise InputError(
+            f"`{name}` has been run, and bitsandbytes has repacked it for this processor, so that it can no longer be "
+            "compared with its file: load the model anew, and put the adapter on it before it runs"
+        )
 
 
 def canonical(name: str, base_model_prefix: str) -> str:

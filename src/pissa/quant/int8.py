@@ -56,6 +56,10 @@ class Int8:
         """See `Quantiser.plan`."""
         return {"weight": (torch.int8, shape), "SCB": (torch.float32, shape[:1]), "weight_format": (torch.uint8, ())}
 
+    def packs(self, shape: tuple[int, int]) -> bool:
+        """See `Quantiser.packs`."""
+        return True
+
     @property
     def late(self) -> tuple[str, ...]:
         """See `Quantiser.late`."""

@@ -3,8 +3,9 @@
 64 values in a row share a scale; double quantisation stores the scales in 8 bits. The codes are those of
 bitsandbytes, a piece of the matrix at a time, so that no more than a piece is ever held wide.
 
-The trap: on some processors bitsandbytes repacks a layer's codes at its first forward, after which a naive
-dequantisation returns garbage. Parts come from files, or from a module's state dict, which undoes it.
+The traps, on processors with AVX512: at a layer's first forward without gradients bitsandbytes repacks its codes and
+rounds its scales to bf16, for good, even in the state dict; such parts are refused. And where rows are not whole blocks
+its kernels take the wrong scales, so such matrices are not packed (`packs`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa.errors import require
-from pissa.splits import Quantised
+from pissa.errors import CheckpointError, InputError, require
+from pissa.splits import Quantised, is_finite
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Values per scale, and scales per scale of scales."""
 PIECE = 2**20
 """Values that are worked on at a time."""
+ROWS = 32
+"""bitsandbytes' repacking takes so many rows at a time."""
+UNPACKED = (torch.float32, torch.bfloat16, torch.float16)
 STATE_BYTES = 256
 """More than the JSON of any quantisation state takes."""
 
@@ -45,6 +49,7 @@ class FourBit:
     def quantise(self, matrix: Tensor, dtype: torch.dtype) -> Quantised:
         """See `Quantiser.quantise`."""
         F = self._functional
+        dtype = dtype if dtype in UNPACKED else torch.float32
         codes, scales = [], []
         for piece in matrix.contiguous().reshape(-1).split(PIECE):
             packed, state = F.quantize_4bit(piece.float(), blocksize=BLOCK, quant_type=self.name)
@@ -59,12 +64,20 @@ class FourBit:
         state = F.QuantState(absmax, matrix.shape, state.code, BLOCK, self.name, dtype, **nested)
         packed = torch.cat(codes)
         parts = {"weight": packed, **{f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}}
-        return Quantised(parts, self._dense(packed, state))
+        dense = self._dense(packed, state)
+        if dtype == torch.float16 and not is_finite(dense):
+            raise InputError("the quantised weight is beyond float16's 65504: use --dtype bfloat16")
+        return Quantised(parts, dense)
 
     def dense(self, parts: Mapping[str, Tensor]) -> Tensor:
         """See `Quantiser.dense`."""
         rest = {key: part for key, part in parts.items() if key != "weight"}
         packed = parts["weight"]
+        if rest["weight.absmax"].ndim != 1:
+            raise CheckpointError(
+                "scales in the order that bitsandbytes gives them on this processor, rounded to bf16: the model was "
+                "run before it was saved or read, take it as it was before"
+            )
         return self._dense(packed, self._functional.QuantState.from_dict(rest, device=packed.device))
 
     def plan(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -80,6 +93,10 @@ class FourBit:
             plan["weight.nested_absmax"] = (torch.float32, (-(-blocks // NESTED_BLOCK),))
             plan["weight.nested_quant_map"] = (torch.float32, (256,))
         return {**plan, self.late[0]: (torch.uint8, (STATE_BYTES,))}
+
+    def packs(self, shape: tuple[int, int]) -> bool:
+        """See `Quantiser.packs`."""
+        return shape[0] % ROWS == 0 and shape[1] % BLOCK == 0
 
     @property
     def late(self) -> tuple[str, ...]:

@@ -28,15 +28,26 @@ class Quantiser(Protocol):
         Args:
             matrix: float32 or float64.
             dtype: that the loader will unpack it in.
+
+        Raises:
+            InputError: what the packed one stands for leaves the range of `dtype`.
         """
         ...
 
     def dense(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The matrix [out, in] that packed parts stand for, in the dtype they name."""
+        """The matrix [out, in] that packed parts stand for, in the dtype they name.
+
+        Raises:
+            CheckpointError: parts in an order that only one processor knows.
+        """
         ...
 
     def plan(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each part before it is made; the length of a `late` one is an upper bound."""
+        ...
+
+    def packs(self, shape: tuple[int, int]) -> bool:
+        """Whether bitsandbytes computes right with a packed matrix [out, in] on every processor."""
         ...
 
     @property

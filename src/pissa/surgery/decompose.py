@@ -16,14 +16,16 @@ from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_ta
 from pissa.checkpoint.targets import Target, find_targets
 from pissa.checkpoint.writer import parse_bytes
 from pissa.errors import CheckpointError, InputError, WrongBaseError
+from pissa.quant import quantiser
 from pissa.records import Recipe, Record, versions
-from pissa.registry import QUANTISER, check_rank, choose, get, scale_of, tolerance_of
+from pissa.registry import check_rank, choose, scale_of, tolerance_of
 from pissa.surgery.decomposition import Decomposition, Progress
-from pissa.surgery.packing import check_packable, is_residual
+from pissa.surgery.packing import is_residual, packed_modules
 from pissa.surgery.pipeline import check_workers
 
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORES = ("packed", "16bit")
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def decompose(
@@ -81,7 +83,7 @@ def decompose(
     Raises:
         InputError, CheckpointError, WrongBaseError, OutputError: before `out` exists, naming tensor or key.
     """
-    choice = choose(method, quant, iterations)
+    choice = choose(method, quant, iterations, double_quant)
     scale_of(alpha, rank)
     tolerance_of(svd)
     check_dtype(dtype)
@@ -89,17 +91,15 @@ def decompose(
     shard_bytes = parse_bytes(max_shard_bytes)
     if store not in STORES:
         raise InputError(f"store is {store!r}, expected one of {', '.join(STORES)}")
-    if get(choice.method).needs == QUANTISER and not choice.quant:
-        raise InputError(f"{choice.method} needs a quantiser: add --quant nf4")
     checkpoint = Checkpoint.open(source, revision)
     _refuse_unfit(checkpoint)
     skeleton = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     found = find_targets(skeleton, targets)
     for target in found:
         check_rank(rank, target.matrix_shape, target.weight)
-    packed = choice.quant is not None and store == "packed"
-    if packed:
-        check_packable(found)
+    packed: frozenset[str] = frozenset()
+    if choice.quant and store == "packed":
+        packed = frozenset(packed_modules(quantiser(choice.quant, double=double_quant), found))
     parameters = parameter_names(skeleton, checkpoint.tensors)
     by_tensor = stored_targets(found, parameters, checkpoint.folder)
     _refuse_other_shapes(checkpoint, by_tensor)
@@ -111,7 +111,7 @@ def decompose(
         seed,
         "residual",
         # bitsandbytes' layers hold GPT-2's transposed weights the usual way round.
-        {target.module: "linear" if packed else target.kind for target in found},
+        {target.module: "linear" if target.module in packed else target.kind for target in found},
         choice.quant,
         double_quant,
         choice.iterations,
@@ -137,9 +137,11 @@ def _key(job: Decomposition, shard_bytes: int) -> str:
     facts = {
         "recipe": asdict(job.recipe),
         "dtypes": {name: str(dtype) for name, dtype in job.dtypes.items()},
-        "packed": job.packed,
+        "packed": sorted(job.packed),
         "device": job.device,
         "threads": torch.get_num_threads(),
+        # What was written but not yet on the disk outlives a killed process, not a machine that went down.
+        "boot": BOOT.read_text() if BOOT.is_file() else "",
         "shard_bytes": shard_bytes,
         "base": {name: [str(folder.resolve()), file.st_size, file.st_mtime_ns] for name, file in files.items()},
         "versions": versions(),

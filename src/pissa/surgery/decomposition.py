@@ -86,7 +86,7 @@ class Decomposition:
         targets: by the name of their tensor.
         recipe: how to split.
         dtypes: of each tensor in the output; of a packed one the dtype it is unpacked in.
-        packed: whether quantised weights are written in few bits.
+        packed: modules whose weights are written in few bits.
         device: where the algebra runs.
     """
 
@@ -96,7 +96,7 @@ class Decomposition:
     targets: dict[str, Target]
     recipe: Recipe
     dtypes: dict[str, torch.dtype]
-    packed: bool
+    packed: frozenset[str]
     device: str
 
     @cached_property
@@ -108,12 +108,12 @@ class Decomposition:
         """Refuse what can be told before anything is written: a quantiser, or names that no config can tell apart."""
         packer = quantiser_of(self.recipe)
         if packer and self.packed:
-            quantisation_config(packer, self.skeleton, self.targets.values(), torch.float32)
+            quantisation_config(packer, self.skeleton, self.packed, torch.float32)
 
     def plan(self, name: str) -> dict[str, Spec]:
         """What takes a tensor's place in the residual."""
         target, packer = self.targets.get(name), quantiser_of(self.recipe)
-        if target is None or packer is None or not self.packed:
+        if target is None or packer is None or target.module not in self.packed:
             return {name: (self.dtypes[name], self.checkpoint.tensors[name].shape)}
         parts = packer.plan(target.matrix_shape, self.dtypes[name])
         names = packed_names(name, parts)
@@ -134,9 +134,10 @@ class Decomposition:
     def late(self) -> set[str]:
         """Tensors whose length is only known once they are made."""
         packer = quantiser_of(self.recipe)
-        if packer is None or not self.packed:
+        if packer is None:
             return set()
-        return {name for weight in self.targets for name in packed_names(weight, packer.late).values()}
+        packed = (weight for weight, target in self.targets.items() if target.module in self.packed)
+        return {name for weight in packed for name in packed_names(weight, packer.late).values()}
 
     def bytes_needed(self) -> int:
         """What the output will take on disk, less headers and small files."""
@@ -189,7 +190,7 @@ class Decomposition:
         stored = store(target.weight, split_by(self.recipe, matrix, target.weight, dtype), FACTOR_DTYPE, dtype)
         pair = factors.file_tensors(target, stored.split.left, stored.split.right)
         start = {factor_name: factor.to("cpu", FACTOR_DTYPE).contiguous() for factor_name, factor in pair.items()}
-        if self.packed and stored.split.quantised:
+        if target.module in self.packed and stored.split.quantised:
             parts = {part: tensor.cpu() for part, tensor in stored.split.quantised.parts.items()}
         else:
             parts = {"weight": target.from_matrix(stored.frozen.to("cpu")).contiguous()}
@@ -231,7 +232,7 @@ class Decomposition:
         config.pop("torch_dtype", None)
         packer = quantiser_of(self.recipe)
         if self.packed and packer:
-            config["quantization_config"] = quantisation_config(packer, self.skeleton, self.targets.values(), dtype)
+            config["quantization_config"] = quantisation_config(packer, self.skeleton, self.packed, dtype)
         write_json(staging / "config.json", config)
         write_json(staging / INIT / plain.CONFIG, self.init_config(final))
         write_json(staging / INIT / plain.RECORD, dataclasses.replace(record, kind="init").to_json())

@@ -29,7 +29,7 @@ from pissa.splits import Lora
 from pissa.surgery.decompose import STORED, check_dtype, output_dtype
 from pissa.surgery.decomposition import Progress
 from pissa.surgery.folders import Changes, principal_share, read_changes, refuse_principal
-from pissa.surgery.packing import PackedWeights, check_packable, is_residual, packed_names, quantisation_config
+from pissa.surgery.packing import PackedWeights, is_residual, packed_modules, packed_names, quantisation_config
 from pissa.surgery.pipeline import check_workers, in_order
 
 
@@ -139,16 +139,16 @@ class _Job:
                     f"{list(own.matrix_shape)} in {checkpoint.name}. {self.advice()}"
                 )
             self.changes[name] = own, change
-        if packer:
-            check_packable([target for target, _ in self.changes.values()])
+        self.packed_out = packed_modules(packer, [target for target, _ in self.changes.values()]) if packer else set()
         self.extras = {_module_name(name): tensor for name, tensor in found.extras.items()}
         self.dtype = dtype
         self.plan = {key: spec for name in checkpoint.tensors for key, spec in self.planned(name).items()}
         self.plan |= {name: (output_dtype(t.dtype, dtype), tuple(t.shape)) for name, t in self.extras.items()}
         self.late = {
             key
-            for name in self.changes
-            for key in packed_names(self.new_name(name), packer.late if packer else ()).values()
+            for name, (target, _) in self.changes.items()
+            if packer and target.module in self.packed_out
+            for key in packed_names(self.new_name(name), packer.late).values()
         }
 
     def shape(self, name: str, kind: str, target: Target) -> tuple[int, ...]:
@@ -168,7 +168,7 @@ class _Job:
             return {new: (output_dtype(own.dtype, self.dtype), own.shape)}
         target, _ = self.changes[name]
         dtype = self.weight_dtype(name)
-        if self.packer is None:
+        if self.packer is None or target.module not in self.packed_out:
             return {new: (dtype, target.shape)}
         parts = self.packer.plan(target.matrix_shape, dtype)
         return {packed_names(new, parts)[part]: spec for part, spec in parts.items()}
@@ -230,8 +230,11 @@ class _Job:
             tensors, written = {new: target.from_matrix(whole.to(dtype))}, whole.to(dtype)
         else:
             quantised = self.packer.quantise(whole, dtype)
+            written = quantised.dense
             names = packed_names(new, quantised.parts)
-            tensors, written = {names[part]: t for part, t in quantised.parts.items()}, quantised.dense
+            tensors = {names[part]: t for part, t in quantised.parts.items()}
+            if target.module not in self.packed_out:
+                tensors = {new: target.from_matrix(written)}
         errors = {"weight": frobenius(whole) ** 2, "written": frobenius(whole - written) ** 2}
         if packed and self.packer is None:
             errors["nf4"] = frobenius(whole - quantiser("nf4").quantise(whole, dtype).dense) ** 2
@@ -247,8 +250,7 @@ class _Job:
         dtype = next(self.weight_dtype(name) for name in self.changes)
         config["dtype"] = str(dtype).removeprefix("torch.")
         if self.packer:
-            targets = [target for target, _ in self.changes.values()]
-            config["quantization_config"] = quantisation_config(self.packer, self.skeleton, targets, dtype)
+            config["quantization_config"] = quantisation_config(self.packer, self.skeleton, self.packed_out, dtype)
         write_json(folder / "config.json", config)
 
     def record(self) -> Record:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,18 +15,33 @@ from pissa.errors import CheckpointError, InputError
 from pissa.quant import NAMES, Quantiser, quantiser
 
 PACKABLE = ("linear", "conv1d")
+"""Kinds of layers that transformers loads in few bits."""
 HEADS = ("lm_head", "score", "classifier", "pre_classifier", "qa_outputs")
 """What transformers calls the new linear layers of another model class over the same weights; they stay whole."""
 
 
-def check_packable(targets: Iterable[Target]) -> None:
-    """Refuse layers that transformers does not load in few bits."""
-    for target in targets:
-        if target.kind not in PACKABLE:
-            raise InputError(
-                f"`{target.weight}` is of kind {target.kind}, which transformers does not load quantised: leave it out "
-                "of --targets, or use --store 16bit"
-            )
+def packed_modules(packer: Quantiser, targets: Iterable[Target]) -> set[str]:
+    """The modules whose weights are written in few bits; of the others is written what their codes stand for.
+
+    Raises:
+        InputError: there are none.
+    """
+    targets = list(targets)
+    packed = {t.module for t in targets if t.kind in PACKABLE and packer.packs(t.matrix_shape)}
+    odd = [target for target in targets if target.module not in packed]
+    if not packed:
+        raise InputError(
+            f"no weight can be packed: `{odd[0].weight}` is {odd[0].kind} {list(odd[0].matrix_shape)}, and "
+            "bitsandbytes wants linear layers whose rows are whole blocks of 64: use --store 16bit"
+        )
+    if odd:
+        warnings.warn(
+            f"{len(odd)} of {len(targets)} weights are quantised but written unpacked, `{odd[0].weight}` "
+            f"{list(odd[0].matrix_shape)} first: bitsandbytes computes wrongly on some processors where rows are no "
+            "whole blocks of 64, and not at all with embeddings",
+            stacklevel=3,
+        )
+    return packed
 
 
 def packed_names(weight: str, parts: Iterable[str]) -> dict[str, str]:
@@ -40,16 +56,15 @@ def packed_names(weight: str, parts: Iterable[str]) -> dict[str, str]:
 
 
 def quantisation_config(
-    packer: Quantiser, skeleton: nn.Module, targets: Iterable[Target], dtype: torch.dtype
+    packer: Quantiser, skeleton: nn.Module, packed: Collection[str], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """`quantization_config` with which transformers expects exactly the targets to be quantised.
+    """`quantization_config` with which transformers expects exactly these modules to be quantised.
 
     Raises:
         InputError: transformers would take other layers for quantised; names the first.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    packed = {target.module for target in targets}
     linear = [name for name, module in skeleton.named_modules() if kind_of(module) in PACKABLE]
     skipped = [name for name in linear if name not in packed]
     skipped += [head for head in HEADS if head not in skipped and all(should_convert_module(n, [head]) for n in packed)]

@@ -102,7 +102,7 @@ def _check(settings: TrainSettings, resume: bool) -> None:
         except InputError as error:
             mistakes.append(f"svd: {error}")
         try:
-            choice = choose(settings.method, settings.quant, settings.iterations)
+            choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
             zero_start = get(choice.method).zero_start
         except InputError as error:
             mistakes.append(f"method: {error}")
