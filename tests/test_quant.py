@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor
 
 import pissa
-from pissa.errors import InputError, MissingExtraError
+from pissa.checkpoint.fingerprint import model_tensors
+from pissa.errors import CheckpointError, InputError, MissingExtraError
 from pissa.linalg import relative_error
 from pissa.quant import NAMES, Quantiser, quantiser
 from pissa.splits import Quantised
@@ -194,20 +195,41 @@ def test_a_layer_of_the_parts_computes_with_the_dense_matrix(name, double):
     assert relative_error(layer(torch.eye(128)).T, made.dense) < 1e-6
 
 
-half_undone = pytest.mark.xfail(strict=True, reason="bitsandbytes 0.50 gives repacked scales back transposed")
-
-
-@pytest.mark.parametrize("double", [True, pytest.param(False, marks=half_undone)])
-def test_a_layer_that_repacked_its_codes_for_the_processor_still_stands_for_the_same_matrix(double):
+@pytest.mark.parametrize("double", [True, False])
+def test_a_layer_that_repacked_its_codes_for_the_processor_is_refused(double):
     how, weight = quantiser("nf4", double=double), matrix(96, 128, torch.float32)
     layer = linear(weight, "nf4", double).eval()
     layer.support_avx512bf16_for_cpu = True  # as on processors that have it
-    before = layer.weight.data.flatten().clone()
+    parts = {key: part.clone() for key, part in layer.state_dict().items()}
+    assert set(model_tensors(torch.nn.Sequential(layer))) == {f"0.{key}" for key in parts}
     layer(torch.ones(1, 128))
-    assert not torch.equal(layer.weight.data.flatten(), before)
-    parts = dict(layer.state_dict())
-    assert torch.equal(parts["weight"].flatten(), before)
-    assert relative_error(how.dense(parts), quantised(how, weight).dense) < 2**-7  # its scales went through bfloat16
+    with pytest.raises(InputError, match="`0` has been run, and bitsandbytes has repacked it"):
+        model_tensors(torch.nn.Sequential(layer))
+    undone = dict(layer.state_dict())
+    assert torch.equal(undone["weight"], parts["weight"])
+    assert not torch.equal(undone["weight.absmax"], parts["weight.absmax"]), "its scales went through bfloat16"
+    if not double:
+        with pytest.raises(CheckpointError, match="scales in the order that bitsandbytes gives them"):
+            how.dense(undone)
+
+
+def test_only_whole_blocks_are_packed():
+    for name in ("nf4", "fp4"):
+        packs = quantiser(name).packs
+        assert packs((32, 64))
+        assert packs((4096, 11008))
+        assert not packs((64, 172))
+        assert not packs((33, 64))
+    assert quantiser("int8").packs((33, 7))
+
+
+def test_float64_is_unpacked_in_float32_and_what_overflows_float16_is_refused_by_name():
+    weight = matrix(64, 64, torch.float64)
+    assert quantised(quantiser("nf4"), weight).dense.dtype == torch.float32
+    assert pissa.split(weight, "qpissa", 4).frozen.dtype == torch.float64
+    huge = (60000 * torch.sign(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))).half()
+    with pytest.raises(InputError, match="`huge`: the quantised weight is beyond float16's 65504"):
+        pissa.split(huge, "qpissa", 4, name="huge")
 
 
 def test_int8_values_are_off_by_half_a_step_of_their_row():
