@@ -16,6 +16,7 @@ from pissa.checkpoint.fingerprint import model_tensors
 from pissa.errors import CheckpointError, InputError, MissingExtraError
 from pissa.linalg import relative_error
 from pissa.quant import NAMES, Quantiser, quantiser
+from pissa.quant.codebook import Codebook
 from pissa.splits import Quantised
 from test_laws import matrix
 
@@ -211,6 +212,18 @@ def test_a_layer_that_repacked_its_codes_for_the_processor_is_refused(double):
     if not double:
         with pytest.raises(CheckpointError, match="scales in the order that bitsandbytes gives them"):
             how.dense(undone)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_the_table_finds_the_nearest_code_of_every_number(name):
+    values = F.get_4bit_type(name, "cpu")
+    order = values.argsort()
+    midpoints = (values[order[:-1]] + values[order[1:]]) / 2
+    beside = [torch.nextafter(midpoints, torch.tensor(side)) for side in (-2.0, 2.0)]
+    numbers = torch.cat([midpoints, *beside, torch.linspace(-1, 1, 2**18 + 1), values, torch.tensor([0.0, -0.0])])
+    found = Codebook(values).codes(numbers)
+    assert torch.equal(found, order.to(torch.uint8)[torch.bucketize(numbers, midpoints)])
+    assert found.unique().numel() == len(midpoints.unique()) + 1
 
 
 def test_only_whole_blocks_are_packed():

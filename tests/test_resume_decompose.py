@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ TENSORS = 20
 """Of a pico Llama; its first target is the third."""
 # One process imports pissa and forks for each kill. "after": at the k-th call of progress. "splitting": in the k-th
 # split. "writing": after the k-th tensor, so between the parts of a weight. "small files": all tensors are there.
+# "again": the last receipt is cut short, then as "after".
 RUNS_TO_BE_KILLED = """
-import json, os, signal, sys, torch, pissa
+import json, os, pathlib, signal, sys, torch, pissa
 from pissa.checkpoint.writer import TensorFile
 from pissa.surgery.decomposition import Decomposition
 
@@ -53,11 +54,14 @@ def at(count, act, work=None):
 jobs = json.loads(sys.argv[2])
 pissa.decompose(jobs[0][0], sys.argv[1], rank=4, quant="nf4")  # imports all that the children need
 for base, out, settings, where, count in jobs:
+    if where == "again":
+        (receipts,) = pathlib.Path(out).parent.glob(".out.partial-*/pieces.jsonl")
+        receipts.write_text(receipts.read_text()[:-100])
     child = os.fork()
     if child == 0:
         progress = None
-        if where in ("after", "interrupt"):
-            progress = at(count, die if where == "after" else interrupt)
+        if where in ("after", "again", "interrupt"):
+            progress = at(count, interrupt if where == "interrupt" else die)
         elif where == "splitting":
             Decomposition.split_tensor = at(count, die)
         elif where == "writing":
@@ -95,22 +99,22 @@ CHANGED, CHANGED_BASE = "base changed in place", "changing"
 IN_THE_MIDDLE = (*OTHERS, "other base", "base elsewhere", CHANGED, "failing")
 
 
-def cases() -> dict[str, tuple[dict[str, Any], str, int]]:
-    """Settings beside `SHARDED`, and where the run is killed."""
-    found: dict[str, tuple[dict[str, Any], str, int]] = {}
+def kills() -> Iterator[tuple[str, dict[str, Any], str, int]]:
+    """Case, settings beside `SHARDED`, and where the run is killed."""
     for quant, settings in QUANTS.items():
         for when, (where, count, _) in KILLS.items():
-            found[f"{quant} {when}"] = (settings, where, count)
+            yield f"{quant} {when}", settings, where, count
         for count in TORN:
-            found[f"{quant} torn {count}"] = (settings, "writing", count)
+            yield f"{quant} torn {count}", settings, "writing", count
         for cut in CUTS:
-            found[f"{quant} cut {cut}"] = (settings, "after", 10)
-        found[f"{quant} small files"] = (settings, "small files", 0)
+            yield f"{quant} cut {cut}", settings, "after", 10
+        yield f"{quant} small files", settings, "small files", 0
+        yield f"{quant} twice", settings, "after", 10
+        yield f"{quant} twice", settings, "again", 5
     for case in IN_THE_MIDDLE:
-        found[case] = ({"quant": "nf4"}, "after", 10)
+        yield case, {"quant": "nf4"}, "after", 10
     for workers in (1, 3):
-        found[f"workers {workers}"] = ({"quant": "nf4", "workers": workers}, "after", 10)
-    return found
+        yield f"workers {workers}", {"quant": "nf4", "workers": workers}, "after", 10
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +129,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The output folder of each case, beside which a killed run left its work."""
     root = tmp_path_factory.mktemp("killed")
-    outs = {case: root / case.replace(" ", "-") / "out" for case in cases()}
+    outs = {case: root / case.replace(" ", "-") / "out" for case, *_ in kills()}
     shutil.copytree(base, root / CHANGED_BASE)
     jobs = [
         (str(root / CHANGED_BASE if case == CHANGED else base), str(outs[case]), {**SHARDED, **settings}, where, count)
-        for case, (settings, where, count) in cases().items()
+        for case, settings, where, count in kills()
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUNS_TO_BE_KILLED, str(root / "first"), json.dumps(jobs)]
@@ -239,6 +243,20 @@ def test_a_receipt_cut_short_does_not_count(
     pieces(out).write_text("".join([*lines[:-1], lines[-1][: CUTS[cut]]]))
     pissa.decompose(base, out, **settings)
     assert len(splits) == TENSORS - 9
+    assert_same(out, expected)
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_run_may_be_killed_twice(
+    quant: str, base: Path, killed: dict[str, Path], splits: list[str], whole: Whole
+) -> None:
+    """The first kill cut a receipt short, and the second run went on behind it."""
+    settings, out = {**SHARDED, **QUANTS[quant]}, killed[f"{quant} twice"]
+    expected, _ = whole(base, **settings)
+    splits.clear()
+    assert len(pieces(out).read_text().splitlines()) == 9 + 5
+    pissa.decompose(base, out, **settings)
+    assert len(splits) == TENSORS - 14
     assert_same(out, expected)
 
 
