@@ -38,7 +38,7 @@ watcher.start()
 import pissa
 began = time.monotonic()
 try:
-    record = pissa.decompose(sys.argv[1], sys.argv[2], rank=16, max_shard_bytes="500MB")
+    record = pissa.decompose(sys.argv[1], sys.argv[2], sys.argv[3], rank=16, max_shard_bytes="500MB")
 finally:
     done.set()
     watcher.join()
@@ -73,14 +73,14 @@ def write_llama(folder: Path, layers: int) -> int:
     return 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
-def measure(tmp_path: Path, name: str) -> dict[str, float]:
+def measure(tmp_path: Path, name: str, method: str = "pissa") -> dict[str, float]:
     source, out = tmp_path / "base", tmp_path / "out"
     total = write_llama(source, LAYERS[name])
     assert (source / "model.safetensors.index.json").is_file()
     assert total == pytest.approx(float(name.split()[0]) * 1e9, rel=0.06)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", DECOMPOSE, source, out], capture_output=True, text=True, check=False
+            [sys.executable, "-c", DECOMPOSE, source, out, method], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
@@ -89,7 +89,7 @@ def measure(tmp_path: Path, name: str) -> dict[str, float]:
     finally:
         shutil.rmtree(source)
         shutil.rmtree(out, ignore_errors=True)
-    print(f"{name}: RssAnon peak {found['peak'] / 2**20:.0f} MiB, {found['seconds']:.0f} s")
+    print(f"{name} {method}: RssAnon peak {found['peak'] / 2**20:.0f} MiB, {found['seconds']:.0f} s")
     return found
 
 
@@ -102,3 +102,10 @@ def test_peak_memory_is_below_1_5_gib_and_does_not_grow_with_the_model(tmp_path:
     assert four["peak"] <= LIMIT_BYTES
     assert eight["peak"] <= LIMIT_BYTES
     assert eight["peak"] <= 1.1 * four["peak"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from Linux's /proc")
+def test_peak_memory_in_4_bits_is_below_1_5_gib(tmp_path: Path) -> None:
+    if shutil.disk_usage(tmp_path).free < FREE_BYTES:
+        pytest.skip(f"less than {FREE_BYTES / 1e9:.0f} GB free at {tmp_path}")
+    assert measure(tmp_path, "4 GB", "qpissa")["peak"] <= LIMIT_BYTES

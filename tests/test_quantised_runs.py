@@ -202,3 +202,9 @@ def test_transposed_layers_are_merged_and_converted_the_right_way_round(tmp_path
     record = pissa.convert(pair.run, tmp_path / "lora", 64)
     assert record.notes["error"] < 1e-5
     assert gap(stock_logits(pair.base, tmp_path / "lora"), pair.logits) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["qpissa", "loftq", "qlora"])
+def test_a_live_model_is_not_quantised_and_the_way_is_named(method: str, pico: torch.nn.Module) -> None:
+    with pytest.raises(InputError, match="is done on files: pissa.decompose"):
+        pissa.attach(pico, method)

@@ -20,7 +20,7 @@ from pissa.checkpoint.fingerprint import combined, fingerprint, model_tensors
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
 from pissa.errors import InputError, WrongBaseError
 from pissa.records import Base, Layer, Recipe, Record, versions
-from pissa.registry import get, scale_of
+from pissa.registry import choose, get, scale_of
 
 
 @dataclass
@@ -72,6 +72,11 @@ def attach(
     """
     if base not in ("keep", "residual"):
         raise InputError(f"base is {base!r}, expected 'keep' or 'residual'")
+    if choose(method).quant:
+        raise InputError(
+            f"{method} quantises what does not train, which is done on files: pissa.decompose(MODEL, OUT, {method!r}), "
+            "then pissa.load(from_pretrained(OUT), OUT)"
+        )
     inner = plain_model(model)
     _refuse_residual(inner)
     found = find_targets(inner, targets)
