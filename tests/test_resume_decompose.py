@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +17,13 @@ import pytest
 import pissa
 from conftest import build_pico
 from pissa.checkpoint.output import JOB
+from pissa.checkpoint.reader import Checkpoint
 from pissa.surgery.decomposition import PIECES, Decomposition
 
-SHARDED = {"rank": 4, "max_shard_bytes": 6000}
+pytestmark = pytest.mark.filterwarnings("ignore:.*written unpacked")
+SIZES = {"hidden_size": 64, "intermediate_size": 96}
+"""Of a pico model of which some weights can be packed and others not."""
+SHARDED = {"rank": 4, "max_shard_bytes": 20_000}
 QUANTS: dict[str, dict[str, Any]] = {"plain": {}, "nf4": {"quant": "nf4"}}
 TENSORS = 20
 """Of a pico Llama; its first target is the third."""
@@ -55,8 +58,8 @@ jobs = json.loads(sys.argv[2])
 pissa.decompose(jobs[0][0], sys.argv[1], rank=4, quant="nf4")  # imports all that the children need
 for base, out, settings, where, count in jobs:
     if where == "again":
-        (receipts,) = pathlib.Path(out).parent.glob(".out.partial-*/pieces.jsonl")
-        receipts.write_text(receipts.read_text()[:-100])
+        for receipts in pathlib.Path(out).parent.glob(".out.partial-*/pieces.jsonl"):
+            receipts.write_text(receipts.read_text()[:-100])
     child = os.fork()
     if child == 0:
         progress = None
@@ -70,10 +73,9 @@ for base, out, settings, where, count in jobs:
             Decomposition.init_config = die
         try:
             pissa.decompose(base, out, progress=progress, **settings)
-        except KeyboardInterrupt:
-            os._exit(130)
-        os._exit(1)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        finally:
+            os._exit(1)
+    os.waitpid(child, 0)
 """
 
 KILLS = {
@@ -93,7 +95,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "rank": {"rank": 5},
     "store": {"store": "16bit"},
     "dtype": {"dtype": "bfloat16"},
-    "shard size": {"max_shard_bytes": 7000},
+    "shard size": {"max_shard_bytes": 30_000},
 }
 CHANGED, CHANGED_BASE = "base changed in place", "changing"
 IN_THE_MIDDLE = (*OTHERS, "other base", "base elsewhere", CHANGED, "failing")
@@ -120,8 +122,8 @@ def kills() -> Iterator[tuple[str, dict[str, Any], str, int]]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "base"
-    build_pico().save_pretrained(folder)
-    assert len(pissa.checkpoint.reader.Checkpoint.open(folder).tensors) == TENSORS
+    build_pico(**SIZES).save_pretrained(folder)
+    assert len(Checkpoint.open(folder).tensors) == TENSORS
     return folder
 
 
@@ -139,8 +141,6 @@ def killed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     command = [sys.executable, "-c", RUNS_TO_BE_KILLED, str(root / "first"), json.dumps(jobs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    expected = [130 if where == "interrupt" else -signal.SIGKILL for _, _, _, where, _ in jobs]
-    assert [int(line) for line in done.stdout.split()] == expected
     return outs
 
 
@@ -193,6 +193,10 @@ def pieces(out: Path) -> Path:
     return staging / PIECES
 
 
+def finished_in(out: Path) -> int:
+    return len(pieces(out).read_text().splitlines())
+
+
 def assert_same(out: Path, expected: dict[str, bytes]) -> None:
     got = contents(out)
     assert got.keys() == expected.keys()
@@ -208,7 +212,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_tensor(
     settings, finished, out = {**SHARDED, **QUANTS[quant]}, KILLS[when][2], killed[f"{quant} {when}"]
     expected, steps = whole(base, **settings)
     splits.clear()
-    assert len(pieces(out).read_text().splitlines()) == finished
+    assert finished_in(out) == finished
     told: list[tuple[str, int, int]] = []
     pissa.decompose(base, out, **settings, progress=lambda *step: told.append(step))
     assert sorted(splits) == sorted(name for name, _, _ in steps[finished:])
@@ -224,7 +228,7 @@ def test_a_kill_between_two_parts_of_a_weight_costs_that_weight(
     settings, out = {**SHARDED, **QUANTS[quant]}, killed[f"{quant} torn {count}"]
     expected, _ = whole(base, **settings)
     splits.clear()
-    finished = len(pieces(out).read_text().splitlines())
+    finished = finished_in(out)
     assert finished < count
     pissa.decompose(base, out, **settings)
     assert len(splits) == TENSORS - finished
@@ -254,7 +258,7 @@ def test_a_run_may_be_killed_twice(
     settings, out = {**SHARDED, **QUANTS[quant]}, killed[f"{quant} twice"]
     expected, _ = whole(base, **settings)
     splits.clear()
-    assert len(pieces(out).read_text().splitlines()) == 9 + 5
+    assert finished_in(out) == 9 + 5
     pissa.decompose(base, out, **settings)
     assert len(splits) == TENSORS - 14
     assert_same(out, expected)
@@ -265,6 +269,7 @@ def test_a_kill_among_the_small_files_is_no_obstacle(
     quant: str, base: Path, killed: dict[str, Path], whole: Whole
 ) -> None:
     settings, out = {**SHARDED, **QUANTS[quant]}, killed[f"{quant} small files"]
+    assert pieces(out).parent.is_dir()
     pissa.decompose(base, out, **settings)
     assert_same(out, whole(base, **settings)[0])
 
@@ -274,6 +279,7 @@ def test_a_run_with_another_setting_uses_nothing_of_a_killed_one(
     other: str, base: Path, killed: dict[str, Path], splits: list[str], whole: Whole
 ) -> None:
     settings, out = {**SHARDED, "quant": "nf4", **OTHERS[other]}, killed[other]
+    assert finished_in(out) == 10
     pissa.decompose(base, out, **settings)
     assert len(splits) == TENSORS
     assert_same(out, whole(base, **settings)[0])
@@ -296,7 +302,8 @@ def test_a_base_in_another_folder_uses_nothing_of_a_killed_run(
     seed: int, killed: dict[str, Path], splits: list[str], whole: Whole, tmp_path: Path
 ) -> None:
     settings, out = {**SHARDED, "quant": "nf4"}, killed["other base" if seed else "base elsewhere"]
-    build_pico(seed).save_pretrained(tmp_path / "base")
+    assert finished_in(out) == 10
+    build_pico(seed, **SIZES).save_pretrained(tmp_path / "base")
     pissa.decompose(tmp_path / "base", out, **settings)
     assert len(splits) == TENSORS
     assert_same(out, whole(tmp_path / "base", **settings)[0])
@@ -304,6 +311,7 @@ def test_a_base_in_another_folder_uses_nothing_of_a_killed_run(
 
 def test_a_run_that_fails_leaves_nothing_of_a_killed_one(base: Path, killed: dict[str, Path]) -> None:
     out = killed["failing"]
+    assert finished_in(out) == 10
 
     def fail(*_: object) -> None:
         raise ValueError("no")
@@ -318,9 +326,10 @@ def test_a_base_that_changed_in_place_uses_nothing_of_a_killed_run(
 ) -> None:
     """Other weights in a file of the same name and size."""
     settings, out = {**SHARDED, "quant": "nf4"}, killed[CHANGED]
+    assert finished_in(out) == 10
     base = out.parents[1] / CHANGED_BASE
     size = (base / "model.safetensors").stat().st_size
-    build_pico(seed=1).save_pretrained(base)
+    build_pico(seed=1, **SIZES).save_pretrained(base)
     assert (base / "model.safetensors").stat().st_size == size
     pissa.decompose(base, out, **settings)
     assert len(splits) == TENSORS
