@@ -46,7 +46,8 @@ class TensorFile:
         plan: Dtype and shape of every tensor that will come.
         metadata: Strings for the header, beside the `{"format": "pt"}` that other tools ask for.
         late: Names of short 1-D tensors whose length the plan only bounds; they wait in memory and are written last.
-        done: Names that a killed run with the same plan wrote into this file already; none that are late.
+        done: Names that a killed run with the same plan wrote into this file already, none that are late; maybe no name
+            at all. None for a file that must be new.
 
     Raises:
         InputError: A dtype or name that safetensors cannot hold.
@@ -59,16 +60,16 @@ class TensorFile:
         plan: Plan,
         metadata: Mapping[str, str] | None = None,
         late: Collection[str] = (),
-        done: Collection[str] = (),
+        done: Collection[str] | None = None,
     ) -> None:
         self.path = Path(path)
         self._plan, self._late = dict(plan), set(late) & plan.keys()
         self._waiting: dict[str, torch.Tensor] = {}
         self._metadata = {"format": "pt", **(metadata or {})}
         self._header, self._offsets = make_header(self._plan, self._metadata, self._late)
-        self.missing = set(self._plan) - set(done)
+        self.missing = set(self._plan) - set(done or ())
         try:
-            self._file = self.path.open("r+b" if done else "xb")
+            self._file = self.path.open("xb" if done is None else "r+b" if done else "wb")
         except FileExistsError as error:
             raise OutputError(f"{self.path} exists already: choose another folder") from error
         except FileNotFoundError as error:
@@ -164,22 +165,23 @@ class CheckpointWriter:
         plan: Plan,
         max_shard_bytes: int,
         late: Collection[str] = (),
-        done: Collection[str] = (),
+        done: Collection[str] | None = None,
     ) -> None:
         shards = _assign_shards(plan, max_shard_bytes)
         make_header(plan, {})  # refuses what safetensors cannot hold now, not at the last shard
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not done and (stale := sorted(path.name for path in self.folder.glob("model*.safetensors*"))):
+        if done is None and (stale := sorted(path.name for path in self.folder.glob("model*.safetensors*"))):
             raise OutputError(f"{self.folder} holds {stale[0]} already: choose another folder")
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         self._plans = dict(zip(names if len(names) > 1 else [SINGLE_NAME], shards, strict=True))
         self._shard_of = {name: shard for shard, part in self._plans.items() for name in part}
         self._files: dict[str, TensorFile] = {}
         self._late = late
+        self._done = None if done is None else set(done)
         for shard, part in self._plans.items():
-            if begun := part.keys() & done:
-                self._files[shard] = TensorFile(self.folder / shard, part, late=late, done=begun)
+            if self._done and part.keys() & self._done:
+                self._open(shard)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one planned tensor, in any order; in the order of the plan one file is open at a time.
@@ -191,7 +193,7 @@ class CheckpointWriter:
         if shard is None:
             raise InputError(f"{name!r} is not in the plan of {self.folder}.{did_you_mean(name, self._shard_of)}")
         if shard not in self._files:
-            self._files[shard] = TensorFile(self.folder / shard, self._plans[shard], late=self._late)
+            self._open(shard)
         self._files[shard].write(name, tensor)
         if not self._files[shard].missing:
             self._files[shard].close()
@@ -207,6 +209,8 @@ class CheckpointWriter:
         if missing:
             self.abandon()
             raise _unfinished(self.folder, missing)
+        for file in files.values():
+            file.close()  # a killed run may have written the last tensor but no header
         if len(self._plans) > 1:
             total = sum(file.nbytes for file in files.values())
             index = {"metadata": {"total_size": total}, "weight_map": self._shard_of}
@@ -216,6 +220,11 @@ class CheckpointWriter:
         """Close all files and write no index."""
         for file in self._files.values():
             file.abandon()
+
+    def _open(self, shard: str) -> None:
+        part = self._plans[shard]
+        done = None if self._done is None else part.keys() & self._done
+        self._files[shard] = TensorFile(self.folder / shard, part, late=self._late, done=done)
 
     def __enter__(self) -> Self:
         return self

@@ -172,9 +172,9 @@ class Decomposition:
                 done += self.checkpoint.tensors[piece.name].nbytes
                 if progress:
                     progress(piece.name, done, total)
-        (staging / PIECES).unlink()
         record = self.record([pieces[name] for name in self.checkpoint.tensors])
         self.write_small_files(staging, final, record)
+        (staging / PIECES).unlink()
         return record
 
     def split_tensor(self, name: str) -> Piece:
