@@ -122,3 +122,17 @@ def test_adapters_are_no_part_of_the_base():
             if parameter.requires_grad:
                 parameter.add_(1)
     assert fingerprint(model_tensors(model)) == before
+
+
+def test_a_base_that_was_rounded_and_widened_again_is_recognised_and_another_is_not():
+    """As peft's preparation for k-bit training leaves a float32 base that was loaded in 16 bits."""
+    base = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    digests = tensor_digests(base)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_tensor("w", digests, base.to(dtype).float(), **WORDS)
+        with pytest.raises(WrongBaseError, match="made for another base"):
+            check_tensor("w", digests, (2 * base).to(dtype).float(), **WORDS)
+    with pytest.raises(WrongBaseError, match="made for another base"):
+        check_tensor("w", digests, torch.nextafter(base, torch.tensor(9.0)), **WORDS)
+    small = torch.tensor([1e-9, 1.0])  # lossless in neither, and in float16 its first value is gone
+    check_tensor("w", tensor_digests(small), small.half().float(), **WORDS)

@@ -41,7 +41,7 @@ FORMAT_OF_EACH_METHOD = {
     "pico-bf16": ("nf4", "double", "fp4", "int8"),
     "partly": ("double", None, None, "nf4"),
     "gpt2": ("fp4", "int8", "nf4", "double"),
-    "stories260K": ("int8", "nf4", "double", "fp4"),
+    "stories260K": ("int8", "nf4", None, "fp4"),
     "mixed-8m": ("nf4", None, "double", "int8"),
 }
 """Beside the pico base, on which every method meets every format."""

@@ -119,6 +119,24 @@ def test_the_output_error_is_that_of_the_layers_on_the_text(base: Path, residual
     assert rows[-1]["errors"]["this"]["output"] < rows[-1]["errors"]["nf4"]["output"]
 
 
+def test_weights_that_see_no_activations_have_no_output_error(
+    pico_folder: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    base = pico_folder("untied", vocab_size=260, tie_word_embeddings=False, **PACKABLE)
+    save_tokenizer(base)
+    with pytest.warns(
+        UserWarning, match="1 of 3 weights are quantised but written unpacked, `model.embed_tokens.weight`"
+    ):
+        pissa.decompose(base, tmp_path / "some", "qpissa", 4, targets=["embed_tokens", "q_proj"])
+    result = CliRunner().invoke(
+        app, ["inspect", str(tmp_path / "some"), "--text", str(text), "--plot", str(tmp_path / "some.png")]
+    )
+    assert result.exit_code == 0, result.output
+    rows = {row["type"]: row["errors"]["this"] for row in pissa.inspect(tmp_path / "some", text=text).errors}
+    assert "output" not in rows["embed_tokens"]
+    assert rows["q_proj"]["output"] == rows["all"]["output"] > 0
+
+
 def test_loftqs_own_folder_is_not_compared_with_itself(base: Path, tmp_path: Path) -> None:
     pissa.decompose(base, tmp_path / "loftq", "loftq", 4, store="16bit")
     rows = pissa.inspect(tmp_path / "loftq", errors=True).errors

@@ -163,6 +163,31 @@ def test_a_lora_for_the_original_base_is_refused_by_its_residual(pair: Trained, 
         pissa.load(language_model(pair.residual), tmp_path / "lora")
 
 
+def test_what_does_not_hold_the_whole_start_is_not_merged_with_the_residual(pair: Trained, tmp_path: Path) -> None:
+    for name, base in (("part", pair.residual), ("stranger", pair.base)):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"] if name == "part" else "all-linear")
+        peft.get_peft_model(language_model(base), config).save_pretrained(tmp_path / name)
+    with (
+        pytest.raises(WrongBaseError, match=r"holds nothing for `model\.layers\.0\.mlp\.down_proj\.weight` \(12 such"),
+        pytest.warns(UserWarning, match="no pissa.json"),
+    ):
+        pissa.merge(pair.residual, tmp_path / "part", tmp_path / "merged")
+    with (
+        pytest.raises(WrongBaseError, match="has no pissa.json and names .*base as its base"),
+        pytest.warns(UserWarning, match="no pissa.json"),
+    ):
+        pissa.merge(pair.residual, tmp_path / "stranger", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_that_moved_with_its_residual_is_converted(pair: Trained, tmp_path: Path) -> None:
+    pair.residual.rename(pair.run / "residual")
+    assert pissa.convert(pair.run, tmp_path / "lora", 4).notes["rank"] == 4
+    (pair.run / "residual").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="which is gone: put it back"):
+        pissa.convert(pair.run, tmp_path / "again", 4)
+
+
 def test_one_changed_code_is_noticed(pair: Trained, tmp_path: Path) -> None:
     file = pair.residual / "model.safetensors"
     tensors = load_file(file)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import pissa
 from conftest import PACKABLE
 from pissa.config import load_settings
-from pissa.errors import ConfigError
+from pissa.errors import ConfigError, InputError
 from pissa.training import train
 from pissa.training.folder import read_metrics
 from runs import gap, language_model, logits, stock_logits
@@ -115,10 +115,52 @@ def test_a_classifier_trains_on_a_decomposed_encoder_and_keeps_its_head(tmp_path
     assert gap(stock_logits(tmp_path / "base", tmp_path / "lora", load), run) < 1e-4
 
 
+def test_a_refused_run_leaves_the_one_before_as_it_was(settings: Settings, tmp_path: Path) -> None:
+    train(settings(method="qpissa"))
+    out = tmp_path / "out"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="rank 4096 is larger"):
+        train(settings(method="qpissa", rank=4096, force=True))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_another_run_in_the_folder_takes_nothing_of_the_old_residual(
+    settings: Settings, base: Path, pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    train(settings(method="qpissa", max_steps=1))
+    train(settings(method="pissa", max_steps=1, force=True))
+    assert not (tmp_path / "out" / "residual").exists()
+    # Killed once its residual was whole: another rank or model does not go on with it.
+    killed = settings("killed", method="qpissa")
+    kill_training(killed, once=tmp_path / "killed" / "residual" / "pissa.json")
+    other = pico_folder("other", seed=1, vocab_size=260, **PACKABLE)
+    save_tokenizer(other)
+    train(settings("killed", method="qpissa", model=str(other)), resume=True)
+    train(settings("whole", method="qpissa", model=str(other)))
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_further_modules_train_whole_beside_few_bits(settings: Settings, base: Path, tmp_path: Path) -> None:
+    train(settings(method="qpissa", modules_to_save=["norm"]))
+    trained = weights_of(tmp_path / "out")["base_model.model.model.norm.weight"]
+    assert not torch.equal(trained, load_file(base / "model.safetensors")["model.norm.weight"])
+
+
+def test_full_training_is_not_for_a_residual_nor_for_few_bits(settings: Settings, base: Path, tmp_path: Path) -> None:
+    pissa.decompose(base, tmp_path / "residual", "pissa", 4)
+    with pytest.raises(ConfigError, match="a residual, expected a whole model with full") as caught:
+        train(settings(method="full", model=str(tmp_path / "residual"), iterations=3, dropout=0.1))
+    assert "iterations: got 3, expected null with full" in str(caught.value)
+    assert "dropout: got 0.1, expected 0 with full" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rank": 2}, "rank: got 2, expected 4, as"),
+        ({"targets": ["q_proj"]}, r"targets: got \['q_proj'\], expected those of"),
+        ({"double_quant": True, "quant": "nf4"}, "double_quant: got True, expected False, as"),
+        ({"svd": "exact"}, "svd: got 'exact', expected 'fast', as"),
         ({"method": "loftq"}, "method: got 'loftq', expected 'pissa', as"),
         ({"quant": "int8"}, "quant: got 'int8', expected 'nf4', as"),
         ({"iterations": 3}, "iterations: got 3, expected 5, as"),
@@ -140,7 +182,9 @@ def test_settings_that_contradict_the_decomposed_folder_are_refused(
         ({"method": "lora", "quant": "nf4", "iterations": 3}, "iterations is 3 with lora"),
         ({"method": "loftq", "quant": None, "iterations": 0}, "iterations: got 0"),
         ({"quant": "nf5"}, "quant: got 'nf5', expected 'nf4', 'fp4' or 'int8'"),
-        ({"quant": "int8", "load_in_4bit": True}, "load_in_4bit: got True beside quant 'int8'"),
+        ({"quant": "int8", "load_in_4bit": True}, "load_in_4bit: got it beside quant 'int8'"),
+        ({"load_in_4bit": "maybe"}, "load_in_4bit: got 'maybe', expected true or false"),
+        ({"quant": "int8", "double_quant": True}, "which int8 has not"),
         ({"iterations": 3}, "iterations is 3, which has a meaning only with a quantiser"),
     ],
 )
@@ -157,6 +201,7 @@ def test_the_names_that_other_tools_use_are_understood(settings: Settings) -> No
         ({"load_in_4bit": True}, ("nf4", False)),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True}, ("fp4", True)),
         ({"load_in_8bit": True}, ("int8", False)),
+        ({"load_in_4bit": "True"}, ("nf4", False)),
         ({"load_in_4bit": False}, (None, False)),
     ):
         read = settings(**names)

@@ -41,10 +41,12 @@ def plan_of(tensors: dict[str, Tensor], late: Sequence[str] = LATE) -> Plan:
     return {name: (t.dtype, (ROOM,) if name in late else tuple(t.shape)) for name, t in tensors.items()}
 
 
-def write(path: Path, tensors: dict[str, Tensor], done: Sequence[str] = (), order: Sequence[str] = ()) -> bytes:
+def write(
+    path: Path, tensors: dict[str, Tensor], done: Sequence[str] | None = None, order: Sequence[str] = ()
+) -> bytes:
     with TensorFile(path, plan_of(tensors), {"note": "ja"}, LATE, done) as file:
         for name in order or tensors:
-            if name not in done:
+            if name not in (done or ()):
                 file.write(name, tensors[name])
     return path.read_bytes()
 
@@ -160,7 +162,7 @@ def test_shards_with_late_tensors_are_read_by_stock_tools_and_indexed_at_their_r
 
 
 @pytest.mark.parametrize("late_came", [False, True])
-@pytest.mark.parametrize("count", range(1, 5))
+@pytest.mark.parametrize("count", range(5))
 def test_a_killed_file_is_gone_on_with_to_the_same_bytes(
     count: int, late_came: bool, tmp_path: Path, tensors: dict[str, Tensor]
 ):
@@ -171,6 +173,12 @@ def test_a_killed_file_is_gone_on_with_to_the_same_bytes(
     with pytest.raises(SafetensorError):
         load_file(path)
     assert write(path, tensors, done) == write(tmp_path / "whole.safetensors", tensors)
+
+
+def test_a_file_that_must_be_new_is_not_gone_on_with(tmp_path: Path, tensors: dict[str, Tensor]):
+    killed_file(tmp_path / "killed.safetensors", tensors, ("wide",))
+    with pytest.raises(OutputError, match=r"killed\.safetensors exists already"):
+        write(tmp_path / "killed.safetensors", tensors)
 
 
 def test_what_is_done_is_neither_missing_nor_written_again(tmp_path: Path, tensors: dict[str, Tensor]):
@@ -191,12 +199,15 @@ def test_going_on_with_a_file_that_is_gone_is_an_error(tmp_path: Path, tensors: 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("count", range(1, 7))
-@pytest.mark.parametrize("shard_bytes", [300, 600, 10**6])
+@pytest.mark.parametrize("receipts_lost", [0, 1])
+@pytest.mark.parametrize("count", [2, 4, 5, 6])
+@pytest.mark.parametrize("shard_bytes", [40, 300, 10**6])
 def test_killed_shards_are_gone_on_with_to_the_same_bytes(
-    shard_bytes: int, count: int, tmp_path: Path, tensors: dict[str, Tensor]
+    shard_bytes: int, count: int, receipts_lost: int, tmp_path: Path, tensors: dict[str, Tensor]
 ):
-    """The kill comes after `count` tensors, with whole shards, a begun one, and some that are not there yet."""
+    """The kill comes after `count` tensors, with whole shards, a begun one, some that are not there yet, some of which
+    nothing is known, and some in which only late tensors came.
+    """
     part, whole = tmp_path / "part", tmp_path / "whole"
     names = list(tensors)
 
@@ -207,10 +218,10 @@ def test_killed_shards_are_gone_on_with_to_the_same_bytes(
         return writer
 
     killed(work)
-    done = [name for name in names[:count] if name not in LATE]
-    for folder, before in ((part, done), (whole, [])):
+    done = [name for name in names[: count - receipts_lost] if name not in LATE]
+    for folder, before in ((part, done), (whole, None)):
         with CheckpointWriter(folder, plan_of(tensors), shard_bytes, LATE, before) as writer:
-            for name in (name for name in names if name not in before):
+            for name in (name for name in names if name not in (before or ())):
                 writer.write(name, tensors[name])
     assert {path.name: path.read_bytes() for path in part.iterdir()} == {
         path.name: path.read_bytes() for path in whole.iterdir()

@@ -262,11 +262,13 @@ def _set_batch_size(values: dict[str, Any], mistakes: list[str]) -> None:
 def _set_quant(values: dict[str, Any], mistakes: list[str]) -> None:
     """`load_in_4bit: true` of other tools is nf4 unless fp4 stands beside it, `load_in_8bit: true` int8."""
     for key, formats in (("load_in_4bit", ("nf4", "fp4")), ("load_in_8bit", ("int8",))):
-        asked = values.pop(key, None)
-        if asked in (None, False, "false"):
+        asked = str(values.pop(key, None)).lower()
+        if asked in ("none", "false"):
             continue
-        if asked not in (True, "true") or values.setdefault("quant", formats[0]) not in formats:
-            mistakes.append(f"{key}: got {asked!r} beside quant {values.get('quant')!r}, expected one of the two")
+        if asked != "true":
+            mistakes.append(f"{key}: got {asked!r}, expected true or false")
+        elif values.setdefault("quant", formats[0]) not in formats:
+            mistakes.append(f"{key}: got it beside quant {values['quant']!r}, expected one of the two")
 
 
 def _lines(error: ValidationError) -> list[str]:

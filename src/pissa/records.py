@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,5 +124,5 @@ class Record:
 
 def versions() -> dict[str, str]:
     """The versions that decide what was computed."""
-    packages = ("pissa", "torch", "transformers", "peft", "safetensors")
-    return {name: importlib.metadata.version(name) for name in packages}
+    packages = ("pissa", "torch", "transformers", "peft", "safetensors", "bitsandbytes")
+    return {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}

@@ -43,8 +43,10 @@ def read_pairs(folder: Path, targets: dict[str, Target]) -> dict[str, tuple[Tens
     return found
 
 
-def load_initial(model: nn.Module, folder: Path, adapter: str) -> PeftModel:
-    """Put the start of a decomposed folder on its residual model.
+def load_initial(
+    model: nn.Module, folder: Path, adapter: str, modules_to_save: Iterable[str] | None = None
+) -> PeftModel:
+    """Put the start of a decomposed folder on its residual model; see `pissa.load`.
 
     Raises:
         WrongBaseError: the model is not the residual that was written beside this start.
@@ -61,6 +63,7 @@ def load_initial(model: nn.Module, folder: Path, adapter: str) -> PeftModel:
     else:
         record = _foreign_record(config, model, folder)
     assert record.recipe is not None
+    heads = head_modules(model) if modules_to_save is None else sorted(modules_to_save)
     names = _names_here(model, record.recipe.targets)
     targets = find_targets(model, list(names.values()), quantised=record.recipe.needs_residual)
     by_module = {target.module: target for target in targets}
@@ -72,7 +75,7 @@ def load_initial(model: nn.Module, folder: Path, adapter: str) -> PeftModel:
         recipe=dataclasses.replace(record.recipe, base_form="residual", targets=kinds),
         notes={**record.notes, "residual": str(folder.resolve())},
     )
-    return wrap(model, Attachment(record, targets), starts, head_modules(model), adapter, on_residual=True)
+    return wrap(model, Attachment(record, targets), starts, heads, adapter, on_residual=True)
 
 
 def _names_here(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ base before it touches the model, so a run never meets another base.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,14 @@ def save(model: PeftModel, run: str | Path, *, adapter_name: str | None = None) 
     return run
 
 
-def load(model: nn.Module, path: str | Path, *, trainable: bool = True, adapter_name: str = "default") -> PeftModel:
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    trainable: bool = True,
+    adapter_name: str = "default",
+    modules_to_save: Iterable[str] | None = None,
+) -> PeftModel:
     """Put a saved run, a decomposed folder's start, or a plain LoRA made here on its base, after checking the base.
 
     Args:
@@ -85,6 +93,7 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True, adapter_
         path: a run, its state/ or adapter/ folder, a converted LoRA, or a decomposed folder.
         trainable: whether to go on training.
         adapter_name: peft's name for the adapter.
+        modules_to_save: modules that train whole beside a decomposed folder's start; by default a new head.
 
     Raises:
         WrongBaseError: naming the first differing tensor, both digests and what to do.
@@ -96,7 +105,7 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True, adapter_
     elif (path / STATE).is_file():
         wrapped = _load_state(model, path, adapter_name, from_start=False)
     elif (path / INIT).is_dir():
-        wrapped = load_initial(model, path, adapter_name)
+        wrapped = load_initial(model, path, adapter_name, modules_to_save)
     elif (path / plain.WEIGHTS).is_file():
         wrapped = _load_plain(model, path, adapter_name, trainable)
     else:

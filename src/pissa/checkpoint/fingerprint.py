@@ -138,11 +138,11 @@ def check_tensor(name: str, recorded: Digests, tensor: Tensor, *, what: str, adv
 
 def _is_widened(tensor: Tensor, recorded: Digests) -> bool:
     """Whether it is the recorded tensor rounded to a narrower dtype and widened again, as before k-bit training."""
-    for dtype in NARROWER.get(tensor.dtype, ()):
-        narrow = tensor.detach().to(dtype)
-        if torch.equal(narrow.to(tensor.dtype), tensor):
-            return tensor_digest(narrow) == recorded.get(_name(dtype))
-    return False
+    narrower = (tensor.detach().to(dtype) for dtype in NARROWER.get(tensor.dtype, ()))
+    return any(
+        torch.equal(narrow.to(tensor.dtype), tensor) and tensor_digest(narrow) == recorded.get(_name(narrow.dtype))
+        for narrow in narrower
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -64,8 +64,8 @@ def decompose(
     if as_json:
         show.print_json(record.to_json())
         return
-    kind = f"{quant or ''} residual"
-    show.say(f"{out}: {kind.strip()} of {model} and its start ({method}, rank {rank}), {len(record.layers)} weights")
+    in_bits = f" in {record.recipe.quant}" if record.recipe and record.recipe.quant else ""
+    show.say(f"{out}: residual of {model}{in_bits} and its start ({method}, rank {rank}), {len(record.layers)} weights")
     energy = sum(layer.energy for layer in record.layers) / len(record.layers)
     worst = max(record.layers, key=lambda layer: layer.error)
     show.say(f"energy in the trainable part {energy:.1%} (mean); largest error {worst.error:.1e} in {worst.name}")

@@ -82,9 +82,10 @@ def _print_layers(layers: list[dict[str, Any]]) -> None:
 
 
 def _print_errors(errors: list[dict[str, Any]]) -> None:
-    forms = errors[0]["errors"]
+    forms = errors[-1]["errors"]
     columns = [(norm, form) for norm in forms["this"] for form in forms]
-    rows = [
-        [row["type"], row["weights"], *(f"{row['errors'][form][norm]:.2%}" for norm, form in columns)] for row in errors
-    ]
+    rows = []
+    for row in errors:
+        values = [row["errors"][form].get(norm) for norm, form in columns]
+        rows.append([row["type"], row["weights"], *(None if value is None else f"{value:.2%}" for value in values)])
     show.print_table(["type", "weights", *(f"{norm} {form}" for norm, form in columns)], rows)

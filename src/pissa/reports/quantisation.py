@@ -31,15 +31,14 @@ def plot_errors(rows: Sequence[dict[str, Any]], output: Path, title: str | None 
         raise InputError("there are no errors to draw: ask for them with errors=True")
     figure_module = require("matplotlib.figure", "train")
     require("matplotlib.backends.backend_agg", "train")
-    first = rows[0]["errors"]
-    forms = list(first)
-    norms = [norm for norm in NORMS if norm in first[forms[0]]]
+    forms = list(rows[-1]["errors"])
+    norms = [norm for norm in NORMS if norm in rows[-1]["errors"][forms[0]]]
     size = (max(6.4, 1.1 * len(rows) + 1.5), 2.5 * len(norms) + 0.6)
     figure = figure_module.Figure(figsize=size, dpi=150, layout="constrained")
     for index, (axes, norm) in enumerate(zip(figure.subplots(len(norms), squeeze=False)[:, 0], norms, strict=True)):
         width = 0.8 / len(forms)
         for place, (form, colour) in enumerate(zip(forms, COLOURS, strict=False)):
-            heights = [100 * row["errors"][form][norm] for row in rows]
+            heights = [100 * row["errors"][form].get(norm, 0) for row in rows]
             where = [x + (place - (len(forms) - 1) / 2) * width for x in range(len(rows))]
             bars = axes.bar(where, heights, width, color=colour, label="this folder" if form == "this" else form)
             axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=6, padding=1)

@@ -44,10 +44,13 @@ def layer_inputs(folder: Path, targets: Iterable[Target], text: Path) -> dict[st
     for name in rows:
         modules[name].register_forward_pre_hook(keep(name))
     window = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
-    with torch.no_grad():
-        for part in tokens.split(window):
-            model(input_ids=part[None])
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+    try:
+        with torch.no_grad():
+            for part in tokens.split(window):
+                model(input_ids=part[None])
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot read a text by itself ({error}): leave --text out") from error
+    return {name: torch.cat(parts) for name, parts in rows.items() if parts}
 
 
 def _tokens(folder: Path, text: Path) -> Tensor:

@@ -23,6 +23,8 @@ from pissa.splits import Lora, drift_as_lora
 from pissa.surgery import beside_residual
 from pissa.surgery.folders import Changes, adapter_scale, adapter_targets, read_changes
 
+RESIDUAL = "residual"
+"""Where a run keeps the residual that was made for it."""
 Pairs = dict[Target, tuple[Tensor, Tensor]]
 LEAST_SHARE = 0.5
 """A trained factor holds its own start once, a foreign start only by chance; MiLoRA's may move far beyond its norm."""
@@ -192,6 +194,12 @@ def _beside_residual(
     if base is None:
         check_folder(record, Path(record.base.name), f"the change in {run}")
     residual = Path(served_on.name)
+    if not residual.is_dir() and (run / RESIDUAL).is_dir():
+        residual = run / RESIDUAL  # a run that was moved
+    if not residual.is_dir():
+        raise InputError(
+            f"{run} was trained beside {residual}, which is gone: put it back there, or to {run / RESIDUAL}"
+        )
     check_folder(dataclasses.replace(record, base=served_on), residual, f"the factors in {run}")
     return beside_residual.best_changes(found, rank, Path(base or record.base.name), residual)
 

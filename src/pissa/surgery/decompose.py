@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from pissa.checkpoint.output import staged_output
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, find_targets
 from pissa.checkpoint.writer import parse_bytes
 from pissa.errors import CheckpointError, InputError, WrongBaseError
 from pissa.quant import quantiser
-from pissa.records import Recipe, Record, versions
+from pissa.records import Recipe, Record
 from pissa.registry import check_rank, choose, scale_of, tolerance_of
 from pissa.surgery.decomposition import Decomposition, Progress
 from pissa.surgery.packing import is_residual, packed_modules
@@ -25,7 +21,6 @@ from pissa.surgery.pipeline import check_workers
 
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORES = ("packed", "16bit")
-BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def decompose(
@@ -83,14 +78,57 @@ def decompose(
     Raises:
         InputError, CheckpointError, WrongBaseError, OutputError: before `out` exists, naming tensor or key.
     """
+    job = prepare(
+        source,
+        method,
+        rank,
+        alpha=alpha,
+        targets=targets,
+        svd=svd,
+        seed=seed,
+        dtype=dtype,
+        quant=quant,
+        iterations=iterations,
+        double_quant=double_quant,
+        store=store,
+        device=device,
+        max_shard_bytes=max_shard_bytes,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    check_workers(workers)
+    return job.into(Path(out), force=force, workers=workers, progress=progress)
+
+
+def prepare(
+    source: str | Path,
+    method: str,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    targets: str | Iterable[str] = "all-linear",
+    svd: str | float = "fast",
+    seed: int = 0,
+    dtype: str | None = None,
+    quant: str | None = None,
+    iterations: int | None = None,
+    double_quant: bool = False,
+    store: str = "packed",
+    device: str = "cpu",
+    max_shard_bytes: int | str = "5GB",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Decomposition:
+    """All that `decompose` can check before it writes anything; see there for the arguments and errors."""
     choice = choose(method, quant, iterations, double_quant)
     scale_of(alpha, rank)
     tolerance_of(svd)
     check_dtype(dtype)
-    check_workers(workers)
     shard_bytes = parse_bytes(max_shard_bytes)
     if store not in STORES:
         raise InputError(f"store is {store!r}, expected one of {', '.join(STORES)}")
+    if store != STORES[0] and not choice.quant:
+        raise InputError(f"store is {store!r}, which has a meaning only with a quantiser: add --quant nf4")
     checkpoint = Checkpoint.open(source, revision)
     _refuse_unfit(checkpoint)
     skeleton = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
@@ -117,36 +155,9 @@ def decompose(
         choice.iterations,
     )
     dtypes = {name: output_dtype(info.dtype, dtype) for name, info in checkpoint.tensors.items()}
-    job = Decomposition(checkpoint, skeleton, parameters, by_tensor, recipe, dtypes, packed, device)
+    job = Decomposition(checkpoint, skeleton, parameters, by_tensor, recipe, dtypes, packed, device, shard_bytes)
     job.check()
-    folder = Path(out)
-    with staged_output(
-        folder,
-        force=force,
-        needs_bytes=job.bytes_needed(),
-        inputs=[checkpoint.folder],
-        job=_key(job, shard_bytes),
-    ) as staging:
-        return job.write(staging, folder, shard_bytes, workers, progress)
-
-
-def _key(job: Decomposition, shard_bytes: int) -> str:
-    """What has to be the same for a killed run to be gone on with: all that a bit of the output depends on."""
-    folder = job.checkpoint.folder
-    files = {info.shard: (folder / info.shard).stat() for info in job.checkpoint.tensors.values()}
-    facts = {
-        "recipe": asdict(job.recipe),
-        "dtypes": {name: str(dtype) for name, dtype in job.dtypes.items()},
-        "packed": sorted(job.packed),
-        "device": job.device,
-        "threads": torch.get_num_threads(),
-        # What was written but not yet on the disk outlives a killed process, not a machine that went down.
-        "boot": BOOT.read_text() if BOOT.is_file() else "",
-        "shard_bytes": shard_bytes,
-        "base": {name: [str(folder.resolve()), file.st_size, file.st_mtime_ns] for name, file in files.items()},
-        "versions": versions(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return job
 
 
 def check_dtype(asked: str | None) -> None:
@@ -171,7 +182,7 @@ def _refuse_other_shapes(checkpoint: Checkpoint, targets: dict[str, Target]) -> 
 
 
 def _refuse_unfit(checkpoint: Checkpoint) -> None:
-    if is_residual(checkpoint):
+    if is_residual(checkpoint.config):
         base = checkpoint.config["pissa"].get("base")
         raise WrongBaseError(
             f"{checkpoint.name} is itself a residual, of {base!r}: decompose that original model instead"

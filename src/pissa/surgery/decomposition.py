@@ -7,6 +7,7 @@ goes on from there, and ends with the same bits, since no tensor's split depends
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from pissa.adapters.splitting import quantiser_of, split_by
 from pissa.adapters.storing import store
 from pissa.checkpoint.fingerprint import Digests, canonical, combined, tensor_digests
 from pissa.checkpoint.layout import Spec, plan_bytes
-from pissa.checkpoint.output import write_json
+from pissa.checkpoint.output import staged_output, write_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.targets import Target, short_names
 from pissa.checkpoint.writer import CheckpointWriter, TensorFile
@@ -35,6 +36,7 @@ from pissa.surgery.pipeline import in_order
 
 FACTOR_DTYPE = torch.float32
 PIECES = "pieces.jsonl"
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 Progress = Callable[[str, int, int], None]
 """Called with a tensor's name, the bytes done and the bytes in all."""
 
@@ -88,6 +90,7 @@ class Decomposition:
         dtypes: of each tensor in the output; of a packed one the dtype it is unpacked in.
         packed: modules whose weights are written in few bits.
         device: where the algebra runs.
+        shard_bytes: most bytes of tensors in one file.
     """
 
     checkpoint: Checkpoint
@@ -98,6 +101,7 @@ class Decomposition:
     dtypes: dict[str, torch.dtype]
     packed: frozenset[str]
     device: str
+    shard_bytes: int
 
     @cached_property
     def weights(self) -> set[str]:
@@ -139,13 +143,33 @@ class Decomposition:
         packed = (weight for weight, target in self.targets.items() if target.module in self.packed)
         return {name for weight in packed for name in packed_names(weight, packer.late).values()}
 
-    def bytes_needed(self) -> int:
-        """What the output will take on disk, less headers and small files."""
-        return plan_bytes(self.residual_plan()) + plan_bytes(self.start_plan())
+    @property
+    def key(self) -> str:
+        """What has to be the same for a killed run to be gone on with: all that a bit of the output depends on."""
+        folder = self.checkpoint.folder
+        files = {info.shard: (folder / info.shard).stat() for info in self.checkpoint.tensors.values()}
+        facts = {
+            "recipe": dataclasses.asdict(self.recipe),
+            "dtypes": {name: str(dtype) for name, dtype in self.dtypes.items()},
+            "packed": sorted(self.packed),
+            "device": self.device,
+            "threads": torch.get_num_threads(),
+            # What was written but not yet on the disk outlives a killed process, not a machine that went down.
+            "boot": BOOT.read_text() if BOOT.is_file() else "",
+            "shard_bytes": self.shard_bytes,
+            "base": {name: [str(folder.resolve()), file.st_size, file.st_mtime_ns] for name, file in files.items()},
+            "versions": versions(),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def write(
-        self, staging: Path, final: Path, shard_bytes: int, workers: int | None, progress: Progress | None
-    ) -> Record:
+    def into(self, out: Path, *, force: bool, workers: int | None = None, progress: Progress | None = None) -> Record:
+        """Write it to `out`, on from where a killed run of the same key left it."""
+        needs_bytes = plan_bytes(self.residual_plan()) + plan_bytes(self.start_plan())
+        inputs = [self.checkpoint.folder]
+        with staged_output(out, force=force, needs_bytes=needs_bytes, inputs=inputs, job=self.key) as staging:
+            return self.write(staging, out, workers, progress)
+
+    def write(self, staging: Path, final: Path, workers: int | None, progress: Progress | None) -> Record:
         """Stream all tensors that a killed run did not finish, then the small files, `pissa.json` last."""
         init, late, residual_plan = staging / INIT, self.late(), self.residual_plan()
         init.mkdir(exist_ok=True)
@@ -155,7 +179,7 @@ class Decomposition:
         total = sum(info.nbytes for info in self.checkpoint.tensors.values())
         done = 0
         with ExitStack() as stack:
-            residual = stack.enter_context(CheckpointWriter(staging, residual_plan, shard_bytes, late, written))
+            residual = stack.enter_context(CheckpointWriter(staging, residual_plan, self.shard_bytes, late, written))
             start = stack.enter_context(TensorFile(init / plain.WEIGHTS, self.start_plan(), done=begun))
             receipts = stack.enter_context((staging / PIECES).open("a", encoding="utf-8"))
             for piece in pieces.values():

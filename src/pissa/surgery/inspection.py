@@ -109,6 +109,7 @@ def inspect(
         WrongBaseError: errors are asked against another base.
     """
     path = Path(path)
+    errors = errors or text is not None
     kind = kind_of_folder(path)
     record = _record_of(path, kind)
     report = Report(str(path), kind, *_meaning(kind, record))
@@ -158,7 +159,7 @@ def _check_base(record: Record, kind: str, base: Path, what: str) -> None:
     if record.recipe and record.recipe.needs_residual and kind in ("run", "state", "lora"):
         served_on = record.served_on
         assert served_on is not None
-        if is_residual(Checkpoint.open(base)):
+        if is_residual(Checkpoint.open(base).config):
             return check_folder(replace(record, base=served_on), base, what)
         if kind == "lora":
             raise WrongBaseError(f"{what} was made for the residual {served_on.name}, not for the original {base}")

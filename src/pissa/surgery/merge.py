@@ -30,6 +30,7 @@ from pissa.surgery.decompose import STORED, check_dtype, output_dtype
 from pissa.surgery.decomposition import Progress
 from pissa.surgery.folders import Changes, principal_share, read_changes, refuse_principal
 from pissa.surgery.packing import PackedWeights, is_residual, packed_modules, packed_names, quantisation_config
+from pissa.surgery.pairing import refuse_half_a_residual, refuse_other_kind
 from pissa.surgery.pipeline import check_workers, in_order
 
 
@@ -72,7 +73,7 @@ def merge(
     check_workers(workers)
     run = Path(run)
     checkpoint = Checkpoint.open(base, revision)
-    found = read_changes(run, on_residual=is_residual(checkpoint))
+    found = read_changes(run, on_residual=is_residual(checkpoint.config))
     job = _Job(checkpoint, found, run, dtype, quantiser(quant) if quant else None, trust_remote_code)
     shard_bytes = parse_bytes(max_shard_bytes)
     with (
@@ -116,7 +117,7 @@ class _Job:
         remote_code: bool,
     ) -> None:
         self.checkpoint, self.found, self.run, self.packer = checkpoint, found, run, packer
-        self._refuse_other_kind()
+        refuse_other_kind(checkpoint, found, run, self.advice())
         # A run that trained a head belongs to a model class that the base's own config does not name.
         self.head_config: dict[str, Any] | None = found.record.notes.get("model_config") if found.record else None
         self.skeleton = build_skeleton(checkpoint.folder, config=self.head_config, trust_remote_code=remote_code)
@@ -140,10 +141,13 @@ class _Job:
                 )
             self.changes[name] = own, change
         self.packed_out = packed_modules(packer, [target for target, _ in self.changes.values()]) if packer else set()
+        refuse_half_a_residual(checkpoint, self.packed.names, self.changes, run)
         self.extras = {_module_name(name): tensor for name, tensor in found.extras.items()}
         self.dtype = dtype
         self.plan = {key: spec for name in checkpoint.tensors for key, spec in self.planned(name).items()}
         self.plan |= {name: (output_dtype(t.dtype, dtype), tuple(t.shape)) for name, t in self.extras.items()}
+        if packer:
+            quantisation_config(packer, self.skeleton, self.packed_out, torch.float32)  # refuses now, not at the end
         self.late = {
             key
             for name, (target, _) in self.changes.items()
@@ -265,25 +269,6 @@ class _Job:
         """Which base the run needs."""
         served_on = self.found.record.served_on if self.found.record else None
         return f"Use the base it was made on: {served_on.name}" if served_on else "Use its own base"
-
-    def _refuse_other_kind(self) -> None:
-        """A change of a base on its residual, or the other way round."""
-        recipe = self.found.record.recipe if self.found.record else None
-        residual = is_residual(self.checkpoint)
-        if recipe and recipe.needs_residual and not residual:
-            raise WrongBaseError(
-                f"{self.run} was trained beside its residual in {recipe.quant}, so its factors mean nothing on "
-                f"{self.checkpoint.name}. {self.advice()}"
-            )
-        if recipe and residual and not recipe.needs_residual:
-            raise WrongBaseError(
-                f"{self.run} is for the original model, and {self.checkpoint.name} is a residual. {self.advice()}"
-            )
-        if self.checkpoint.config.get("quantization_config") and not residual:
-            raise WrongBaseError(
-                f"{self.checkpoint.name} is quantised, and a change merged into it would be rounded away: merge into "
-                "the 16-bit model, and quantise the result with --quant nf4 if you must"
-            )
 
 
 def _module_name(adapter_key: str) -> str:

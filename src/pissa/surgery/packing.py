@@ -77,9 +77,9 @@ def quantisation_config(
     return packer.config(dtype, skipped)
 
 
-def is_residual(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is what a decomposition left of its base."""
-    note = checkpoint.config.get("pissa")
+def is_residual(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of what a decomposition left of its base."""
+    note = config.get("pissa")
     return isinstance(note, dict) and note.get("kind") == "residual"
 
 

@@ -50,7 +50,7 @@ def quantisation_errors(
     Returns:
         ``{"type", "weights", "errors": {form: {norm: error}}}``; the forms are the quantiser alone (by its name), LoftQ
         at the same rank and rounds, and "this" folder; the norms "frobenius", "nuclear", and "output" where there is
-        text: ``|E X| / |W X|`` over all tokens X.
+        text: ``|E X| / |W X|`` over all tokens X and the weights that see them.
     """
     init = folder / INIT
     starts = adapter_targets(read_json(init / plain.CONFIG), Checkpoint.open(init, need_config=False))
@@ -98,7 +98,10 @@ def _norms(matrix: Tensor, rows: Tensor | None) -> dict[str, float]:
 
 
 def _added(one: Sums, other: Sums) -> Sums:
-    return {form: {norm: one[form][norm] + other[form][norm] for norm in one[form]} for form in one}
+    return {
+        form: {norm: one[form].get(norm, 0.0) + other[form].get(norm, 0.0) for norm in {**one[form], **other[form]}}
+        for form in one
+    }
 
 
 def _relative(sums: Sums) -> Sums:

@@ -21,7 +21,7 @@ from pissa.errors import OutputError
 
 RECORD, SETTINGS, METRICS = "run.json", "settings.yaml", "metrics.jsonl"
 RESIDUAL = "residual"
-OURS = (SETTINGS, METRICS, "loss.png", "adapter", "state", "model", "checkpoints")
+OURS = (SETTINGS, METRICS, "loss.png", "adapter", "state", "model", "checkpoints", RESIDUAL)
 CLEARED = "cleared"
 WHOLE = "whole"
 """Name of the empty file that is written last into a checkpoint."""
@@ -46,19 +46,26 @@ def previous_run(out: Path, *, resume: bool, force: bool) -> dict[str, Any] | No
     return record if resume and record.get("status") != CLEARED else None
 
 
-def claim(out: Path) -> None:
-    """Say that a folder is a run's before it has one, so that what a kill leaves is known as ours."""
-    if not (out / RECORD).is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / RECORD, {"status": CLEARED})
+def claim(out: Path, residual: str = "") -> None:
+    """Say that a folder is a run's before it has one, and which job made the residual in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RECORD, {"status": CLEARED, "residual": residual})
 
 
-def clear(out: Path) -> None:
+def residual_of(out: Path) -> str | None:
+    """The key of the job that made the residual of a run which did not come to begin."""
+    whole = (out / RESIDUAL).is_dir() and (out / RECORD).is_file()
+    return read_json(out / RECORD).get("residual") if whole else None
+
+
+def clear(out: Path, but: str = "") -> None:
     """Remove a run's own files and folders, and nothing else; run.json stays to say whose folder it is."""
     if not (out / RECORD).is_file():
         return
-    write_json(out / RECORD, {"status": CLEARED})
+    write_json(out / RECORD, {**_kept(out), "status": CLEARED})
     for name in OURS:
+        if name == but:
+            continue
         path = out / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -103,6 +110,11 @@ def cut_metrics(path: Path, step: int) -> float:
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     partial.replace(path)
     return float(kept[-1]["seconds"]) if kept else 0.0
+
+
+def _kept(out: Path) -> dict[str, Any]:
+    """Of the record: which job made the residual."""
+    return {key: value for key, value in read_json(out / RECORD).items() if key == "residual"}
 
 
 def _entries(out: Path) -> set[str]:

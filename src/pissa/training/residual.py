@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 from peft import prepare_model_for_kbit_training
 from torch import nn
 
-from pissa.adapters.plain import RECORD
 from pissa.checkpoint.output import read_json
 from pissa.config import TrainSettings
-from pissa.records import Recipe, Record
+from pissa.errors import CheckpointError
+from pissa.records import Recipe
 from pissa.registry import choose
-from pissa.surgery.decompose import decompose
+from pissa.surgery.decompose import prepare
+from pissa.surgery.packing import is_residual
 from pissa.training import folder
 
 logger = logging.getLogger(__name__)
+DEFAULT_SVD = TrainSettings.model_fields["svd"].default
 
 
-def with_quantised_base(settings: TrainSettings, out: Path, *, resumed: bool) -> TrainSettings:
+def with_quantised_base(settings: TrainSettings, out: Path, before: dict[str, Any] | None) -> TrainSettings:
     """The settings with the model to load: the one they name, or its quantised residual in OUT/residual.
 
     Args:
         settings: of the run.
         out: its folder.
-        resumed: whether a residual that is there already, whole or begun, is the run's own.
+        before: the record of the run to go on with, whose residual is kept as it is; None for a new run.
 
     Raises:
         InputError, CheckpointError, OutputError: see `pissa.decompose`.
@@ -36,36 +37,38 @@ def with_quantised_base(settings: TrainSettings, out: Path, *, resumed: bool) ->
     if choice is None or not choice.quant or is_decomposed(settings.model):
         return settings
     target = out / folder.RESIDUAL
-    folder.claim(out)
-    if not resumed and target.exists():
-        shutil.rmtree(target)
-    if not (target.is_dir() and _made_for(target, settings)):
+    if before:
+        if not target.is_dir():
+            raise CheckpointError(f"{target} is gone, and the run cannot go on without it: start it again with --force")
+        return settings.model_copy(update={"model": str(target)})
+    job = prepare(
+        settings.model,
+        settings.method,
+        settings.rank,
+        alpha=settings.alpha,
+        targets=settings.targets,
+        svd=settings.svd,
+        seed=settings.seed,
+        dtype=None if settings.dtype == "auto" else settings.dtype,
+        quant=settings.quant,
+        iterations=settings.iterations,
+        double_quant=settings.double_quant,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if folder.residual_of(out) != job.key:
         logger.warning("splitting and quantising %s into %s", settings.model, target)
-        decompose(
-            settings.model,
-            target,
-            settings.method,
-            settings.rank,
-            alpha=settings.alpha,
-            targets=settings.targets,
-            svd=settings.svd,
-            seed=settings.seed,
-            dtype=None if settings.dtype == "auto" else settings.dtype,
-            quant=settings.quant,
-            iterations=settings.iterations,
-            double_quant=settings.double_quant,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            force=True,
-        )
+        folder.clear(out)  # an earlier run's adapter must never lie beside another residual
+        folder.claim(out)
+        job.into(target, force=True)
+        folder.claim(out, job.key)
     return settings.model_copy(update={"model": str(target)})
 
 
 def is_decomposed(model: str) -> bool:
     """Whether a folder is the residual of a decomposition."""
     config = Path(model) / "config.json"
-    note = read_json(config).get("pissa") if config.is_file() else None
-    return isinstance(note, dict) and note.get("kind") == "residual"
+    return config.is_file() and is_residual(read_json(config))
 
 
 def ready(model: nn.Module, settings: TrainSettings) -> nn.Module:
@@ -84,12 +87,7 @@ def differences(recipe: Recipe, settings: TrainSettings) -> list[tuple[str, Any,
         "rank": settings.rank,
         "alpha": settings.alpha,
         "iterations": choice.iterations if settings.iterations else recipe.iterations,
+        "double_quant": settings.double_quant or recipe.double_quant,
+        "svd": recipe.svd if settings.svd == DEFAULT_SVD else settings.svd,
     }
     return [(key, value, getattr(recipe, key)) for key, value in asked.items() if value != getattr(recipe, key)]
-
-
-def _made_for(target: Path, settings: TrainSettings) -> bool:
-    record = Record.from_json(read_json(target / RECORD), str(target / RECORD))
-    assert record.recipe is not None
-    same = (record.recipe.svd, record.recipe.seed, record.recipe.double_quant)
-    return not differences(record.recipe, settings) and same == (settings.svd, settings.seed, settings.double_quant)

@@ -19,9 +19,10 @@ from pissa.adapters import runs
 from pissa.adapters.attach import attach, is_residual, recipe_of
 from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import write_json
-from pissa.checkpoint.targets import head_modules
+from pissa.checkpoint.targets import find_targets, head_modules
 from pissa.config import TrainSettings, config_error
 from pissa.errors import InputError, require
+from pissa.quant import quantiser
 from pissa.records import versions
 from pissa.registry import choose, get, tolerance_of
 from pissa.training import classification, folder, language, residual
@@ -70,14 +71,15 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     tokenizer = load_tokenizer(settings)
     examples = task.encode(rows, tokenizer, settings)
     with quiet():
-        loaded = residual.with_quantised_base(settings, out, resumed=resume)
+        loaded = residual.with_quantised_base(settings, out, before)
         model = residual.ready(task.load_model(loaded, examples, tokenizer), settings)
         model, base = _start(model, loaded, before, out / "state")
         base = {**base, "name": settings.model}
         data = {"sources": rows.sources, **examples.facts()}
         if before:
             _check_same_data(before["data"], data, out)
-        record = before or _open_run(out, settings, {"data": data, "base": base, "labels": examples.names})
+        kept = folder.RESIDUAL if loaded is not settings else ""
+        record = before or _open_run(out, settings, {"data": data, "base": base, "labels": examples.names}, kept)
         if isinstance(model, PeftModel) and not (out / "state").is_dir():
             runs.save(model, out)  # the start, so that resuming never decomposes again
         newest = folder.newest_checkpoint(out / "checkpoints")
@@ -104,6 +106,8 @@ def _check(settings: TrainSettings, resume: bool) -> None:
         try:
             choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
             zero_start = get(choice.method).zero_start
+            if choice.quant:
+                quantiser(choice.quant, double=settings.double_quant)
         except InputError as error:
             mistakes.append(f"method: {error}")
         else:
@@ -112,10 +116,14 @@ def _check(settings: TrainSettings, resume: bool) -> None:
                     f"dropout: got {settings.dropout:g}, expected 0 with {settings.method}: the adapter starts as a "
                     "part of the weight itself, and dropping its inputs would change the model before the first step"
                 )
-    elif settings.quant:
-        mistakes.append(f"quant: got {settings.quant}, expected null with full, which trains every weight")
-    elif settings.dropout:
-        mistakes.append(f"dropout: got {settings.dropout:g}, expected 0 with full, which has no adapter")
+    else:
+        mistakes += [
+            f"{key}: got {getattr(settings, key)}, expected {unset} with full, which trains every weight as it is"
+            for key, unset in (("quant", "null"), ("iterations", "null"), ("double_quant", False), ("dropout", 0))
+            if getattr(settings, key)
+        ]
+        if residual.is_decomposed(settings.model):
+            mistakes.append(f"model: got {settings.model}, a residual, expected a whole model with full")
     if mistakes:
         raise config_error(mistakes, "the settings")
     device(settings)
@@ -189,12 +197,17 @@ def _start(
 
 def _load_decomposed(model: nn.Module, settings: TrainSettings) -> PeftModel:
     """The start that lies beside a residual, which the settings must not contradict."""
-    attached = runs.load(model, settings.model)
+    heads = [*head_modules(model), *(settings.modules_to_save or ())]
+    attached = runs.load(model, settings.model, modules_to_save=heads)
     recipe = recipe_of(attached)
     mistakes = [
         f"{key}: got {got!r}, expected {expected!r}, as {settings.model} was decomposed"
         for key, got, expected in residual.differences(recipe, settings)
     ]
+    if settings.targets != "all-linear":
+        asked = find_targets(attached.get_base_model(), settings.targets, quantised=recipe.needs_residual)
+        if {target.module for target in asked} != set(recipe.targets):
+            mistakes.append(f"targets: got {settings.targets!r}, expected those of {settings.model}, or all-linear")
     if mistakes:
         raise config_error(mistakes, "the settings")
     return attached
@@ -208,10 +221,10 @@ def _set_dropout(model: nn.Module, share: float) -> None:
                 layer.lora_dropout[name] = nn.Dropout(share)
 
 
-def _open_run(out: Path, settings: TrainSettings, facts: dict[str, Any]) -> dict[str, Any]:
-    """Clear what an earlier run left, then say what this one is."""
+def _open_run(out: Path, settings: TrainSettings, facts: dict[str, Any], kept: str) -> dict[str, Any]:
+    """Clear what an earlier run left, but for what is `kept`, then say what this one is."""
     out.mkdir(parents=True, exist_ok=True)
-    folder.clear(out)
+    folder.clear(out, but=kept)
     packages = versions() | {name: require(name, "train").__version__ for name in ("trl", "datasets", "accelerate")}
     written = settings.model_dump(mode="json")
     record = {"status": "running", "settings": written, **facts, "versions": packages}
