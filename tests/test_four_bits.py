@@ -197,6 +197,12 @@ def test_stock_tools_compute_what_pissa_does_bit_for_bit(
     assert expected.isfinite().all()
     model = pissa.load(load(out), out).eval()
     assert torch.equal(logits(model), expected)
+    config, asked = json.loads((out / "config.json").read_text())["quantization_config"], FORMATS[job.format]
+    if job.format == "int8":
+        assert config["load_in_8bit"]
+    else:
+        kinds = config["bnb_4bit_quant_type"], config["bnb_4bit_use_double_quant"]
+        assert kinds == (asked["quant"], asked.get("double_quant", False))
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     packed = {name.replace(".base_layer", "") for name, module in model.named_modules() if isinstance(module, kinds)}
     names = packed_weights(load_file(out / "model.safetensors"))
@@ -386,6 +392,7 @@ def test_names_that_no_config_can_tell_apart_are_refused() -> None:
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "quantiser": ({"quant": "nf5"}, "unknown quantiser 'nf5'.*Did you mean 'nf4'"),
     "store": ({"quant": "nf4", "store": "8bit"}, "store is '8bit', expected one of packed, 16bit"),
+    "store without a quantiser": ({"store": "16bit"}, "store is '16bit', which has a meaning only with a quantiser"),
     "double int8": ({"quant": "int8", "double_quant": True}, "int8 has not"),
     "double int8 in 16 bits": ({"quant": "int8", "double_quant": True, "store": "16bit"}, "int8 has not"),
     "rounds without a quantiser": ({"iterations": 3}, "iterations is 3.*only with a quantiser"),
