@@ -76,7 +76,7 @@ class TrainSettings(BaseModel):
         "fast", description="fast: seeded sketch. exact: certified to 1e-5. A number: the tolerance to certify."
     )
     quant: Literal["nf4", "fp4", "int8"] | None = Field(
-        None, description="Few bits for the frozen part of a 16-bit base; null: as it is, or as a preset says."
+        None, description="nf4, fp4 or int8 for the frozen part of a 16-bit base; null: as it is, or as a preset says."
     )
     iterations: Whole | None = Field(
         None, ge=1, description="Rounds of low-rank part and quantised rest (pissa, loftq). Default: 5."
@@ -261,13 +261,13 @@ def _set_batch_size(values: dict[str, Any], mistakes: list[str]) -> None:
 
 def _set_quant(values: dict[str, Any], mistakes: list[str]) -> None:
     """`load_in_4bit: true` of other tools is nf4 unless fp4 stands beside it, `load_in_8bit: true` int8."""
+    if values.get("quant") == "null":
+        values["quant"] = None  # a flag takes a file's quantiser back
     for key, formats in (("load_in_4bit", ("nf4", "fp4")), ("load_in_8bit", ("int8",))):
         asked = str(values.pop(key, None)).lower()
-        if asked in ("none", "false"):
-            continue
-        if asked != "true":
+        if asked not in ("true", "false", "none"):
             mistakes.append(f"{key}: got {asked!r}, expected true or false")
-        elif values.setdefault("quant", formats[0]) not in formats:
+        elif asked == "true" and values.setdefault("quant", formats[0]) not in formats:
             mistakes.append(f"{key}: got it beside quant {values['quant']!r}, expected one of the two")
 
 

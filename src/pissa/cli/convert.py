@@ -29,6 +29,11 @@ def convert(
     assert record.base is not None
     error, width = record.notes["error"], record.notes["rank"]
     show.say(f"{out}: plain LoRA of rank {width}, " + ("exact" if error == 0 else f"error {error:.1%} of the change"))
+    if "beside" in record.notes:
+        show.say(
+            "the change includes what quantisation moved in every weight; for what was trained, whole, use pissa merge "
+            "or serve the residual with the run's adapter/"
+        )
     show.say_next(
         f"pissa inspect {out} --base {record.base.name}",
         f"pissa merge {record.base.name} {out} merged",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from typer import Argument, Exit, Option
 
 from pissa.cli import options, show
+from pissa.errors import InputError
 
 
 def inspect(
@@ -30,6 +31,8 @@ def inspect(
     """
     import pissa
 
+    if plot and (plot.suffix.lower() != ".png" or plot.is_dir()):
+        raise InputError(f"--plot is {plot}, expected the name of a file that ends in .png")
     if errors or text or plot:
         from pissa.training import quiet
 

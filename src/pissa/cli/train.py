@@ -52,8 +52,8 @@ def train(
         # Of a run on a residual this is the original model, of one on a residual in few bits that residual.
         base = read_json(out / "adapter" / "adapter_config.json")["base_model_name_or_path"]
         quantised = (Path(base) / INIT).is_dir()
-        lora = f"pissa convert {out} LORA" + (f" --rank {2 * settings.rank}" if quantised else "")
-        show.say_next(f"pissa inspect {out}", f"pissa merge {base} {out} MERGED", lora)
+        lora = [] if quantised else [f"pissa convert {out} LORA"]
+        show.say_next(f"pissa inspect {out}", *lora, f"pissa merge {base} {out} MERGED")
 
 
 def split_words(words: list[str]) -> tuple[Path | None, dict[str, str | bool]]:

@@ -148,7 +148,10 @@ def inspect(
 def _meaning(kind: str, record: Record | None) -> tuple[str, str]:
     """What a folder of that kind is and whether it is safe to serve."""
     if record is None or record.recipe is None or not record.recipe.needs_residual or kind not in ON_RESIDUAL:
-        return MEANING[kind]
+        what, safe = MEANING[kind]
+        lost = record.notes.get("error") if record and kind == "lora" else None
+        cut = f", the best of rank {record.notes['rank']}: {lost:.1%} of the change is lost" if record and lost else ""
+        return what + cut, safe
     residual = record.notes.get("residual", "its residual")
     what, safe = (text.format(quant=record.recipe.quant, residual=residual) for text in ON_RESIDUAL[kind])
     return what, safe

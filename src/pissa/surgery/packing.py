@@ -37,8 +37,8 @@ def packed_modules(packer: Quantiser, targets: Iterable[Target]) -> set[str]:
     if odd:
         warnings.warn(
             f"{len(odd)} of {len(targets)} weights are quantised but written unpacked, `{odd[0].weight}` "
-            f"{list(odd[0].matrix_shape)} first: bitsandbytes computes wrongly on some processors where rows are no "
-            "whole blocks of 64, and not at all with embeddings",
+            f"{list(odd[0].matrix_shape)} first: the model is the same and takes more room. bitsandbytes computes "
+            "wrongly on some processors where rows are no whole blocks of 64, and not at all with embeddings",
             stacklevel=3,
         )
     return packed
