@@ -34,7 +34,11 @@ def refuse_other_kind(checkpoint: Checkpoint, found: Changes, run: Path, advice:
             f"{checkpoint.name}. {advice}"
         )
     if recipe and residual and not recipe.needs_residual:
-        raise WrongBaseError(f"{run} is for the original model, and {checkpoint.name} is a residual. {advice}")
+        weight = next(iter(found.changes)).weight
+        raise WrongBaseError(
+            f"{run} is for the original model: it changes `{weight}`, of which {checkpoint.name} holds the residual. "
+            f"{advice}"
+        )
     if checkpoint.config.get("quantization_config") and not residual:
         raise WrongBaseError(
             f"{checkpoint.name} is quantised, and a change merged into it would be rounded away: merge into the 16-bit "

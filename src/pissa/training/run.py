@@ -118,7 +118,7 @@ def _check(settings: TrainSettings, resume: bool) -> None:
                 )
     else:
         mistakes += [
-            f"{key}: got {getattr(settings, key)}, expected {unset} with full, which trains every weight as it is"
+            f"{key}: got {getattr(settings, key)}, expected {unset} with full, which has no adapter"
             for key, unset in (("quant", "null"), ("iterations", "null"), ("double_quant", False), ("dropout", 0))
             if getattr(settings, key)
         ]
