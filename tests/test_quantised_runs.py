@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -14,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import pissa
-from conftest import PACKABLE
+from conftest import PACKABLE, TOKENS
 from pissa.checkpoint.reader import Checkpoint
 from pissa.errors import InputError, WrongBaseError
 from pissa.quant import quantiser
@@ -210,6 +211,27 @@ def test_switched_off_it_gives_the_start_back_and_nothing_is_merged_into_few_bit
     for leave in (model.merge_adapter, model.merge_and_unload, model.unload, lambda: model.delete_adapter("default")):
         with pytest.raises(InputError, match="pissa merge FOLDER RUN OUT"):
             leave()
+
+
+@pytest.mark.parametrize("method", ["qpissa", "qlora"])
+def test_an_evaluation_never_repacks_what_goes_on_training(
+    method: str, pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pair = trained(tmp_path, pico_folder(**PACKABLE), method)
+    model = language_model(pair.residual)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = True  # as on processors that have it
+    loaded = pissa.load(model, pair.run)
+    assert torch.equal(logits(loaded), pair.logits)
+    assert not any(
+        getattr(p.quant_state, "packing_format_for_cpu", False)
+        for p in loaded.parameters()
+        if hasattr(p, "quant_state")
+    )
+    loaded(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    first = loaded.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert first.lora_A["default"].weight.grad.abs().max() > 0
 
 
 def test_transposed_layers_are_merged_and_converted_the_right_way_round(tmp_path: Path) -> None:

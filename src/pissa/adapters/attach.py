@@ -147,6 +147,7 @@ def wrap(
     for target in attachment.targets:
         left, right = starts[target.module]
         layer = layers[target.module]
+        quantised.keep_codes(layer)
         if zero_start:
             factors.assign(layer, adapter, left, right)
         elif recipe.needs_residual:

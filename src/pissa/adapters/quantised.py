@@ -36,6 +36,17 @@ def install(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
         setattr(layer, name, MethodType(override, layer))
 
 
+def keep_codes(layer: Any) -> None:
+    """Keep bitsandbytes from repacking the part under a peft layer.
+
+    On some processors it does so at the first forward without gradients, an evaluation say: for good, with scales
+    rounded to bf16, and from then on no gradient reaches what comes before the layer.
+    """
+    part = layer.get_base_layer()
+    if hasattr(part, "support_avx512bf16_for_cpu"):
+        part.support_avx512bf16_for_cpu = False
+
+
 def _refuse(*args: Any, **kwargs: Any) -> None:
     raise InputError(
         "the quantised part under this adapter is no model without it, and merging into few bits would lose what was "
