@@ -32,7 +32,7 @@ def packed_modules(packer: Quantiser, targets: Iterable[Target]) -> set[str]:
     if not packed:
         raise InputError(
             f"no weight can be packed: `{odd[0].weight}` is {odd[0].kind} {list(odd[0].matrix_shape)}, and "
-            "bitsandbytes wants linear layers whose rows are whole blocks of 64: use --store 16bit"
+            "bitsandbytes wants linear layers with rows of whole blocks of 64, in multiples of 32: use --store 16bit"
         )
     if odd:
         warnings.warn(
