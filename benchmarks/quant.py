@@ -26,6 +26,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from svd import constructed, seconds
 
 from pissa.checkpoint.reader import Checkpoint
+from pissa.linalg import frobenius, nuclear
 from pissa.quant import quantiser
 from pissa.registry import Quantisation, get
 
@@ -75,10 +76,8 @@ def engines(weight: torch.Tensor, rank: int) -> dict[str, Callable[[], Parts]]:
     return table
 
 
-def norms(matrix: torch.Tensor, nuclear: bool) -> tuple[float, float]:
-    wide = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
-    total = float(torch.linalg.eigvalsh(wide.T @ wide).clamp_min(0).sqrt().sum()) if nuclear else math.nan
-    return total, float(torch.linalg.vector_norm(wide))
+def norms(matrix: torch.Tensor, with_nuclear: bool) -> tuple[float, float]:
+    return nuclear(matrix) if with_nuclear else math.nan, frobenius(matrix)
 
 
 def measured(weight: torch.Tensor, rank: int, options: argparse.Namespace) -> tuple[dict[str, float], torch.Tensor]:

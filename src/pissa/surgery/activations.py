@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from pissa.checkpoint.skeleton import build_skeleton
 from pissa.checkpoint.targets import Target
 from pissa.errors import CheckpointError, InputError
+from pissa.surgery.packing import PACKABLE
 
 TOKENS, WINDOW, FEWEST = 512, 256, 16
 """Tokens that are read, in windows of so many; fewer than the last say nothing."""
-KINDS = ("linear", "conv1d")
 
 
 def layer_inputs(folder: Path, targets: Iterable[Target], text: Path) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def layer_inputs(folder: Path, targets: Iterable[Target], text: Path) -> dict[st
         model = type(build_skeleton(folder)).from_pretrained(folder, dtype="auto", use_safetensors=True).eval()  # type: ignore[attr-defined]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded by transformers ({error})") from error
-    rows: dict[str, list[Tensor]] = {target.module: [] for target in targets if target.kind in KINDS}
+    rows: dict[str, list[Tensor]] = {target.module: [] for target in targets if target.kind in PACKABLE}
 
     def keep(name: str) -> Any:
         return lambda module, inputs: rows[name].append(inputs[0].detach().flatten(0, -2))

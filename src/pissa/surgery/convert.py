@@ -21,10 +21,8 @@ from pissa.errors import CheckpointError, InputError, WrongBaseError
 from pissa.records import Base, Recipe, Record, versions
 from pissa.splits import Lora, drift_as_lora
 from pissa.surgery import beside_residual
-from pissa.surgery.folders import Changes, adapter_scale, adapter_targets, read_changes
+from pissa.surgery.folders import RESIDUAL, Changes, adapter_scale, adapter_targets, read_changes
 
-RESIDUAL = "residual"
-"""Where a run keeps the residual that was made for it."""
 Pairs = dict[Target, tuple[Tensor, Tensor]]
 LEAST_SHARE = 0.5
 """A trained factor holds its own start once, a foreign start only by chance; MiLoRA's may move far beyond its norm."""

@@ -30,6 +30,7 @@ from pissa.checkpoint.output import staged_output, write_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.targets import Target, short_names
 from pissa.checkpoint.writer import CheckpointWriter, TensorFile
+from pissa.quant import Quantiser
 from pissa.records import Base, Layer, Recipe, Record, versions
 from pissa.surgery.packing import packed_names, quantisation_config
 from pissa.surgery.pipeline import in_order
@@ -108,15 +109,19 @@ class Decomposition:
         """The model's parameters: a stored buffer (BERT's position ids) is no part of what makes the base the base."""
         return {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
 
+    @cached_property
+    def packer(self) -> Quantiser | None:
+        """The quantiser of the residual, if it has one."""
+        return quantiser_of(self.recipe)
+
     def check(self) -> None:
         """Refuse what can be told before anything is written: a quantiser, or names that no config can tell apart."""
-        packer = quantiser_of(self.recipe)
-        if packer and self.packed:
-            quantisation_config(packer, self.skeleton, self.packed, torch.float32)
+        if self.packer and self.packed:
+            quantisation_config(self.packer, self.skeleton, self.packed, torch.float32)
 
     def plan(self, name: str) -> dict[str, Spec]:
         """What takes a tensor's place in the residual."""
-        target, packer = self.targets.get(name), quantiser_of(self.recipe)
+        target, packer = self.targets.get(name), self.packer
         if target is None or packer is None or target.module not in self.packed:
             return {name: (self.dtypes[name], self.checkpoint.tensors[name].shape)}
         parts = packer.plan(target.matrix_shape, self.dtypes[name])
@@ -137,7 +142,7 @@ class Decomposition:
 
     def late(self) -> set[str]:
         """Tensors whose length is only known once they are made."""
-        packer = quantiser_of(self.recipe)
+        packer = self.packer
         if packer is None:
             return set()
         packed = (weight for weight, target in self.targets.items() if target.module in self.packed)
@@ -254,9 +259,8 @@ class Decomposition:
         dtype = next(self.dtypes[name] for name in self.targets)
         config["dtype"] = str(dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
-        packer = quantiser_of(self.recipe)
-        if self.packed and packer:
-            config["quantization_config"] = quantisation_config(packer, self.skeleton, self.packed, dtype)
+        if self.packed and self.packer:
+            config["quantization_config"] = quantisation_config(self.packer, self.skeleton, self.packed, dtype)
         write_json(staging / "config.json", config)
         write_json(staging / INIT / plain.CONFIG, self.init_config(final))
         write_json(staging / INIT / plain.RECORD, dataclasses.replace(record, kind="init").to_json())

@@ -19,9 +19,12 @@ from pissa.checkpoint.targets import Target
 from pissa.errors import CheckpointError, WrongBaseError
 from pissa.records import Record
 from pissa.splits import Lora
+from pissa.surgery.packing import is_residual
 
 STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 PRINCIPAL = 0.5
+RESIDUAL = "residual"
+"""Where a run keeps the residual that was made for it."""
 
 
 @dataclass(frozen=True)
@@ -185,5 +188,4 @@ def _trained_on_residual(config: dict[str, Any]) -> bool:
     base = Path(str(config.get("base_model_name_or_path") or ""))
     if not (base / "config.json").is_file():
         return False
-    note = read_json(base / "config.json").get("pissa")
-    return (base / INIT).is_dir() or (isinstance(note, dict) and note.get("kind") == "residual")
+    return (base / INIT).is_dir() or is_residual(read_json(base / "config.json"))

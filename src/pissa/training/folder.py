@@ -18,9 +18,9 @@ from typing import Any
 
 from pissa.checkpoint.output import read_json, write_json
 from pissa.errors import OutputError
+from pissa.surgery.folders import RESIDUAL
 
 RECORD, SETTINGS, METRICS = "run.json", "settings.yaml", "metrics.jsonl"
-RESIDUAL = "residual"
 OURS = (SETTINGS, METRICS, "loss.png", "adapter", "state", "model", "checkpoints", RESIDUAL)
 CLEARED = "cleared"
 WHOLE = "whole"

@@ -15,6 +15,7 @@ from pissa.errors import CheckpointError
 from pissa.records import Recipe
 from pissa.registry import choose
 from pissa.surgery.decompose import prepare
+from pissa.surgery.folders import RESIDUAL
 from pissa.surgery.packing import is_residual
 from pissa.training import folder
 
@@ -36,7 +37,7 @@ def with_quantised_base(settings: TrainSettings, out: Path, before: dict[str, An
     choice = choose(settings.method, settings.quant, settings.iterations) if settings.method != "full" else None
     if choice is None or not choice.quant or is_decomposed(settings.model):
         return settings
-    target = out / folder.RESIDUAL
+    target = out / RESIDUAL
     if before:
         if not target.is_dir():
             raise CheckpointError(f"{target} is gone, and the run cannot go on without it: start it again with --force")

@@ -25,6 +25,7 @@ from pissa.errors import InputError, require
 from pissa.quant import quantiser
 from pissa.records import versions
 from pissa.registry import choose, get, tolerance_of
+from pissa.surgery.folders import RESIDUAL
 from pissa.training import classification, folder, language, residual
 from pissa.training.arguments import device
 from pissa.training.callbacks import Checkpoints, Metrics, Progress
@@ -78,7 +79,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         data = {"sources": rows.sources, **examples.facts()}
         if before:
             _check_same_data(before["data"], data, out)
-        kept = folder.RESIDUAL if loaded is not settings else ""
+        kept = RESIDUAL if loaded is not settings else ""
         record = before or _open_run(out, settings, {"data": data, "base": base, "labels": examples.names}, kept)
         if isinstance(model, PeftModel) and not (out / "state").is_dir():
             runs.save(model, out)  # the start, so that resuming never decomposes again
