@@ -1,0 +1,1 @@
+"""Settings of known trainings, one YAML file each over a shared base."""
