@@ -9,7 +9,8 @@ from torch import Tensor
 import pissa
 from pissa.adapters.storing import store
 from pissa.errors import InputError
-from pissa.linalg import relative_error, tensor_seed
+from pissa.linalg import relative_error
+from pissa.randomness import random_control, tensor_seed
 from pissa.registry import methods
 from pissa.splits import Lora, Split
 
@@ -205,3 +206,33 @@ def test_change_stored_in_bf16_is_within_half_a_percent_where_the_usual_pair_is_
     assert error < 0.005
     # Measured: 57 to 102 times worse at a drift of 1 %, 500 and more at 0.1 %.
     assert usual_error > (40 if size == 1e-2 else 400) * error
+
+
+@every_method
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_random_control_keeps_the_weight_and_the_norms_and_nothing_else(method, shape):
+    W = matrix(*shape)
+    studied = pissa.split(W, method, rank=4, alpha=2)
+    control = pissa.split(W, f"{method}-control", rank=4, alpha=2)
+    assert relative_error(control.rebuild(), W) < 1e-12
+    assert torch.allclose(control.left.norm(dim=0), studied.left.norm(dim=0))
+    assert torch.allclose(control.right.norm(dim=1), studied.right.norm(dim=1))
+    right = control.right / control.right.norm(dim=1, keepdim=True)
+    assert torch.allclose(right @ right.T, torch.eye(4, dtype=right.dtype))
+    shared = torch.linalg.svdvals(torch.linalg.qr(studied.right.T)[0].T @ right.T)
+    assert shared.square().sum() < 3  # of 4: chance leaves 4 * 4 / columns, the same space 4
+    assert same_bits(control, pissa.split(W, f"{method}-control", rank=4, alpha=2))
+    assert not same_bits(control, pissa.split(W, f"{method}-control", rank=4, alpha=2, seed=1))
+
+
+def test_the_control_of_a_singular_start_keeps_the_singular_values():
+    W = matrix(24, 24)
+    studied, control = (pissa.split(W, name, rank=4, svd="exact") for name in ("pissa", "pissa-control"))
+    assert torch.allclose(torch.linalg.svdvals(control.product())[:4], torch.linalg.svdvals(studied.product())[:4])
+
+
+def test_a_control_that_cannot_be_is_refused():
+    with pytest.raises(InputError, match="no random control"):
+        pissa.split(matrix(12, 12), "loftq-control", rank=2)
+    with pytest.raises(InputError, match="unknown method 'pisa-control'"):
+        pissa.split(matrix(12, 12), "pisa-control", rank=2)

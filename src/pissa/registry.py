@@ -12,16 +12,20 @@ import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pissa.errors import InputError, did_you_mean
+from pissa.randomness import random_control, tensor_seed
 from pissa.splits import Quantised, Split, is_finite
 
 EXACT, LEAST_TOLERANCE = 1e-5, 5e-6
 """What svd="exact" certifies, for singular values and energy; and the least that float32 can."""
 QUANTISER = "quantiser"
+CONTROL = "-control"
+"""After a method's name: its start along random directions."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -148,12 +152,35 @@ def methods() -> dict[str, Method]:
 
 
 def get(name: str) -> Method:
-    """The method of that name, or an error with the nearest one."""
+    """The method of that name, or an error with the nearest one; `NAME-control` is the random control of NAME."""
     known = methods()
+    if name.endswith(CONTROL) and name.removesuffix(CONTROL) in known:
+        return _control(known[name.removesuffix(CONTROL)])
     if name not in known:
         names = sorted({*known, *PRESETS})
         raise InputError(f"unknown method {name!r}.{did_you_mean(name.lower(), names)} Known: {', '.join(names)}")
     return known[name]
+
+
+def _control(studied: Method) -> Method:
+    """The method whose start is `studied`'s along random directions, see `pissa.randomness.random_control`."""
+    if studied.needs == QUANTISER:
+        raise InputError(f"{studied.name} starts from the error of a quantised weight and has no random control")
+
+    def start(weight: Tensor, rank: int, *, seed: int, name: str, **settings: Any) -> Split:
+        unquantised = {"quantisation": None} if studied.alternates else {}
+        split = studied.start(weight, rank, seed=seed, name=name, **settings, **unquantised)
+        return random_control(split, tensor_seed(seed, f"{name}{CONTROL}"))
+
+    return dataclasses.replace(
+        studied,
+        name=studied.name + CONTROL,
+        title=f"random control of {studied.title}",
+        trains="random directions of the same norms",
+        verdict="a yardstick: what it reaches too is owed to the size of the start, not to its directions",
+        start=start,
+        alternates=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from pissa.linalg.alternate import alternate
 from pissa.linalg.measures import frobenius, nuclear, product_singular_values, relative_error
-from pissa.linalg.svd import Certificate, LowRank, full_svd, tensor_seed, truncated_svd
+from pissa.linalg.svd import Certificate, LowRank, full_svd, truncated_svd
 
 __all__ = [
     "Certificate",
@@ -13,6 +13,5 @@ __all__ = [
     "nuclear",
     "product_singular_values",
     "relative_error",
-    "tensor_seed",
     "truncated_svd",
 ]

@@ -6,7 +6,6 @@ the order of the tensors nor on the device's generator. Signs are fixed, so equa
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pissa.linalg.lanczos import FLOOR, Triplets, certified_triplets, leading_triplets
+from pissa.randomness import tensor_seed
 from pissa.registry import tolerance_of
 
 SMALL = 384
@@ -67,12 +67,6 @@ class LowRank:
         root = (self.S / scale).sqrt()
         left = torch.where(dead, 0.0, self.U * root)
         return left, torch.where(dead[:, None], self.Vh, root[:, None] * self.Vh)
-
-
-def tensor_seed(seed: int, name: str) -> int:
-    """A 63-bit seed from the run's seed and the tensor's name, equal on every machine."""
-    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def truncated_svd(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pissa.linalg import tensor_seed
+from pissa.randomness import tensor_seed
 from pissa.registry import method
 from pissa.splits import Split
 

@@ -1,0 +1,38 @@
+"""Random numbers that depend on nothing but a seed and a tensor's name, and the random control of a start."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import torch
+from torch import Tensor
+
+from pissa.splits import Split
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """A 63-bit seed from the run's seed and the tensor's name, equal on every machine."""
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def random_control(split: Split, seed: int) -> Split:
+    """The same split along random directions: what remains of a method when only the sizes of its factors are kept.
+
+    The columns of `left` and the rows of `right` become random orthonormal vectors with the norms they had. For factors
+    along singular vectors (PiSSA, MiLoRA) the product keeps its singular values. A zero factor stays zero. As for any
+    split the frozen part is ``W - scale * left @ right``, so the model starts where it was.
+
+    Args:
+        split: of a method, not quantised, without a core.
+        seed: see `tensor_seed`; drawn on the CPU, so equal on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def directions(factor: Tensor) -> Tensor:
+        noise = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
+        basis = torch.linalg.qr(noise)[0].to(factor)
+        return basis * factor.norm(dim=0)
+
+    return dataclasses.replace(split, left=directions(split.left), right=directions(split.right.T).T.contiguous())
