@@ -6,6 +6,7 @@
     ├── DataError           a data set or a row of it, with file and line
     ├── CheckpointError     a folder that is not a readable safetensors checkpoint
     ├── WrongBaseError      an adapter or state beside a base it does not belong to
+    ├── DivergedError       a training whose loss is not a number any more
     ├── OutputError         a place that must not or cannot be written
     └── MissingExtraError   an optional dependency, with the pip line that brings it
 
@@ -42,6 +43,10 @@ class CheckpointError(PissaError):
 
 class WrongBaseError(PissaError):
     """An adapter or a training state beside a base it was not made for."""
+
+
+class DivergedError(PissaError):
+    """A training whose loss is not a number any more."""
 
 
 class OutputError(PissaError):

@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pissa.errors import PissaError
+from pissa.errors import DivergedError
 from pissa.training.folder import WHOLE, checkpoints
 
-MEASURED = ("loss", "eval_loss", "eval_accuracy", "eval_f1", "learning_rate", "grad_norm")
+LOSSES = ("loss", "eval_loss", "old_loss")
+SCORES = ("eval_accuracy", "eval_f1", "eval_matthews")
+MEASURED = (*LOSSES, *SCORES, "learning_rate", "grad_norm")
 
 
 class Metrics(TrainerCallback):
@@ -39,11 +41,11 @@ class Metrics(TrainerCallback):
     ) -> None:
         """One line per event; the trainer's closing summary is none."""
         measured = {key: logs[key] for key in MEASURED if key in logs} if logs else {}
-        if not {"loss", "eval_loss"} & measured.keys():
+        if not measured.keys() & set(LOSSES):
             return
-        for key in ("loss", "eval_loss"):
+        for key in LOSSES:
             if key in measured and not math.isfinite(measured[key]):
-                raise PissaError(
+                raise DivergedError(
                     f"{key} is {measured[key]} at step {state.global_step}: try a smaller learning_rate, "
                     "dtype: float32, or look for broken rows; go on from the last checkpoint with --resume"
                 )
@@ -51,6 +53,25 @@ class Metrics(TrainerCallback):
         line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **finite}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "seconds": round(self.seconds, 3)}) + "\n")
+
+
+class OldLoss(TrainerCallback):
+    """At every evaluation also the loss on what the model knew before."""
+
+    def __init__(self, trainer: Trainer, rows: Any):
+        self.trainer, self.rows = trainer, rows
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called for its own evaluation too."""
+        if "old_loss" not in (metrics or {}):
+            self.trainer.evaluate(self.rows, metric_key_prefix="old")
 
 
 class Checkpoints(TrainerCallback):

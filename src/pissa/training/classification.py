@@ -91,7 +91,14 @@ def measures(prediction: Any) -> dict[str, float]:
     if logits.shape[-1] == 2:
         hits, wrong = int(np.sum((guess == 1) & (truth == 1))), int(np.sum(guess != truth))
         found["f1"] = 2 * hits / (2 * hits + wrong) if hits else 0.0
+        found["matthews"] = _matthews(guess, truth)
     return found
+
+
+def _matthews(guess: np.ndarray, truth: np.ndarray) -> float:
+    """Matthews' correlation of two classes, CoLA's score; 0 where one class is missing."""
+    spread = np.std(guess) * np.std(truth)
+    return float(np.mean((guess - guess.mean()) * (truth - truth.mean())) / spread) if spread else 0.0
 
 
 def _text_columns(row: Row) -> tuple[str, ...]:

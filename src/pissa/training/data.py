@@ -9,7 +9,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,18 @@ class Rows:
     Attributes:
         train: rows to train on.
         evaluation: rows to evaluate on; empty for none.
+        old: rows of what the model knew before; empty for none.
         sources: name, SHA-256 (of the file; of the rows for the Hub) and number of rows read, per source.
     """
 
     train: list[Row]
     evaluation: list[Row]
     sources: list[dict[str, Any]]
+    old: list[Row] = field(default_factory=list)
 
 
 def load_rows(settings: TrainSettings) -> Rows:
-    """Read `data` and `eval_data`, rename columns by `fields`, hold out `eval_size`.
+    """Read `data`, `eval_data` and `old_data`, rename columns by `fields`, hold out `eval_size`.
 
     Raises:
         DataError: naming file and line.
@@ -56,10 +58,16 @@ def load_rows(settings: TrainSettings) -> Rows:
     sources = [source | {"rows": len(train)}]
     if settings.eval_data:
         evaluation, source = read(settings.eval_data, settings.eval_split)
+        evaluation = evaluation[: settings.eval_limit or None]
         sources.append(source | {"rows": len(evaluation)})
     else:
         train, evaluation = hold_out(train, settings.eval_size, settings.seed)
-    return Rows(_renamed(train, settings.fields), _renamed(evaluation, settings.fields), sources)
+    old: list[Row] = []
+    if settings.old_data:
+        old, source = read(settings.old_data, settings.old_split)
+        old = old[: settings.eval_limit or None]
+        sources.append(source | {"rows": len(old)})
+    return Rows(_renamed(train, settings.fields), _renamed(evaluation, settings.fields), sources, old)
 
 
 def read(data: str, split: str) -> tuple[list[Row], dict[str, Any]]:

@@ -31,7 +31,8 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
     limit = position_limit(tokenizer, settings)
     train, train_notes = _encode_rows(rows.train, tokenizer, settings.template, limit)
     evaluation, evaluation_notes = _encode_rows(rows.evaluation, tokenizer, settings.template, limit)
-    notes = {key: train_notes[key] + evaluation_notes[key] for key in train_notes}
+    old, old_notes = _encode_rows(rows.old, tokenizer, settings.template, limit)
+    notes = {key: train_notes[key] + evaluation_notes[key] + old_notes[key] for key in train_notes}
     if not train or (rows.evaluation and not evaluation):
         raise DataError(
             f"no row of {rows.sources[0]['name'] if not train else rows.sources[-1]['name']} has a response within "
@@ -41,7 +42,7 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
         logger.warning(
             "rows left out because no response fits within the first %d tokens: %d", limit, notes["rows_dropped"]
         )
-    return Examples(train, evaluation, {"max_length": limit, **notes})
+    return Examples(train, evaluation, {"max_length": limit, **notes}, old=old)
 
 
 def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> Any:

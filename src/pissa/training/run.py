@@ -21,25 +21,18 @@ from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import write_json
 from pissa.checkpoint.targets import find_targets, head_modules
 from pissa.config import TrainSettings, config_error
-from pissa.errors import InputError, require
-from pissa.quant import quantiser
+from pissa.errors import DivergedError, require
 from pissa.records import versions
-from pissa.registry import choose, get, tolerance_of
 from pissa.surgery.folders import RESIDUAL
 from pissa.training import classification, folder, language, residual
-from pissa.training.arguments import device
-from pissa.training.callbacks import Checkpoints, Metrics, Progress
+from pissa.training.callbacks import LOSSES, SCORES, Checkpoints, Metrics, OldLoss, Progress
+from pissa.training.checks import check, check_same_data, check_same_settings
 from pissa.training.data import load_rows
+from pissa.training.memory import peak_bytes, reset_peak
 from pissa.training.models import load_tokenizer
 from pissa.training.quiet import quiet
 
 TASKS: dict[str, ModuleType] = {"language": language, "classification": classification}
-NEUTRAL = frozenset(
-    {"model", "revision", "data", "data_split", "eval_data", "eval_split", "output", "force", "trust_remote_code"}
-    | {"logging_steps", "report_to", "save_steps", "save_total_limit"}
-)
-"""What may differ on resuming: where things lie (their content is compared) and what does not touch a weight."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -59,11 +52,11 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, CheckpointError, OutputError, WrongBaseError, InputError: see `pissa.errors`.
     """
-    _check(settings, resume)
+    check(settings, resume)
     out = Path(settings.output).expanduser()
     before = folder.previous_run(out, resume=resume, force=settings.force)
     if before:
-        _check_same_settings(before, settings, out)
+        check_same_settings(before, settings, out)
         if before["status"] == "finished":
             logger.warning("%s is finished: nothing to do", out)
             return before
@@ -71,6 +64,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     rows = load_rows(settings)
     tokenizer = load_tokenizer(settings)
     examples = task.encode(rows, tokenizer, settings)
+    reset_peak()
     with quiet():
         loaded = residual.with_quantised_base(settings, out, before)
         model = residual.ready(task.load_model(loaded, examples, tokenizer), settings)
@@ -78,7 +72,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         base = {**base, "name": settings.model}
         data = {"sources": rows.sources, **examples.facts()}
         if before:
-            _check_same_data(before["data"], data, out)
+            check_same_data(before["data"], data, out)
         kept = RESIDUAL if loaded is not settings else ""
         record = before or _open_run(out, settings, {"data": data, "base": base, "labels": examples.names}, kept)
         if isinstance(model, PeftModel) and not (out / "state").is_dir():
@@ -87,70 +81,15 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         metrics = Metrics(out / folder.METRICS, folder.cut_metrics(out / folder.METRICS, folder.step_of(newest)))
         callbacks = [metrics, Checkpoints(settings.save_total_limit)]
         trainer = task.build_trainer(model, tokenizer, examples, settings, str(out / "checkpoints"), callbacks)
-        _run(trainer, newest)
+        if examples.old:
+            trainer.add_callback(OldLoss(trainer, require("datasets", "train").Dataset.from_list(examples.old)))
+        try:
+            _run(trainer, newest)
+        except DivergedError as error:
+            write_json(out / folder.RECORD, {**record, "status": "diverged", "reason": str(error)})
+            raise
         _save(trainer.model, tokenizer, out)
     return _close_run(out, record, trainer, metrics)
-
-
-def _check(settings: TrainSettings, resume: bool) -> None:
-    """What the settings alone cannot know: methods, extras, the machine."""
-    for module in ("trl", "datasets"):
-        require(module, "train")
-    mistakes = []
-    if resume and settings.force:
-        mistakes.append("force: got true beside --resume, expected one of the two")
-    if settings.method != "full":
-        try:
-            tolerance_of(settings.svd)
-        except InputError as error:
-            mistakes.append(f"svd: {error}")
-        try:
-            choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
-            zero_start = get(choice.method).zero_start
-            if choice.quant:
-                quantiser(choice.quant, double=settings.double_quant)
-        except InputError as error:
-            mistakes.append(f"method: {error}")
-        else:
-            if settings.dropout and not zero_start:
-                mistakes.append(
-                    f"dropout: got {settings.dropout:g}, expected 0 with {settings.method}: the adapter starts as a "
-                    "part of the weight itself, and dropping its inputs would change the model before the first step"
-                )
-    else:
-        mistakes += [
-            f"{key}: got {getattr(settings, key)}, expected {unset} with full, which has no adapter"
-            for key, unset in (("quant", "null"), ("iterations", "null"), ("double_quant", False), ("dropout", 0))
-            if getattr(settings, key)
-        ]
-        if residual.is_decomposed(settings.model):
-            mistakes.append(f"model: got {settings.model}, a residual, expected a whole model with full")
-    if mistakes:
-        raise config_error(mistakes, "the settings")
-    device(settings)
-
-
-def _check_same_settings(before: dict[str, Any], settings: TrainSettings, out: Path) -> None:
-    now = settings.model_dump(mode="json")
-    mistakes = [
-        f"{key}: got {now[key]!r}, expected {before['settings'].get(key)!r} as the run began"
-        for key in now
-        if key not in NEUTRAL and now[key] != before["settings"].get(key)
-    ]
-    if mistakes:
-        raise config_error(mistakes, f"the settings to resume {out} with")
-
-
-def _check_same_data(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    def content(data: dict[str, Any]) -> dict[str, Any]:
-        files = [{key: source[key] for key in ("sha256", "rows")} for source in data["sources"]]
-        return {**data, "sources": files}
-
-    old, new = content(before), content(now)
-    differing = [key for key in new if new[key] != old.get(key)]
-    if differing:
-        lines = [f"{key}: got {new[key]}, expected {old.get(key)}" for key in differing]
-        raise config_error(lines, f"the data to resume {out} with (it changed since the run began)")
 
 
 def _start(
@@ -260,13 +199,14 @@ def _save(model: nn.Module, tokenizer: Any, out: Path) -> None:
 def _close_run(out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics) -> dict[str, Any]:
     """Write the results into run.json, which makes the run finished."""
     lines = folder.read_metrics(out / folder.METRICS)
-    last = {key: next((line[key] for line in reversed(lines) if key in line), None) for key in ("loss", "eval_loss")}
-    scores = {key: value for line in lines for key, value in line.items() if key in ("eval_accuracy", "eval_f1")}
+    last = {key: next((line[key] for line in reversed(lines) if key in line), None) for key in LOSSES}
+    scores = {key: value for line in lines for key, value in line.items() if key in SCORES}
     record = {
         **record,
         "status": "finished",
         "steps": trainer.state.global_step,
         "seconds": round(metrics.seconds, 3),
+        "peak_memory_bytes": peak_bytes(),
         "trainable_parameters": sum(part.numel() for part in trainer.model.parameters() if part.requires_grad),
         **last,
         **scores,

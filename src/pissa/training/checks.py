@@ -1,0 +1,89 @@
+"""What is asked of a run's settings before anything is read or written, and on resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pissa.config import TrainSettings, config_error
+from pissa.errors import InputError, require
+from pissa.quant import quantiser
+from pissa.registry import choose, get, tolerance_of
+from pissa.training import residual
+from pissa.training.arguments import device
+
+NEUTRAL = frozenset(
+    {"model", "revision", "data", "data_split", "eval_data", "eval_split", "output", "force", "trust_remote_code"}
+    | {"logging_steps", "report_to", "save_steps", "save_total_limit"}
+)
+"""What may differ on resuming: where things lie (their content is compared) and what does not touch a weight."""
+
+
+def check(settings: TrainSettings, resume: bool) -> None:
+    """What the settings alone cannot know: methods, extras, the machine."""
+    for module in ("trl", "datasets"):
+        require(module, "train")
+    mistakes = []
+    if resume and settings.force:
+        mistakes.append("force: got true beside --resume, expected one of the two")
+    if settings.method != "full":
+        try:
+            tolerance_of(settings.svd)
+        except InputError as error:
+            mistakes.append(f"svd: {error}")
+        try:
+            choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
+            zero_start = get(choice.method).zero_start
+            if choice.quant:
+                quantiser(choice.quant, double=settings.double_quant)
+        except InputError as error:
+            mistakes.append(f"method: {error}")
+        else:
+            if settings.dropout and not zero_start:
+                mistakes.append(
+                    f"dropout: got {settings.dropout:g}, expected 0 with {settings.method}: the adapter starts as a "
+                    "part of the weight itself, and dropping its inputs would change the model before the first step"
+                )
+    else:
+        mistakes += [
+            f"{key}: got {getattr(settings, key)}, expected {unset} with full, which has no adapter"
+            for key, unset in (("quant", "null"), ("iterations", "null"), ("double_quant", False), ("dropout", 0))
+            if getattr(settings, key)
+        ]
+        if residual.is_decomposed(settings.model):
+            mistakes.append(f"model: got {settings.model}, a residual, expected a whole model with full")
+    if settings.old_data and settings.task != "language":
+        mistakes.append("old_data: got it beside task classification, expected task language: a new head knows nothing")
+    if settings.old_data and not (settings.eval_data or settings.eval_size):
+        mistakes.append(
+            "old_data: got it without eval_data or eval_size, expected one of them: both losses are taken together"
+        )
+    if mistakes:
+        raise config_error(mistakes, "the settings")
+    device(settings)
+
+
+def check_same_settings(before: dict[str, Any], settings: TrainSettings, out: Path) -> None:
+    """A run goes on with the settings it began with, but for those in `NEUTRAL`."""
+    now = settings.model_dump(mode="json")
+    mistakes = [
+        f"{key}: got {now[key]!r}, expected {before['settings'].get(key)!r} as the run began"
+        for key in now
+        if key not in NEUTRAL and now[key] != before["settings"].get(key)
+    ]
+    if mistakes:
+        raise config_error(mistakes, f"the settings to resume {out} with")
+
+
+def check_same_data(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """A run goes on with the content it began with, wherever it lies now."""
+
+    def content(data: dict[str, Any]) -> dict[str, Any]:
+        files = [{key: source[key] for key in ("sha256", "rows")} for source in data["sources"]]
+        return {**data, "sources": files}
+
+    old, new = content(before), content(now)
+    differing = [key for key in new if new[key] != old.get(key)]
+    if differing:
+        lines = [f"{key}: got {new[key]}, expected {old.get(key)}" for key in differing]
+        raise config_error(lines, f"the data to resume {out} with (it changed since the run began)")
