@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from pissa.adapters import drift, factors, quantised
+from pissa.adapters import drift, factors, quantised, twins
 from pissa.adapters.factors import Factors
 from pissa.adapters.plain import whole
 from pissa.adapters.state import trains_drift
@@ -142,6 +142,8 @@ def wrap(
             wrapped = model
         else:
             wrapped = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
+    if recipe.quant:
+        quantised.keep_precision(wrapped)
     zero_start = get(recipe.method).zero_start
     layers = adapter_layers(wrapped, attachment.targets)
     for target in attachment.targets:
@@ -158,6 +160,8 @@ def wrap(
             drift.install_residual(layer, adapter, left, right, on_residual=on_residual)
     if trains_drift(recipe):
         _tell_stock_tools(wrapped, adapter, recipe)
+    if not zero_start:
+        twins.offer(wrapped)
     attachments_of(wrapped)[adapter] = attachment
     return wrapped
 

@@ -12,7 +12,6 @@ rank-2r plain LoRA ``[L, dL] @ [dR; R0]``, right on the original base; loading t
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -131,10 +130,7 @@ def install(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
         right: R0 [r, in].
     """
     if not hasattr(layer, "start_left"):
-        layer.start_left = BufferDict({}, persistent=False)
-        layer.start_right = BufferDict({}, persistent=False)
-        # In this list an adapter's entry is dropped by peft's delete_adapter.
-        layer.other_param_names = (*layer.other_param_names, "start_left", "start_right")
+        hold_starts(layer)
         layer.register_state_dict_post_hook(_emit_plain_lora)
         layer.register_load_state_dict_pre_hook(_take_plain_lora)
         if isinstance(layer, Embedding):
@@ -147,6 +143,14 @@ def install(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
         dL.zero_()
         dR.zero_()
     layer.lora_variant[adapter] = Keep()
+
+
+def hold_starts(layer: Any) -> None:
+    """Give a layer room for the start of each of its adapters."""
+    layer.start_left = BufferDict({}, persistent=False)
+    layer.start_right = BufferDict({}, persistent=False)
+    # In this list an adapter's entry is dropped by peft's delete_adapter.
+    layer.other_param_names = (*layer.other_param_names, "start_left", "start_right")
 
 
 def install_residual(layer: Any, adapter: str, left: Tensor, right: Tensor, *, on_residual: bool) -> None:
@@ -169,7 +173,7 @@ def install_residual(layer: Any, adapter: str, left: Tensor, right: Tensor, *, o
     else:
         layer.original_weight = weight.data.cpu().clone()
         weight.data.copy_((weight.data.float() - product).to(weight.dtype))
-    layer.principal_hook = layer.register_forward_hook(partial(give_back_principal, adapter=adapter))
+    layer.principal_hook = layer.register_forward_hook(give_back_principal)
     # peft asks a layer for these by name; bound to the instance they know the undo, also on a deep copy.
     for name, override in _RESIDUAL_OVERRIDES.items():
         setattr(layer, name, MethodType(override, layer))
@@ -189,6 +193,8 @@ def _unload(layer: Any, merge: bool, safe_merge: bool, adapter_names: list[str] 
 
 def _delete(layer: Any, adapter: str) -> None:
     type(layer).delete_adapter(layer, adapter)
+    if starts(layer):
+        return  # a twin, for which the weight must stay the residual
     layer.principal_hook.remove()
     _restore(layer)
     for name in ("original_weight", "principal_hook", *_RESIDUAL_OVERRIDES):
@@ -279,9 +285,11 @@ def _take_plain_lora(layer: Any, state: dict[str, Any], prefix: str, *args: Any)
         state[key_base] = layer.get_base_layer().weight.data
 
 
-def give_back_principal(layer: Any, args: Any, output: Tensor, *, adapter: str) -> Tensor:
-    """forward hook of the residual form: with the adapter off, the base's output, not the residual's."""
-    if layer.merged or (not layer.disable_adapters and adapter in layer.active_adapters):
+def give_back_principal(layer: Any, args: Any, output: Tensor) -> Tensor:
+    """forward hook of the residual form: what was taken out is there once, however many adapters are on."""
+    there = starts(layer)
+    active = 0 if layer.disable_adapters else sum(name in there for name in layer.active_adapters)
+    if layer.merged or active == 1:
         return output
-    L0, R0 = starts(layer)[adapter]
-    return (output + _product(layer, args[0], L0, R0, layer.scaling[adapter])).to(output.dtype)
+    adapter, (L0, R0) = next(iter(there.items()))
+    return (output + (1 - active) * _product(layer, args[0], L0, R0, layer.scaling[adapter])).to(output.dtype)

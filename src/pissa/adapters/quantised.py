@@ -7,11 +7,10 @@ the layer still stands for W as nearly as it did at the start, not for Q alone.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from pissa.adapters import drift, factors
@@ -27,13 +26,17 @@ def install(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
         left: L0 [out, r].
         right: R0 [r, in].
     """
-    factors.assign(layer, adapter, left, right)
-    layer.start_left, layer.start_right = (BufferDict({adapter: part}, persistent=False) for part in (left, right))
-    layer.register_forward_hook(partial(drift.give_back_principal, adapter=adapter))
-    for name in ("merge", "unload_and_optionally_merge_module", "delete_adapter"):
-        setattr(layer, name, MethodType(_refuse, layer))
-    for name, override in (("update_layer", drift.refuse_second_adapter), ("_mixed_batch_forward", drift.refuse_mixed)):
+    drift.hold_starts(layer)
+    start(layer, adapter, left, right)
+    layer.register_forward_hook(drift.give_back_principal)
+    for name, override in _OVERRIDES.items():
         setattr(layer, name, MethodType(override, layer))
+
+
+def start(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
+    """Put an adapter of the layer at its start, and keep the start."""
+    factors.assign(layer, adapter, left, right)
+    layer.start_left[adapter], layer.start_right[adapter] = left, right
 
 
 def keep_codes(layer: Any) -> None:
@@ -47,8 +50,32 @@ def keep_codes(layer: Any) -> None:
         part.support_avx512bf16_for_cpu = False
 
 
+def keep_precision(model: Any) -> None:
+    """Keep TRL's trainers from rounding what trains to bf16, as they do where a model says that it is quantised.
+
+    The first step would differ from the start then. Layers know by their class in what format they are, and the model
+    under peft's wrapper still says it.
+    """
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+
+
 def _refuse(*args: Any, **kwargs: Any) -> None:
     raise InputError(
         "the quantised part under this adapter is no model without it, and merging into few bits would lose what was "
         "trained: use `pissa merge FOLDER RUN OUT`, which writes both together in 16 bits"
     )
+
+
+def _delete(layer: Any, adapter: str) -> None:
+    if set(drift.starts(layer)) <= {adapter}:
+        _refuse()
+    type(layer).delete_adapter(layer, adapter)
+
+
+_OVERRIDES: dict[str, Callable[..., Any]] = {
+    "merge": _refuse,
+    "unload_and_optionally_merge_module": _refuse,
+    "delete_adapter": _delete,
+    "update_layer": drift.refuse_second_adapter,
+    "_mixed_batch_forward": drift.refuse_mixed,
+}

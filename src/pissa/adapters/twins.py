@@ -1,0 +1,51 @@
+"""A second adapter with the start of an attached one, as TRL's preference trainers ask for as their reference.
+
+They call `model.add_adapter("ref", model.peft_config["default"])` and copy into it what trains. Stock peft would build
+a plain adapter of rank 2r there, since that is what the config tells stock tools. A twin has the same start, whose
+tensors it shares, and its own drift, zero at first: it is the same change of the same base.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from pissa.adapters import drift, quantised
+from pissa.adapters.plain import whole
+
+
+def offer(model: PeftModel) -> None:
+    """Let the model's own `add_adapter` answer the config of an attached adapter with its twin."""
+    model.add_adapter = MethodType(_add_adapter, model)  # type: ignore[method-assign]
+
+
+def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: Any, **options: Any) -> None:
+    """peft's `add_adapter`, which also knows a config that is the very one of an attached adapter."""
+    source = next((name for name, config in model.peft_config.items() if config is peft_config), None)
+    layers: list[Any] = [layer for layer in model.modules() if source in drift.starts(layer)]
+    add = type(model).add_adapter
+    if not layers:
+        add(model, adapter_name, peft_config, *args, **options)
+        return
+    rank = drift.starts(layers[0])[source][1].shape[0]
+    config = copy.deepcopy(peft_config)
+    config.r, config.lora_alpha = rank, whole(layers[0].scaling[source] * rank)
+    refusals = {layer: layer.__dict__.pop("update_layer") for layer in layers if "update_layer" in layer.__dict__}
+    try:
+        with torch.random.fork_rng(devices=[]):  # peft draws a start that is overwritten
+            add(model, adapter_name, config, *args, **options)
+    finally:
+        for layer, refusal in refusals.items():
+            layer.update_layer = refusal
+    config.r, config.lora_alpha = peft_config.r, peft_config.lora_alpha
+    for layer in layers:
+        start = drift.starts(layer)[source]
+        if source in layer.lora_variant:
+            drift.install(layer, adapter_name, *start)
+            layer.lora_variant[adapter_name] = layer.lora_variant[source]
+        else:
+            quantised.start(layer, adapter_name, *start)
