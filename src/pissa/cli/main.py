@@ -10,7 +10,21 @@ from typing import NoReturn
 
 import typer
 
-from pissa.cli import convert, decompose, demo, inspect, merge, methods, train
+from pissa.cli import (
+    chat,
+    compare,
+    convert,
+    decompose,
+    demo,
+    inspect,
+    merge,
+    methods,
+    plan,
+    preview,
+    recipes,
+    report,
+    train,
+)
 from pissa.errors import PissaError
 
 app = typer.Typer(
@@ -22,12 +36,18 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("decompose")(decompose.decompose)
+app.command("plan", context_settings={"ignore_unknown_options": True})(plan.plan)
+app.command("preview", context_settings={"ignore_unknown_options": True})(preview.preview)
 app.command("train", context_settings={"ignore_unknown_options": True})(train.train)
 app.command("convert")(convert.convert)
 app.command("merge")(merge.merge)
+app.command("compare", context_settings={"ignore_unknown_options": True})(compare.compare)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
+app.command("report")(report.report)
+app.command("chat")(chat.chat)
 app.command("demo")(demo.demo)
+app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +61,20 @@ def bytes_progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, description=name, completed=done, total=total)
 
         yield update
+
+
+def counted(noun: str) -> Callable[[object, int, int], None]:
+    """A line on stderr for each of many long works: how many are done, and about how long the rest takes."""
+    begun, first = time.monotonic(), -1
+
+    def say_done(name: object, done: int, total: int) -> None:
+        nonlocal first
+        first = done - 1 if first < 0 else first  # what was there before this call took no time
+        left = (time.monotonic() - begun) / (done - first) * (total - done)
+        rest = f", about {left / 60:.0f} min left" if done < total else ""
+        say(f"[{done}/{total} {noun}] {name}{rest}")
+
+    return say_done
 
 
 def _cell(value: object) -> str:

@@ -1,0 +1,178 @@
+"""Run the cells of a comparison that are missing, and read all that are there.
+
+OUT/settings.yaml   what all cells share
+OUT/cells/METHOD/lr-RATE/seed-SEED/   ordinary runs
+OUT/compare.json    OUT/compare.html
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pissa.checkpoint.output import read_json, write_json
+from pissa.comparison.analysis import Comparison
+from pissa.comparison.grid import CELLS, Cell, cells, check_common, part
+from pissa.comparison.outcome import outcome, outcomes
+from pissa.comparison.page import write
+from pissa.config import TrainSettings, config_error
+from pissa.errors import ConfigError, DivergedError, InputError, OutputError
+from pissa.training import train
+from pissa.training.checks import check
+from pissa.training.folder import RECORD, SETTINGS
+
+RESULT, PAGE = "compare.json", "compare.html"
+EVALUATIONS = 10
+
+
+def compare(
+    settings: TrainSettings,
+    methods: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    *,
+    jobs: int = 1,
+    which: str | None = None,
+    say: Callable[[Cell, int, int], None] = lambda cell, done, total: None,
+) -> Comparison:
+    """Train every method at every learning rate and seed: same start, same rows in the same order.
+
+    Each cell is an ordinary run, so it goes on where a kill left it; cells that are there are not trained again, and
+    later calls may add methods, rates and seeds.
+
+    Args:
+        settings: what all cells share; `output` is the comparison's folder. method, learning_rate and seed are ignored.
+        methods: names for `TrainSettings.method`, NAME-control among them.
+        rates: learning rates, the same for every method.
+        seeds: of the start, a new head and the order of the data.
+        jobs: cells trained side by side on this machine, each in a process with its share of the cores (or its GPU).
+        which: "2/4" for the second of four such calls, on machines that share the folder; None for all cells.
+        say: told of each cell that ends, with how many are done of how many.
+
+    Raises:
+        ConfigError: settings that are wrong, or other than those of the cells that are there.
+        PissaError: what a cell raised, after its name; one whose loss is not a number any more is an outcome instead.
+    """
+    out = Path(settings.output).expanduser()
+    grid = part(cells(methods, rates, seeds), which)
+    common = _common(settings)
+    for method in methods:
+        check(Cell(method, rates[0], seeds[0]).settings(common, out), resume=True)
+    _claim(out, common)
+    missing = [cell for cell in grid if outcome(cell, out) is None]
+    done = len(grid) - len(missing)
+    for cell in _trained(missing, common, out, jobs):
+        done += 1
+        say(cell, done, len(grid))
+    return report(out)
+
+
+def report(out: Path) -> Comparison:
+    """Read the cells that are done, and write compare.json and compare.html.
+
+    Raises:
+        OutputError: no cell is done.
+        InputError: cells that did not see the same data.
+    """
+    found = outcomes(out)
+    if not found:
+        raise OutputError(f"{out} holds no finished run in {CELLS}/: run pissa compare first")
+    for seed in {result.cell.seed for result in found}:
+        rows = {result.tokens: result.cell for result in found if result.cell.seed == seed and result.tokens}
+        if len(rows) > 1:
+            first, second, *_ = rows.values()
+            raise InputError(
+                f"the data of two cells differ: {first} and {second}. Delete the folders of one kind and run again"
+            )
+    comparison = Comparison(found)
+    facts = _facts(found[0].cell.folder(out), out)
+    write_json(out / RESULT, {"format": 1, **facts, **comparison.to_json()})
+    write(comparison, facts, out / PAGE)
+    return comparison
+
+
+def _common(settings: TrainSettings) -> TrainSettings:
+    if not (settings.eval_data or settings.eval_size):
+        raise config_error(["eval_data: got nothing, expected it, or eval_size, to compare by"], "the settings")
+    if settings.force:
+        raise config_error(["force: got true, expected false: name another output"], "the settings")
+    if settings.early_stopping:
+        raise config_error(["early_stopping: got it, expected 0: all cells have the same budget"], "the settings")
+    every = settings.eval_steps or max(settings.max_steps // EVALUATIONS, 1 if settings.max_steps else 0)
+    return settings.model_copy(update={"eval_steps": every})
+
+
+def _claim(out: Path, common: TrainSettings) -> None:
+    """Say what all cells share, or check that those which are there share it."""
+    file = out / SETTINGS
+    if file.is_file():
+        check_common(yaml.safe_load(file.read_text(encoding="utf-8")), common, out)
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} is there and holds no comparison: choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(yaml.safe_dump(common.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    partial.replace(file)
+
+
+def _trained(missing: list[Cell], common: TrainSettings, out: Path, jobs: int) -> Iterator[Cell]:
+    """Each cell as it ends."""
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}, expected 1 or more")
+    if jobs == 1 or len(missing) < 2:
+        for cell in missing:
+            yield _train(cell, common, out)
+        return
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    for index in range(jobs):
+        places.put(index)
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, context, _settle, (places, threads)) as pool:
+        futures = [pool.submit(_train, cell, common, out) for cell in missing]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _settle(places: Any, threads: int) -> None:
+    """Give a process its share of the machine, before it touches a GPU."""
+    place = places.get()
+    if devices := torch.cuda.device_count():
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % devices)
+    torch.set_num_threads(threads)
+
+
+def _train(cell: Cell, common: TrainSettings, out: Path) -> Cell:
+    try:
+        train(cell.settings(common, out), resume=True)
+    except DivergedError:
+        pass  # run.json says so; an outcome like any other
+    except ConfigError as error:
+        raise ConfigError(f"{cell}: {error}") from error
+    shutil.rmtree(cell.folder(out) / "checkpoints", ignore_errors=True)  # only there to go on from
+    return cell
+
+
+def _facts(run: Path, out: Path) -> dict[str, Any]:
+    """What all cells share, from one of them."""
+    record = read_json(run / RECORD)
+    common = yaml.safe_load((out / SETTINGS).read_text(encoding="utf-8"))
+    return {
+        "settings": common,
+        "data": record.get("data"),
+        "base": {key: record["base"].get(key) for key in ("name", "revision", "dtype")},
+        "versions": record.get("versions"),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,139 @@
+"""What the numbers of a comparison support, and what they do not, in plain sentences."""
+
+from __future__ import annotations
+
+import math
+
+from pissa.comparison.analysis import Comparison
+from pissa.comparison.statistics import Difference
+from pissa.registry import CONTROL
+
+
+def supported(comparison: Comparison) -> list[str]:
+    """What was seen, one sentence a finding; also where a method loses."""
+    reference, said = comparison.reference, []
+    if reference in comparison.best:
+        said.append(_baseline(comparison))
+        said += [
+            f"{_title(method)} at its own best rate ({comparison.best[method]:g}) {_verdict(test, reference)}."
+            for method, test in comparison.at_best.items()
+        ]
+    for method in comparison.methods:
+        if method != reference and not method.endswith(CONTROL) and (line := _equal_rates(comparison, method)):
+            said.append(line)
+    for method, test in comparison.against_control.items():
+        said.append(
+            f"Against random directions of its size, each at its best rate, {method} {_verdict(test, 'its control')}."
+        )
+        shares = {rate: share for rate in comparison.rates if (share := comparison.explained(method, rate)) is not None}
+        if shares:
+            listed = ", ".join(f"{100 * share:.0f} % at {rate:g}" for rate, share in shares.items())
+            said.append(
+                f"Of {method}'s lead over {reference} at equal rates its random control has {listed}: that part is "
+                "owed to the size of the start, not to its directions."
+            )
+    return said + _forgetting(comparison)
+
+
+def unsupported(comparison: Comparison) -> list[str]:
+    """What must not be read into the numbers."""
+    said = []
+    edges = [method for method in comparison.best if comparison.at_edge(method)]
+    if edges:
+        listed = ", ".join(f"{method} ({comparison.best[method]:g})" for method in edges)
+        said.append(
+            f"The best rate lies at the edge of the grid for {listed}: a better one may lie beyond, so nothing here "
+            "is the last word on these. Add rates to the same folder."
+        )
+    grids = {method: tuple(comparison.grid_of(method)) for method in comparison.methods}
+    if len(set(grids.values())) > 1:
+        said.append(
+            "The methods have different grids ("
+            + "; ".join(f"{method}: {', '.join(f'{rate:g}' for rate in grid)}" for method, grid in grids.items())
+            + "): a method with more rates has more chances."
+        )
+    lost = [str(result.cell) for result in comparison.outcomes if not result.finished]
+    if lost:
+        said.append(f"{len(lost)} runs diverged and count as worst: {'; '.join(lost[:6])}{' ...' if lost[6:] else ''}.")
+    seeds = len(comparison.seeds)
+    limits = [test.detectable for test in comparison.at_best.values() if test.detectable is not None]
+    if limits:
+        said.append(
+            f"With {seeds} seeds a difference below about {sorted(limits)[len(limits) // 2]:.2g} in loss could not "
+            "have been seen; “no difference seen” is not “no difference”."
+        )
+    elif seeds < 2:
+        said.append("One seed: no spread is known, so no difference is tested.")
+    said.append(
+        "The best rates were chosen by the same evaluation rows that are reported, for every method alike; the losses "
+        "at them are therefore a little too good."
+    )
+    said.append(
+        "One model, one data set, one number of steps: other sizes, data or longer trainings are not spoken for. Wall "
+        "times are of one machine, with whatever ran beside."
+    )
+    return said
+
+
+def _title(method: str) -> str:
+    name = method.removesuffix(CONTROL)
+    return f"The random control of {name}" if method.endswith(CONTROL) else name
+
+
+def _baseline(comparison: Comparison) -> str:
+    reference = comparison.reference
+    rate = comparison.best[reference]
+    found = comparison.mean(reference, rate)
+    assert found is not None
+    return f"{reference}'s best rate of those tried is {rate:g}: loss {_plus_minus(found.mean, found.error)}."
+
+
+def _verdict(test: Difference, other: str) -> str:
+    size = _plus_minus(abs(test.difference), test.error)
+    if test.p is None:
+        side = "below" if test.difference < 0 else "above"
+        return f"ends {size} {side} {other} (one seed, not tested)" if math.isfinite(test.difference) else "diverged"
+    if not test.seen:
+        return f"and {other}: no difference seen ({test.difference:+.3g} ± {test.error:.2g}, p = {_p(test)})"
+    return f"ends {size} {'lower' if test.difference < 0 else 'higher'} than {other} (p = {_p(test)})"
+
+
+def _equal_rates(comparison: Comparison, method: str) -> str:
+    """At which of the equal rates a method is ahead of the reference, level with it, behind it."""
+    found: dict[str, list[float]] = {"ends lower": [], "shows no difference": [], "ends higher": []}
+    for rate in comparison.rates:
+        test = comparison.at_equal.get((method, rate))
+        if test is not None and test.p is not None:
+            lower = "ends lower" if test.difference < 0 else "ends higher"
+            found[lower if test.seen else "shows no difference"].append(rate)
+    parts = [f"{verdict} at {', '.join(f'{rate:g}' for rate in rates)}" for verdict, rates in found.items() if rates]
+    return f"At equal learning rates, against {comparison.reference}, {method} {'; '.join(parts)}." if parts else ""
+
+
+def _forgetting(comparison: Comparison) -> list[str]:
+    reference = comparison.reference
+    if not comparison.has_old or reference not in comparison.best:
+        return []
+    rate = comparison.best[reference]
+    found = {
+        method: value
+        for method in comparison.best
+        if (value := comparison.old_at_reference(method, comparison.best[method], rate)) is not None
+    }
+    start = next(iter(comparison.curve(reference, rate, "old")), (0, math.nan))[1]
+    listed = ", ".join(f"{method} {value:.3f}" for method, value in sorted(found.items(), key=lambda item: item[1]))
+    never = [method for method in comparison.best if method not in found]
+    rest = f"; {', '.join(never)} never got there" if never else ""
+    return [
+        f"Forgetting, where each first knows the new data as well as {reference} does at its end: loss on the old "
+        f"data, {start:.3f} before training, is {listed}{rest}. (At evaluated steps, each method at its best rate.)"
+    ]
+
+
+def _plus_minus(value: float, error: float | None) -> str:
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
+
+
+def _p(test: Difference) -> str:
+    assert test.adjusted is not None
+    return "below 0.001" if test.adjusted < 0.001 else f"{test.adjusted:.2g}"

@@ -1,0 +1,69 @@
+"""compare.html: the numbers, the pictures, and what they support."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pissa.comparison import figures
+from pissa.comparison.analysis import Comparison
+from pissa.comparison.findings import supported, unsupported
+from pissa.config import KEYS, TrainSettings
+from pissa.reports.page import render, svg, write_page
+
+
+def write(comparison: Comparison, facts: dict[str, Any], path: Path) -> Path:
+    """Write the page.
+
+    Args:
+        comparison: the outcomes.
+        facts: settings, data, base and versions that all cells share.
+        path: of the HTML file.
+    """
+    data = comparison.to_json()
+    settings = facts["settings"]
+    equal = {
+        rate: svg(figures.over_steps(comparison, runs), f"Evaluation loss over steps, all at learning rate {rate:g}")
+        for rate in comparison.rates
+        if (runs := {method: rate for method in comparison.methods if comparison.runs(method, rate)})
+    }
+    html = render(
+        "compare.html",
+        name=Path(settings["model"]).name,
+        data_name=Path(settings["data"]).name,
+        comparison=comparison,
+        numbers=data,
+        facts=facts,
+        supported=supported(comparison),
+        unsupported=unsupported(comparison),
+        changed={key: settings[key] for key in KEYS if key in settings and _changed(key, settings[key])},
+        over_rates=svg(figures.over_rates(comparison), "Evaluation loss at the end over the learning rate"),
+        at_best=svg(figures.over_steps(comparison, comparison.best), "Loss over steps, each at its best rate"),
+        equal=equal,
+        forgetting=svg(figures.old_against_new(comparison), "Loss on old data against loss on new data")
+        if comparison.has_old
+        else None,
+        cost=_cost(comparison),
+    )
+    return write_page(path, html)
+
+
+def _cost(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """Medians over all finished cells of a method: time, memory, parameters."""
+    costs = {}
+    for method in comparison.methods:
+        runs = [run for run in comparison.outcomes if run.cell.method == method and run.finished]
+        if runs:
+            seconds = sorted(run.seconds for run in runs)
+            memory = sorted(run.peak_memory_bytes for run in runs if run.peak_memory_bytes)
+            costs[method] = {
+                "trainable": runs[0].trainable,
+                "seconds": seconds[len(seconds) // 2],
+                "memory": memory[len(memory) // 2] if memory else None,
+            }
+    return costs
+
+
+def _changed(key: str, value: Any) -> bool:
+    field = TrainSettings.model_fields[key]
+    return key not in ("method", "learning_rate", "seed", "output", "force") and value != field.default
