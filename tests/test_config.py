@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pissa.config import ALIASES, KEYS, TrainSettings, load_settings
+from pissa.config.spellings import EVERY_STEPS, INIT, MEANINGS
 from pissa.errors import ConfigError
 
 NEEDED = {"model": "base", "data": "rows.jsonl", "output": "out"}
@@ -127,3 +128,274 @@ def test_settings_survive_their_own_yaml(tmp_path: Path) -> None:
     settings = load_settings(None, NEEDED | {"fields": {"label": "Quality"}, "eval_size": 0.1})
     path = written(tmp_path, yaml.safe_dump(settings.model_dump(mode="json")))
     assert load_settings(path, {}) == settings
+
+
+def folder(tmp_path: Path, **files: str) -> Path:
+    """YAML files side by side; the path of `run.yaml`."""
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return tmp_path / "run.yaml"
+
+
+def test_a_file_wins_over_what_it_extends_and_flags_over_both(tmp_path: Path) -> None:
+    path = folder(
+        tmp_path,
+        run="extends: middle.yaml\nlora_r: 8\n",
+        middle="extends: bottom.yaml\nseed: 1\nlr: 1.0e-4\nrank: 4\n",
+        bottom="seed: 2\nlearning_rate: 2.0e-4\nepochs: 3\n",
+    )
+    settings = load_settings(path, NEEDED | {"num_epochs": 5})
+    assert (settings.rank, settings.learning_rate, settings.seed, settings.epochs) == (8, 1e-4, 1, 5)
+
+
+def test_a_recipes_name_is_a_base_unless_there_is_such_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(folder(tmp_path, run="extends: math-lora\nrank: 3\n"), {}).method == "lora"
+    assert load_settings(Path("math-lora"), {}).rank == 128
+    (tmp_path / "math-lora").write_text("method: olora\nrank: 2\n")
+    assert load_settings(tmp_path / "run.yaml", NEEDED).method == "olora"
+    assert load_settings(Path("math-lora"), NEEDED).rank == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "claim"),
+    [
+        ({"run": "extends: run.yaml"}, "run.yaml extends run.yaml: got a circle"),
+        (
+            {"run": "extends: a.yaml", "a": "extends: run.yaml"},
+            "run.yaml extends a.yaml extends run.yaml: got a circle",
+        ),
+        ({"run": "extends: absent.yaml"}, "neither a file in .* nor a recipe"),
+        ({"run": "extends: math-pisa"}, "Did you mean 'math-pissa'"),
+        ({"run": "extends: ../outside.yaml"}, "expected a file in .* or below it"),
+        ({"run": "extends: /etc/hostname"}, "expected a file in .* or below it"),
+        ({"run": "extends: link.yaml"}, "expected a file in .* or below it"),
+        ({"run": "extends: [a.yaml]", "a": "rank: 1"}, "expected the path of a YAML file"),
+        ({"run": "extends: a.yaml", "a": "- rank"}, "a.yaml: got list"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_refused(tmp_path: Path, files: dict[str, str], claim: str) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (tmp_path / "outside.yaml").write_text("rank: 1\n")
+    (inner / "link.yaml").symlink_to(tmp_path / "outside.yaml")
+    with pytest.raises(ConfigError, match=claim):
+        load_settings(folder(inner, **files), NEEDED)
+
+
+def test_a_mistake_in_a_base_names_its_file(tmp_path: Path) -> None:
+    path = folder(
+        tmp_path, run="extends: a.yaml\nrank: 0\n", a="lern_rate: 1\nepochs: -1\nseed: 1\nseed: 2\nrank: -5\n"
+    )
+    found = mistakes(path, NEEDED)
+    assert {line.split(":")[0] for line in found if line.endswith("(in a.yaml)")} == {"seed", "lern_rate", "epochs"}
+    assert "rank: got 0, expected greater than or equal to 1" in found
+
+
+def test_an_upper_layer_takes_back_what_contradicts_it(tmp_path: Path) -> None:
+    path = folder(
+        tmp_path, run="max_steps: 9\nbatch_size: 64\neval_size: 5\nadapter: qlora\npeft_init_lora_weights: pissa\n"
+    )
+    below = load_settings(path, NEEDED)
+    assert (below.max_steps, below.batch_size, below.method, below.quant) == (9, 64, "pissa", "nf4")
+    flags = {"epochs": "2", "gradient_accumulation_steps": 3, "micro_batch_size": 2, "eval_data": "x", "method": "lora"}
+    above = load_settings(path, NEEDED | flags)
+    assert (above.max_steps, above.epochs, above.batch_size, above.eval_size) == (0, 2, 6, 0)
+    assert (above.method, above.quant) == ("lora", None)
+
+
+AXOLOTL = """
+base_model: base
+adapter: qlora
+load_in_4bit: true
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+datasets: [{path: openai/gsm8k, name: main, split: train, type: alpaca}]
+val_set_size: 0.05
+sequence_len: 2048
+sample_packing: true
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 4
+optimizer: adamw_torch
+lr_scheduler: cosine
+learning_rate: 0.0002
+train_on_inputs: false
+bf16: true
+fp16:
+gradient_checkpointing: true
+early_stopping_patience: 3
+resume_from_checkpoint:
+flash_attention: true
+warmup_steps: 0
+save_strategy: steps
+deepspeed:
+fsdp:
+special_tokens:
+wandb_project:
+output_dir: out
+"""
+LLAMA_FACTORY = """
+model_name_or_path: base
+trust_remote_code: true
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_target: q_proj,v_proj
+additional_target: embed_tokens
+pissa_init: true
+pissa_iter: 16
+pissa_convert: true
+quantization_bit: 4
+double_quantization: true
+dataset: rows.jsonl
+cutoff_len: 1024
+max_samples: 1000
+overwrite_output_dir: true
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+num_train_epochs: 3.0
+lr_scheduler_type: constant_with_warmup
+warmup_ratio: 0.1
+pure_bf16: true
+flash_attn: sdpa
+enable_liger_kernel: true
+disable_gradient_checkpointing: true
+neat_packing: true
+packing: true
+eval_strategy: steps
+eval_steps: 500
+val_size: 0.1
+output_dir: out
+"""
+TRL = """
+model_name_or_path: base
+model_revision: abc
+torch_dtype: bfloat16
+attn_implementation: flash_attention_2
+dataset_name: openai/gsm8k:main
+dataset_test_split: test
+use_peft: false
+max_length: 256
+completion_only_loss: true
+optim: adamw_torch_fused
+max_steps: -1
+eval_strategy: "no"
+save_strategy: "no"
+push_to_hub: false
+report_to: none
+max_grad_norm: 0.5
+output_dir: out
+"""
+
+
+def test_an_axolotl_config_is_understood(tmp_path: Path) -> None:
+    assert load_settings(written(tmp_path, AXOLOTL), {}) == load_settings(
+        None,
+        {
+            "model": "base", "method": "qlora", "quant": "nf4", "rank": 32, "alpha": 16, "dropout": 0.05,
+            "targets": "all-linear", "data": "openai/gsm8k:main", "data_split": "train", "template": "alpaca",
+            "eval_size": 0.05, "max_length": 2048, "packing": True, "micro_batch_size": 2, "batch_size": 8,
+            "epochs": 4, "lr_scheduler": "cosine", "learning_rate": 2e-4, "bf16": True,
+            "gradient_checkpointing": True, "early_stopping": 3, "attn_implementation": "flash_attention_2",
+            "warmup_ratio": 0, "output": "out",
+        },
+    )  # fmt: skip
+
+
+def test_a_llama_factory_config_is_understood(tmp_path: Path) -> None:
+    assert load_settings(written(tmp_path, LLAMA_FACTORY), {}) == load_settings(
+        None,
+        {
+            "model": "base", "trust_remote_code": True, "method": "pissa", "quant": "nf4", "double_quant": True,
+            "targets": ["q_proj", "v_proj"], "modules_to_save": ["embed_tokens"], "data": "rows.jsonl",
+            "max_length": 1024, "data_limit": 1000, "force": True, "micro_batch_size": 1, "batch_size": 8, "epochs": 3,
+            "lr_scheduler": "constant", "warmup_ratio": 0.1, "dtype": "bfloat16", "attn_implementation": "sdpa",
+            "liger": True, "gradient_checkpointing": False, "packing": True, "eval_steps": 500, "eval_size": 0.1,
+            "output": "out",
+        },
+    )  # fmt: skip
+
+
+def test_a_trl_config_is_understood(tmp_path: Path) -> None:
+    assert load_settings(written(tmp_path, TRL), {}) == load_settings(
+        None,
+        {
+            "model": "base", "revision": "abc", "dtype": "bfloat16", "attn_implementation": "flash_attention_2",
+            "data": "openai/gsm8k:main", "eval_split": "test", "method": "full", "max_length": 256, "save_steps": 0,
+            "max_grad_norm": 0.5, "output": "out",
+        },
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "advice"),
+    [
+        ("resume_from_checkpoint", True, "--resume"),
+        ("push_to_hub", "true", "hf upload"),
+        ("warmup_steps", 100, "warmup_ratio"),
+        ("datasets", [{"path": "a"}, {"path": "b"}], "got 2 entries, expected one entry"),
+        ("datasets", [{"path": "a", "type": "sharegpt"}], "got type 'sharegpt', expected data: PATH"),
+        ("datasets", [{"path": "a", "shards": 2}], "got shards, expected data: PATH"),
+        ("optim", "adamw_bnb_8bit", "AdamW, in float32"),
+        ("fp16", True, "bf16: true"),
+        ("train_on_inputs", True, "only responses carry loss"),
+        ("assistant_only_loss", False, "only responses carry loss"),
+        ("eval_strategy", "epoch", "eval_steps"),
+        ("eval_strategy", "steps", "expected eval_steps beside it"),
+        ("load_best_model_at_end", True, "last step"),
+        ("use_rslora", True, "root of the rank"),
+        ("deepspeed", "ds.json", "docs/distributed.md"),
+        ("wandb_project", "mine", "WANDB_PROJECT"),
+        ("stage", "dpo", "docs/preference.md"),
+        ("init_lora_weights", "eva", "pissa methods"),
+        ("flash_attention", "yes please", "true or false"),
+        ("do_train", False, "true"),
+    ],
+)
+def test_what_would_mean_something_else_is_refused_with_advice(key: str, value: object, advice: str) -> None:
+    (line,) = mistakes(None, NEEDED | {key: value})
+    assert line.startswith(f"{key}: got") and advice in line
+
+
+@pytest.mark.parametrize(
+    ("init", "method", "quant"),
+    [("pissa", "lora", None), ("pissa_niter_16", "qlora", "nf4"), ("olora", "lora", None), ("pissa", "qpissa", None)],
+)
+def test_pefts_init_names_the_method(init: str, method: str, quant: str | None) -> None:
+    settings = load_settings(None, NEEDED | {"adapter": method, "init_lora_weights": init})
+    expected = "qpissa" if method == "qpissa" else init.split("_")[0]
+    assert (settings.method, settings.quant) == (expected, quant)
+    assert load_settings(None, NEEDED | {"adapter": "qlora", "init_lora_weights": "true"}).method == "qlora"
+    assert "expected one of the two" in mistakes(None, NEEDED | {"method": "milora", "init_lora_weights": "pissa"})[0]
+
+
+def test_a_data_set_entry_is_a_path_with_its_columns() -> None:
+    entry = {"path": "json", "data_files": "rows.jsonl", "type": "chat_template", "field_messages": "talk"}
+    settings = load_settings(
+        None, {"model": "base", "output": "out", "datasets": [entry], "test_datasets": "eval.jsonl"}
+    )
+    assert (settings.data, settings.template, settings.eval_data) == ("rows.jsonl", "chat", "eval.jsonl")
+    assert settings.fields == {"messages": "talk"}
+
+
+def test_two_spellings_that_agree_are_one_and_others_are_a_mistake() -> None:
+    assert load_settings(None, NEEDED | {"flash_attention": True, "attn_implementation": "flash_attention_2"})
+    found = mistakes(None, NEEDED | {"flash_attention": True, "attn_implementation": "sdpa"})
+    assert found == ["attn_implementation: got it beside flash_attention, expected one of the two"]
+
+
+def test_what_has_no_bearing_is_left_out_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="left out.*dataloader_num_workers, tf32"):
+        settings = load_settings(None, NEEDED | {"dataloader_num_workers": 4, "tf32": True})
+    assert settings == load_settings(None, NEEDED)
+
+
+def test_every_meaning_is_a_key_of_ours() -> None:
+    combined = {"load_in_4bit", "load_in_8bit", INIT, EVERY_STEPS}
+    for key, (known, advice) in MEANINGS.items():
+        assert advice and key not in KEYS and key not in ALIASES, key
+        assert all(set(meaning) <= combined | set(KEYS) for meaning in known.values()), key
+        assert all(word == word.lower() for word in known), key

@@ -157,7 +157,7 @@ def _read_hub(data: str, split: str) -> tuple[list[Row], dict[str, Any]]:
         raise DataError(f"{data} does not exist: expected a file, a folder, or a Hub id such as openai/gsm8k:main")
     datasets = require("datasets", "train")
     try:
-        table = datasets.load_dataset(name, subset or None, split=split)
+        table = _load_hub(datasets, name, subset, split)
     except Exception as error:  # the Hub client raises many kinds
         raise DataError(f"{data} is no file here and split {split!r} cannot be had from the Hub: {error}") from error
     rows = [Row(dict(fields), f"{data}, {split}, row {index}") for index, fields in enumerate(table, 1)]
@@ -165,6 +165,16 @@ def _read_hub(data: str, split: str) -> tuple[list[Row], dict[str, Any]]:
     for row in rows:
         digest.update(json.dumps(row.fields, sort_keys=True, default=str).encode())
     return rows, {"name": data, "split": split, "sha256": digest.hexdigest()}
+
+
+def _load_hub(datasets: Any, name: str, subset: str, split: str) -> Any:
+    """A subset is a named configuration, or a folder of a data set that names none."""
+    try:
+        return datasets.load_dataset(name, subset or None, split=split)
+    except ValueError as error:
+        if not subset or "BuilderConfig" not in str(error):
+            raise
+        return datasets.load_dataset(name, data_dir=subset, split=split)
 
 
 def _read_json(path: Path) -> Iterator[Row]:
