@@ -21,8 +21,11 @@ def convert(
 ) -> None:
     """Write a plain LoRA that any tool loads on the base."""
     import pissa
+    from pissa.reports import served_rank, write_card
 
     record = pissa.convert(run, out, rank, start=start, base=base, force=force)
+    if (run / "run.json").is_file():
+        write_card(run, out)
     if as_json:
         show.print_json(record.to_json())
         return
@@ -37,10 +40,5 @@ def convert(
     show.say_next(
         f"pissa inspect {out} --base {record.base.name}",
         f"pissa merge {record.base.name} {out} merged",
-        f"vllm serve {record.base.name} --enable-lora --max-lora-rank {_served_rank(width)} --lora-modules mine={out}",
+        f"vllm serve {record.base.name} --enable-lora --max-lora-rank {served_rank(width)} --lora-modules mine={out}",
     )
-
-
-def _served_rank(rank: int) -> int:
-    """The next value that vLLM takes for --max-lora-rank."""
-    return next((limit for limit in (8, 16, 32, 64, 128, 256, 320, 512) if limit >= rank), 512)

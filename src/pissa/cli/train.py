@@ -32,28 +32,23 @@ def train(
     config, flags = split_words(words or [])
     settings = load_settings(config, flags)
 
-    from pissa.adapters.plain import INIT
-    from pissa.checkpoint.output import read_json
-    from pissa.reports import plot_losses
+    from pissa.reports import next_commands, plot_losses, write_card, write_report
     from pissa.training import train as run_training
+    from pissa.training.distributed import is_first
 
     record = run_training(settings, resume=resume)
+    if not is_first():
+        return
     out = Path(settings.output)
-    picture = plot_losses(
-        {settings.method: out}, out / "loss.png", title=f"{settings.method} on {Path(settings.model).name}"
-    )
+    title = f"{settings.method} on {Path(settings.model).name}"
+    picture = plot_losses({settings.method: out}, out / "loss.png", title=title)
+    write_card(out)
+    page = write_report(out)
     if as_json:
         show.print_json(record)
         return
-    show.say(f"{out}: done; curve in {picture}")
-    if settings.method == "full":
-        show.say_next(f"pissa inspect {out / 'model'}")
-    else:
-        # Of a run on a residual this is the original model, of one on a residual in few bits that residual.
-        base = read_json(out / "adapter" / "adapter_config.json")["base_model_name_or_path"]
-        quantised = (Path(base) / INIT).is_dir()
-        lora = [] if quantised else [f"pissa convert {out} LORA"]
-        show.say_next(f"pissa inspect {out}", *lora, f"pissa merge {base} {out} MERGED")
+    show.say(f"{out}: done; curve in {picture}, everything about the run in {page}")
+    show.say_next(*(command for _, command in next_commands(out, record)))
 
 
 def split_words(words: list[str]) -> tuple[Path | None, dict[str, str | bool]]:

@@ -39,12 +39,12 @@ def plot_losses(runs: Mapping[str, Path], output: Path, title: str | None = None
     axes = figure.add_subplot()
     evaluated = False
     for (name, path), colour, marker in zip(runs.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
-        lines = _read(Path(path))
-        steps, losses = _series(lines, "loss")
+        lines = read_metrics(Path(path))
+        steps, losses = series(lines, "loss")
         if steps:
             axes.plot(steps, losses, color=colour, alpha=0.22, linewidth=1)
             axes.plot(steps, smooth(losses), color=colour, linewidth=2, label=name)
-        points = _series(lines, "eval_loss")
+        points = series(lines, "eval_loss")
         if points[0]:
             evaluated = True
             axes.plot(*points, color=colour, marker=marker, markersize=7, markeredgecolor="white", linestyle="none")
@@ -72,10 +72,16 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, or of that in a run's folder; one that a kill cut short is left out.
+
+    Raises:
+        DataError: a file that is not there, is broken, or holds no loss.
+    """
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        written = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = [json.loads(line) for line in written if line.strip() and line.endswith("\n")]
     except (OSError, ValueError) as error:
         raise DataError(f"{file} is not a readable metrics.jsonl ({error})") from error
     if not any("loss" in line or "eval_loss" in line for line in lines):
@@ -83,10 +89,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def series(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the lines that have the key."""
     pairs = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def _classifies(runs: Mapping[str, Path]) -> bool:
-    return any("eval_accuracy" in line for path in runs.values() for line in _read(Path(path)))
+    return any("eval_accuracy" in line for path in runs.values() for line in read_metrics(Path(path)))

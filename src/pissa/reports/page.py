@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import re
 import secrets
@@ -21,7 +22,8 @@ SALT = "pissa"
 def render(template: str, **values: Any) -> str:
     """Fill in a template of `templates/`; what is put in is escaped, a name that is missing is an error.
 
-    Filters: `number` (0.1235), `percent` (12.3 %), `duration` (1 min 33 s), `size` (1.5 GB).
+    Filters: `number` (0.1235), `percent` (12.3 %), `duration` (1 min 33 s), `size` (1.5 GB),
+    `plain` (true, null).
 
     Args:
         template: its file name. A page starts with `{% extends "base.html" %}` and fills the blocks title and content.
@@ -117,6 +119,11 @@ def size(count: float | None) -> str:
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
+def plain(value: object) -> str:
+    """A setting as a YAML file has it: text as it is, the rest as JSON (true, null, [1, 2])."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 @cache
 def _environment() -> Any:
     jinja2 = require("jinja2", "train")
@@ -127,7 +134,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "duration": duration, "size": size}
+    environment.filters |= {filter_.__name__: filter_ for filter_ in (number, percent, duration, size, plain)}
     return environment
 
 

@@ -16,7 +16,7 @@ from pissa.training.arguments import common_arguments
 from pissa.training.data import Row, Rows
 from pissa.training.examples import Examples
 from pissa.training.models import load_base, position_limit
-from pissa.training.templates import Script, scripts
+from pissa.training.templates import Script, chosen, scripts, shape_of
 
 MASKED = -100
 logger = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
         logger.warning(
             "rows left out because no response fits within the first %d tokens: %d", limit, notes["rows_dropped"]
         )
-    return Examples(train, evaluation, {"max_length": limit, **notes}, old=old)
+    notes = {"max_length": limit, "template": chosen(settings.template, shape_of(rows.train[0])), **notes}
+    return Examples(train, evaluation, notes, old=old)
 
 
 def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> Any:

@@ -50,6 +50,13 @@ def shape_of(row: Row) -> str:
     )
 
 
+def chosen(template: str, shape: str) -> str:
+    """The template that auto stands for; rows of prompt or text are used raw, as they are."""
+    if shape in ("prompt", "text"):
+        return "raw"
+    return template if template != "auto" else "chat" if shape == "messages" else "alpaca"
+
+
 def scripts(rows: list[Row], template: str, tokenizer: Any) -> list[Script]:
     """The texts of all rows, after all rows have been checked.
 
@@ -67,8 +74,7 @@ def scripts(rows: list[Row], template: str, tokenizer: Any) -> list[Script]:
         raise DataError(
             f"{rows[0].where}: rows of {shape} are used as they are, without template {template!r}: use auto"
         )
-    if template == "auto":
-        template = "chat" if shape == "messages" else "alpaca"
+    template = chosen(template, shape)
     if template == "chat" and not tokenizer.chat_template and shape not in ("prompt", "text"):
         raise DataError(
             f"{rows[0].where}: the rows need a chat template and the model's tokenizer has none: "
