@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from pissa.config import ALIASES, KEYS, TrainSettings, load_settings
 from pissa.config.spellings import EVERY_STEPS, INIT, MEANINGS
@@ -79,6 +80,7 @@ def test_accumulation_steps_make_the_batch() -> None:
     settings = load_settings(None, NEEDED | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8})
     assert (settings.batch_size, settings.micro_batch_size) == (32, 4)
     assert "beside micro_batch_size" in mistakes(None, NEEDED | {"gradient_accumulation_steps": 8})[0]
+    assert load_settings(None, NEEDED | {"batch_size": 12, "per_device_train_batch_size": 3}).micro_batch_size == 3
     both = {"batch_size": 16, "micro_batch_size": 4, "gradient_accumulation_steps": 8}
     assert "expected batch_size / micro_batch_size, 16 / 4" in mistakes(None, NEEDED | both)[0]
 
@@ -353,6 +355,9 @@ def test_a_trl_config_is_understood(tmp_path: Path) -> None:
         ("init_lora_weights", "eva", "pissa methods"),
         ("flash_attention", "yes please", "true or false"),
         ("do_train", False, "true"),
+        ("extends", "math-pissa", "in a file"),
+        ("per_device_train_batch_size", 4, "expected batch_size"),
+        ("adapter_name_or_path", "pissa_init", "the residual's folder"),
     ],
 )
 def test_what_would_mean_something_else_is_refused_with_advice(key: str, value: object, advice: str) -> None:
@@ -370,6 +375,11 @@ def test_pefts_init_names_the_method(init: str, method: str, quant: str | None) 
     assert (settings.method, settings.quant) == (expected, quant)
     assert load_settings(None, NEEDED | {"adapter": "qlora", "init_lora_weights": "true"}).method == "qlora"
     assert "expected one of the two" in mistakes(None, NEEDED | {"method": "milora", "init_lora_weights": "pissa"})[0]
+
+
+def test_columns_are_named_on_the_command_line_too() -> None:
+    assert load_settings(None, NEEDED | {"fields": "{question: '#1 String'}"}).fields == {"question": "#1 String"}
+    assert mistakes(None, NEEDED | {"fields": "{question: "})[0].startswith("fields: got '{question: '")
 
 
 def test_a_data_set_entry_is_a_path_with_its_columns() -> None:
@@ -391,6 +401,11 @@ def test_what_has_no_bearing_is_left_out_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="left out.*dataloader_num_workers, tf32"):
         settings = load_settings(None, NEEDED | {"dataloader_num_workers": 4, "tf32": True})
     assert settings == load_settings(None, NEEDED)
+
+
+def test_bf16_auto_asks_the_machine() -> None:
+    able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    assert load_settings(None, NEEDED | {"bf16": "auto"}).bf16 is able
 
 
 def test_every_meaning_is_a_key_of_ours() -> None:

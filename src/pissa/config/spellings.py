@@ -11,7 +11,8 @@ from typing import Any
 
 ALIASES = {
     "base_model": "model", "model_name_or_path": "model", "model_name": "model", "model_revision": "revision",
-    "revision_of_model": "revision", "adapter": "method", "finetuning_type": "method", "train_type": "method",
+    "revision_of_model": "revision", "adapter": "method", "finetuning_type": "method",
+    "fine_tune_type": "method", "train_type": "method",
     "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
     "target_modules": "targets", "lora_target_modules": "targets", "lora_target": "targets",
     "lora_modules_to_save": "modules_to_save", "additional_target": "modules_to_save",
@@ -22,7 +23,7 @@ ALIASES = {
     "max_samples": "data_limit", "max_train_samples": "data_limit", "max_eval_samples": "eval_limit",
     "output_dir": "output", "adapter_path": "output", "overwrite_output_dir": "force",
     "lr": "learning_rate", "lr_scheduler_type": "lr_scheduler", "clip_grad_norm": "max_grad_norm",
-    "per_device_train_batch_size": "micro_batch_size", "global_batch_size": "batch_size",
+    "global_batch_size": "batch_size",
     "num_epochs": "epochs", "num_train_epochs": "epochs", "max_train_steps": "max_steps", "iters": "max_steps",
     "bnb_4bit_quant_type": "quant", "quantization_type": "quant", "bnb_4bit_use_double_quant": "double_quant",
     "double_quantization": "double_quant", "use_bnb_nested_quant": "double_quant",
@@ -51,7 +52,8 @@ VALUES: dict[str, dict[str, Any]] = {
 }
 """Another spelling of a value, by our key."""
 
-ACCUMULATION, INIT, EVERY_STEPS = "gradient_accumulation_steps", "init_lora_weights", "eval_strategy: steps"
+ACCUMULATION, INIT = "gradient_accumulation_steps", "init_lora_weights"
+EVERY_STEPS, PER_DEVICE = "eval_strategy: steps", "per_device_train_batch_size"
 RENAMED = {
     "grad_accumulation_steps": ACCUMULATION, "peft_init_lora_weights": INIT, "init_weights": INIT,
 }  # fmt: skip
@@ -61,7 +63,7 @@ IGNORED = frozenset(
     {
         "adapter_name", "cache_dir", "data_seed", "dataloader_num_workers", "dataloader_pin_memory",
         "dataloader_prefetch_factor", "dataset_num_proc", "dataset_prepared_path", "ddp_find_unused_parameters",
-        "ddp_timeout", "debug", "disable_tqdm", "eval_batch_size", "eval_sample_packing",
+        "ddp_timeout", "debug", "disable_tqdm", "eval_batch_size", "eval_sample_packing", "eval_table_size",
         "gradient_checkpointing_kwargs", "include_num_input_tokens_seen", "is_llama_derived_model", "log_level",
         "logging_dir", "logging_first_step", "model_type", "num_proc", "overwrite_cache", "pad_to_sequence_len",
         "per_device_eval_batch_size", "plot_loss", "preprocessing_num_workers", "run_name", "save_only_model",
@@ -122,6 +124,7 @@ MEANINGS: dict[str, Meaning] = {
     "optimizer": _ADAMW,
     "pissa_convert": (OFF | ON, "true: RUN/adapter is a plain LoRA at every checkpoint"),
     "pissa_init": (OFF | {"true": {INIT: "pissa"}}, "true or false"),
+    "peft_type": ({"lora": {}}, "LORA, and method: one of those listed by `pissa methods`"),
     "pure_bf16": (OFF | {"true": {"dtype": "bfloat16"}}, "true or false"),
     "quantization_bit": (
         OFF | {"4": {"load_in_4bit": True}, "8": {"load_in_8bit": True}, "16": {}}, "4, 8 or nothing, or quant: nf4"
@@ -131,6 +134,7 @@ MEANINGS: dict[str, Meaning] = {
     "sdp_attention": (OFF | {"true": {"attn_implementation": "sdpa"}}, "true or false"),
     "stage": ({"sft": {}}, "sft; DPO, KTO and GRPO are in docs/preference.md"),
     "task_type": ({"causal_lm": {"task": "language"}, "seq_cls": {"task": "classification"}}, "CAUSAL_LM or SEQ_CLS"),
+    "train": (ON, "true: `pissa train` trains"),
     "train_on_inputs": (OFF, "false: only responses carry loss; rows with a `text` column carry it everywhere"),
     "train_on_prompt": (OFF, "false: only responses carry loss; rows with a `text` column carry it everywhere"),
     "train_on_responses_only": (ON, _ANSWERS),
@@ -156,6 +160,9 @@ MEANINGS: dict[str, Meaning] = {
     **_absent("nothing: it computes in `dtype`, or in bfloat16 with bf16: true", "bnb_4bit_compute_dtype"),
     **_absent("false: `sdpa` or flash_attention_2 as attn_implementation", "xformers_attention"),
     **_absent("nothing: DPO, KTO and GRPO are in docs/preference.md", "rl"),
+    **_absent("it in a file; `pissa train NAME` takes a recipe as it is, and flags win over it", "extends"),
+    **_absent("nothing: model: names the residual's folder, and the start lies beside it", "adapter_name_or_path",
+              "lora_model_dir"),
     **_absent("nothing: it is not there", "do_predict", "group_by_length", "loraplus_lr_ratio",
               "neftune_noise_alpha", "peft_use_dora", "torch_compile", "use_dora", "use_unsloth"),
 }  # fmt: skip

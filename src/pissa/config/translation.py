@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import yaml
+
 from pissa.config.spellings import (
     ACCUMULATION,
     ALIASES,
@@ -13,6 +15,7 @@ from pissa.config.spellings import (
     IGNORED,
     INIT,
     MEANINGS,
+    PER_DEVICE,
     RENAMED,
     VALUES,
 )
@@ -80,6 +83,14 @@ def _names(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
     return {"modules_to_save": None if names == ["null"] else names}
 
 
+def _columns(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
+    """A flag holds the mapping as text: {instruction: Question}."""
+    try:
+        return {"fields": yaml.safe_load(value) if isinstance(value, str) else value}
+    except yaml.YAMLError:
+        return {"fields": value}
+
+
 def _warmup(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
     """Transformers takes a share of the steps below 1, and a number of steps from 1."""
     try:
@@ -90,6 +101,11 @@ def _warmup(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
         return {"warmup_ratio": value}
     mistakes.append(f"{key}: got {value!r}, expected warmup_ratio: a share of all steps, as in 0.03")
     return {}
+
+
+def _per_device(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
+    """Elsewhere it decides the rows per step, together with the accumulation; here batch_size does."""
+    return {"micro_batch_size": value, PER_DEVICE: value}
 
 
 def _svd(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
@@ -138,8 +154,10 @@ READERS: dict[str, Callable[[str, Any, Mistakes], dict[str, Any]]] = {
     "additional_target": _names,
     "bf16": _bf16,
     "datasets": _data_set,
+    "fields": _columns,
     "lora_modules_to_save": _names,
     "modules_to_save": _names,
+    PER_DEVICE: _per_device,
     "pissa_iter": _svd,
     "test_datasets": _data_set,
     "warmup_steps": _warmup,
@@ -149,8 +167,13 @@ READERS: dict[str, Callable[[str, Any, Mistakes], dict[str, Any]]] = {
 
 def _set_batch_size(values: dict[str, Any], mistakes: Mistakes) -> None:
     """Turn `gradient_accumulation_steps` into batch_size = micro_batch_size x steps."""
-    steps = values.pop(ACCUMULATION, None)
+    per_device, steps = values.pop(PER_DEVICE, None), values.pop(ACCUMULATION, None)
     if steps is None:
+        if per_device is not None and "batch_size" not in values:
+            mistakes.append(
+                f"{PER_DEVICE}: got it alone, expected batch_size, the rows per optimiser step, or {ACCUMULATION} "
+                "beside it"
+            )
         return
     try:
         batch_size = int(steps) * int(values["micro_batch_size"])
