@@ -142,8 +142,7 @@ def wrap(
             wrapped = model
         else:
             wrapped = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
-    if recipe.quant:
-        quantised.keep_precision(wrapped)
+    quantised.keep_precision(wrapped)
     zero_start = get(recipe.method).zero_start
     layers = adapter_layers(wrapped, attachment.targets)
     for target in attachment.targets:

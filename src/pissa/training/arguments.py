@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def common_arguments(settings: TrainSettings, folder: str, evaluate: bool) -> di
         "seed": settings.seed,
         "data_seed": settings.seed,
         "use_cpu": device(settings) == "cpu",
-        "bf16": False,  # no autocast: the model's own dtype decides, adapters are float32
+        "bf16": settings.bf16,  # else no autocast: the model's own dtype decides; adapters are float32 in any case
         "fp16": False,
         "eval_strategy": "steps" if evaluate else "no",
         "eval_steps": settings.eval_steps or NEVER,
@@ -51,7 +52,9 @@ def common_arguments(settings: TrainSettings, folder: str, evaluate: bool) -> di
         "save_total_limit": None,  # `Checkpoints` deletes old ones once the new one is whole
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+        "use_liger_kernel": settings.liger,
         "report_to": settings.report_to,
+        "run_name": Path(settings.output).name,
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": device(settings) != "cpu",
     }

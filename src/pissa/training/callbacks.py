@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from pissa.errors import DivergedError
-from pissa.training.folder import WHOLE, checkpoints
+from pissa.training.folder import WHOLE, checkpoints, read_metrics
 
 LOSSES = ("loss", "eval_loss", "old_loss")
 SCORES = ("eval_accuracy", "eval_f1", "eval_matthews")
@@ -90,6 +91,50 @@ class Checkpoints(TrainerCallback):
                 shutil.rmtree(old)
 
 
+class EarlyStop(TrainerCallback):
+    """Stops after so many evaluations in a row without a lower eval_loss; what has trained stays as it is then.
+
+    Counted from metrics.jsonl rather than in memory, so that a resumed run stops where an unbroken one does. The
+    loss before the first step counts too.
+    """
+
+    def __init__(self, patience: int, metrics: Path):
+        self.patience = patience
+        self.seen = [(line["step"], line["eval_loss"]) for line in read_metrics(metrics) if "eval_loss" in line]
+
+    def reason(self) -> str | None:
+        """Where and why the run stops, or None."""
+        if not (self.patience and self.seen):
+            return None
+        losses = [loss for _, loss in self.seen]
+        best = losses.index(min(losses))
+        if len(losses) - 1 - best < self.patience:
+            return None
+        (step, loss), last = self.seen[best], self.seen[-1][0]
+        count = f"{self.patience} evaluation{'s' if self.patience > 1 else ''}"
+        return f"stopped at step {last}: {count} without a lower eval_loss than {loss:.4f} at step {step}"
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the newest loss."""
+        if metrics and "eval_loss" in metrics:
+            self.seen.append((state.global_step, metrics["eval_loss"]))
+            control.should_training_stop |= self.reason() is not None
+
+
+def place_reports(trainer: Trainer, folder: Path) -> None:
+    """TensorBoard writes into the run's folder, not among its checkpoints, unless the environment names another."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder)
+
+
 class Progress(ProgressCallback):
     """transformers' bars on stderr, with the loss beside them rather than as lines on stdout."""
 
@@ -101,6 +146,9 @@ class Progress(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the newest loss."""
+        """Show the newest loss, learning rate and gradient norm; the bar itself shows the time left."""
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
+            shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.1e}"}
+            if "grad_norm" in logs:
+                shown["grad"] = f"{logs['grad_norm']:.3g}"
+            self.training_bar.set_postfix(shown)

@@ -9,7 +9,7 @@ from pissa.config import TrainSettings, config_error
 from pissa.errors import InputError, require
 from pissa.quant import quantiser
 from pissa.registry import choose, get, tolerance_of
-from pissa.training import residual
+from pissa.training import options, residual
 from pissa.training.arguments import device
 
 NEUTRAL = frozenset(
@@ -58,8 +58,10 @@ def check(settings: TrainSettings, resume: bool) -> None:
         mistakes.append(
             "old_data: got it without eval_data or eval_size, expected one of them: both losses are taken together"
         )
+    mistakes += options.mistakes(settings)
     if mistakes:
         raise config_error(mistakes, "the settings")
+    options.require_packages(settings)
     device(settings)
 
 

@@ -20,8 +20,8 @@ from pissa.checkpoint.output import read_json, write_json
 from pissa.errors import OutputError
 from pissa.surgery.folders import RESIDUAL
 
-RECORD, SETTINGS, METRICS = "run.json", "settings.yaml", "metrics.jsonl"
-OURS = (SETTINGS, METRICS, "loss.png", "adapter", "state", "model", "checkpoints", RESIDUAL)
+RECORD, SETTINGS, METRICS, REPORTS = "run.json", "settings.yaml", "metrics.jsonl", "tensorboard"
+OURS = (SETTINGS, METRICS, "loss.png", "adapter", "state", "model", "checkpoints", REPORTS, RESIDUAL)
 CLEARED = "cleared"
 WHOLE = "whole"
 """Name of the empty file that is written last into a checkpoint."""

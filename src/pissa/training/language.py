@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from pissa.config import TrainSettings
 from pissa.errors import CheckpointError, ConfigError, DataError, require
+from pissa.training import packing
 from pissa.training.arguments import common_arguments
 from pissa.training.data import Row, Rows
 from pissa.training.examples import Examples
@@ -58,6 +59,8 @@ def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> A
             f"{settings.model} has no weights for {missing[0]} ({len(missing)} tensors are missing): "
             "it is not a whole causal language model; for an encoder set task: classification"
         )
+    if settings.packing:
+        packing.check_rows_stay_apart(model)
     return model
 
 
@@ -66,7 +69,6 @@ def build_trainer(
 ) -> Any:
     """TRL's SFTTrainer on data that is tokenised already, so that it changes neither data nor model."""
     trl, datasets = require("trl", "train"), require("datasets", "train")
-    sft = require("trl.trainer.sft_trainer", "train")
     if isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise ConfigError(
             f"targets: got {settings.targets!r}, which matches the output layer; TRL reads its weight directly and "
@@ -75,25 +77,22 @@ def build_trainer(
     arguments = trl.SFTConfig(
         **common_arguments(settings, folder, bool(examples.evaluation)),
         max_length=None,
-        packing=False,
+        packing=False,  # see `packing`: TRL would pack what is evaluated too
         completion_only_loss=False,  # the labels say it already
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-    trainer = trl.SFTTrainer(
+    rows = datasets.Dataset.from_list(examples.train)
+    return trl.SFTTrainer(
         model,
         arguments,
         # Our own collator keeps TRL from setting pad tokens in the model's config.
-        data_collator=sft.DataCollatorForLanguageModeling(pad_token_id=padding or 0),
-        train_dataset=datasets.Dataset.from_list(examples.train),
+        data_collator=packing.PackingCollator(padding or 0),
+        train_dataset=packing.packed(rows, examples.notes["max_length"]) if settings.packing else rows,
         eval_dataset=datasets.Dataset.from_list(examples.evaluation) if examples.evaluation else None,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    for parameter, values in trained.items():
-        parameter.data = values  # TRL rounds what trains on a quantised model to bf16
-    return trainer
 
 
 def _encode_rows(

@@ -25,7 +25,7 @@ from pissa.errors import DivergedError, require
 from pissa.records import versions
 from pissa.surgery.folders import RESIDUAL
 from pissa.training import classification, folder, language, residual
-from pissa.training.callbacks import LOSSES, SCORES, Checkpoints, Metrics, OldLoss, Progress
+from pissa.training.callbacks import LOSSES, SCORES, Checkpoints, EarlyStop, Metrics, OldLoss, Progress, place_reports
 from pissa.training.checks import check, check_same_data, check_same_settings
 from pissa.training.data import load_rows
 from pissa.training.memory import peak_bytes, reset_peak
@@ -79,17 +79,19 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
             runs.save(model, out)  # the start, so that resuming never decomposes again
         newest = folder.newest_checkpoint(out / "checkpoints")
         metrics = Metrics(out / folder.METRICS, folder.cut_metrics(out / folder.METRICS, folder.step_of(newest)))
-        callbacks = [metrics, Checkpoints(settings.save_total_limit)]
+        stop = EarlyStop(settings.early_stopping, out / folder.METRICS)
+        callbacks = [metrics, Checkpoints(settings.save_total_limit), stop]
         trainer = task.build_trainer(model, tokenizer, examples, settings, str(out / "checkpoints"), callbacks)
         if examples.old:
             trainer.add_callback(OldLoss(trainer, require("datasets", "train").Dataset.from_list(examples.old)))
         try:
-            _run(trainer, newest)
+            place_reports(trainer, out / folder.REPORTS)
+            _run(trainer, newest, stop)
         except DivergedError as error:
             write_json(out / folder.RECORD, {**record, "status": "diverged", "reason": str(error)})
             raise
         _save(trainer.model, tokenizer, out)
-    return _close_run(out, record, trainer, metrics)
+    return _close_run(out, record, trainer, metrics, stop)
 
 
 def _start(
@@ -173,15 +175,15 @@ def _open_run(out: Path, settings: TrainSettings, facts: dict[str, Any], kept: s
     return record
 
 
-def _run(trainer: Any, newest: Path | None) -> None:
+def _run(trainer: Any, newest: Path | None, stop: EarlyStop) -> None:
     """Train, on from a checkpoint if there is one."""
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(Progress)
-    if newest and folder.step_of(newest) >= folder.all_steps(newest):
+    if newest and (stop.reason() or folder.step_of(newest) >= folder.all_steps(newest)):
         # Killed between the last step and the end. The trainer's own resume would train one step more here.
         trainer._load_from_checkpoint(str(newest))
-        trainer.state.global_step = folder.step_of(newest)
+        trainer.state.global_step, trainer.state.max_steps = folder.step_of(newest), folder.all_steps(newest)
         return
     trainer.args.eval_on_start = newest is None and trainer.eval_dataset is not None
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
@@ -196,7 +198,9 @@ def _save(model: nn.Module, tokenizer: Any, out: Path) -> None:
         tokenizer.save_pretrained(out / "model")
 
 
-def _close_run(out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics) -> dict[str, Any]:
+def _close_run(
+    out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics, stop: EarlyStop
+) -> dict[str, Any]:
     """Write the results into run.json, which makes the run finished."""
     lines = folder.read_metrics(out / folder.METRICS)
     last = {key: next((line[key] for line in reversed(lines) if key in line), None) for key in LOSSES}
@@ -205,6 +209,8 @@ def _close_run(out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics
         **record,
         "status": "finished",
         "steps": trainer.state.global_step,
+        "stopped": stop.reason() if trainer.state.global_step < trainer.state.max_steps else None,
+        "first_loss": next((line["loss"] for line in lines if "loss" in line), None),
         "seconds": round(metrics.seconds, 3),
         "peak_memory_bytes": peak_bytes(),
         "trainable_parameters": sum(part.numel() for part in trainer.model.parameters() if part.requires_grad),
