@@ -1,0 +1,117 @@
+"""`pissa plan CONFIG.yaml [--key value ...]`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from pissa.cli import options, show
+from pissa.cli.train import split_words
+
+if TYPE_CHECKING:
+    from pissa.training.plan import Cost, Plan
+
+
+def plan(
+    words: Annotated[
+        list[str] | None,
+        Argument(metavar="[CONFIG.yaml] [--KEY VALUE]...", help="Settings, as `pissa train` takes them."),
+    ] = None,
+    measure: Annotated[
+        bool, Option("--measure", help="Train a few real steps in a temporary folder, to know the time.")
+    ] = False,
+    memory: Annotated[
+        str | None, Option(metavar="SIZE", help="Plan for a GPU of that size, 24GB or 80GB. Default: this machine.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say what a run will take: parameters, memory, disk, steps, and whether it fits.
+
+    Loads no weights: a folder with a config.json is enough, so that a model can be planned before it is fetched.
+    """
+    from pissa.config import load_settings
+
+    config, flags = split_words(words or [])
+    settings = load_settings(config, flags)
+
+    from pissa.training import quiet
+    from pissa.training.plan import plan as make
+
+    with quiet():
+        found = make(settings, memory=memory, measured=measure)
+    if as_json:
+        show.print_json(found.to_json())
+        return
+    _print_costs(found.costs)
+    for line in _sentences(found):
+        print(line)
+    typed = " ".join(words or [])
+    show.say_next(f"pissa preview {typed}", f"pissa train {typed}")
+
+
+def _print_costs(costs: list[Cost]) -> None:
+    columns = ["", *(cost.method for cost in costs)]
+    device = ("weights", "adapters", "starts", "optimizer", "gradients", "activations", "total")
+    rows = [["trainable", *(f"{cost.trainable:,}" if cost.device else "-" for cost in costs)]]
+    for part, keys in (
+        ("device", device),
+        ("host", ("process", "loading", "splitting", "total")),
+        ("disk", ("result", "residual", "checkpoint", "total")),
+    ):
+        for key in keys:
+            label = part if key == "total" else f"  {key}"
+            parts = [getattr(cost, part) for cost in costs]
+            rows.append([label, *("-" if found is None else size(getattr(found, key)) for found in parts)])
+    show.print_table(columns, rows)
+
+
+def _sentences(plan: Plan) -> list[str]:
+    """What the figures come to."""
+    machine, counts, asked = plan.machine, plan.counts, plan.asked
+    share = asked.trainable / max(asked.parameters, 1)
+    verdicts = [
+        f"{cost.method}: {cost.problem}" if cost.problem else f"{cost.method} needs {size(cost.needs)}: {cost.fits}"
+        for cost in plan.costs
+    ]
+    assert asked.disk is not None
+    room = "yes" if asked.disk.total <= machine.disk_bytes else "no"
+    lines = [
+        f"model   {plan.model}: {asked.parameters:,} parameters in {asked.dtype}",
+        f"trains  {asked.trainable:,} parameters ({share:.2%}) with {asked.method}",
+        f"memory  {machine.name} has {size(machine.device_bytes)} free; {'; '.join(verdicts)}",
+        f"disk    {asked.method} needs {size(asked.disk.total)}, {size(machine.disk_bytes)} are free: {room}",
+    ]
+    known = [
+        f"{value:,} {what}"
+        for value, what in ((counts.rows, "rows"), (counts.steps, "steps"), (counts.tokens, "tokens"))
+        if value is not None
+    ]
+    lines.append(f"steps   {', '.join([*known, *([counts.note] if counts.note else [])])}")
+    if plan.measured is None:
+        return [*lines, "time    unknown; --measure trains a few steps to tell"]
+    taken = plan.measured
+    rate = f", {plan.tokens_per_second:,.0f} tokens/s" if plan.tokens_per_second else ""
+    total = f", {duration(plan.seconds)} in all" if plan.seconds is not None else ""
+    return [
+        *lines,
+        f"time    {taken.step_seconds:.3g} s a step{rate}{total}",
+        f"peak    {size(taken.peak_bytes)} measured, {size(asked.needs)} planned",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Time in words, to two units."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.3g} s"
+
+
+def size(count: float) -> str:
+    """Bytes in words, by thousands."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.3g} {units[0]}"

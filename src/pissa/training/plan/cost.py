@@ -1,0 +1,171 @@
+"""What a method costs: memory on the device and on the host, and room on the disk.
+
+    device   weights + adapters + starts + optimiser + gradients + activations, at the fullest moment of a step
+    host     the process + the larger of loading (the whole model, before it goes to a GPU) and of splitting
+    disk     adapter + state + residual + checkpoints; the model and checkpoints for full
+
+Weights, adapters and starts are the tensors of the model itself (`model.py`), 4-bit ones with their scales. AdamW keeps
+two numbers a trained one, in its dtype. Gradients and activations are those of a step that is tried (`step.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pissa.checkpoint.layout import plan_bytes
+from pissa.config import TrainSettings
+from pissa.quant import quantiser
+from pissa.registry import get
+from pissa.surgery.pipeline import MOST_WORKERS, WAITING
+from pissa.training.plan.model import Planned
+from pissa.training.plan.step import step_bytes
+
+FLOAT = 4
+"""Bytes of a factor: adapters train, and are saved, in float32."""
+SPLIT_COPIES = 4
+"""Float32 matrices of a weight's size that splitting holds: it, its rest, what the codes stand for, a spare."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Bytes on the device at the fullest moment; they add up."""
+
+    weights: int
+    adapters: int
+    starts: int
+    optimizer: int
+    gradients: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Host:
+    """Bytes of main memory: libraries and the like, loading the model, splitting weights one after the other."""
+
+    process: int
+    loading: int
+    splitting: int
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment before training."""
+        return self.process + max(self.loading, self.splitting)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes in the run's folder: what it leaves, and the checkpoints (one more than are kept, while it is written)."""
+
+    result: int
+    residual: int
+    checkpoint: int
+    checkpoints: int
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment."""
+        return self.result + self.residual + self.checkpoint * self.checkpoints
+
+
+def device_cost(planned: Planned, settings: TrainSettings, length: int, kind: str) -> Device:
+    """Memory on the device; takes a step on the model, so it comes last.
+
+    Args:
+        planned: the model.
+        settings: of the run.
+        length: tokens of a row.
+        kind: cpu or cuda.
+    """
+    trained = planned.trained
+    starts = [tensor for name, tensor in planned.model.named_buffers() if ".start_" in name]
+    gradients = _bytes(trained)
+    everything, start_bytes = _bytes([*planned.model.parameters(), *planned.model.buffers()]), _bytes(starts)
+    adapters = 0 if planned.recipe is None else gradients
+    # Under autocast the backward pass needs the weights in bfloat16 beside those in float32.
+    copies = sum(2 * p.numel() for p in planned.model.parameters() if settings.bf16 and p.dtype == torch.float32)
+    working = step_bytes(
+        planned,
+        settings.micro_batch_size,
+        length,
+        checkpointing=settings.gradient_checkpointing,
+        accumulates=settings.batch_size > settings.micro_batch_size,
+        kind=kind,
+    )
+    return Device(
+        weights=everything - adapters - start_bytes,
+        adapters=adapters,
+        starts=start_bytes,
+        optimizer=2 * gradients,
+        gradients=gradients,
+        activations=max(working - gradients, 0) + copies,
+    )
+
+
+def host_cost(planned: Planned, device: Device, kind: str, process: int) -> Host:
+    """Main memory before training begins; on a CPU the model stays there and `device` counts it already.
+
+    Args:
+        planned: the model.
+        device: its cost there.
+        kind: cpu or cuda.
+        process: bytes of the process without a model.
+    """
+    widest = max((math.prod(target.shape) for target in planned.targets), default=0)
+    workers = min(torch.get_num_threads(), MOST_WORKERS)
+    splitting = (workers * SPLIT_COPIES + WAITING) * FLOAT * widest if planned.makes_residual else 0
+    # bitsandbytes puts its layers on the GPU as it reads them; everything else is loaded on the CPU first.
+    loading = 0 if planned.packed and kind != "cpu" else device.weights + device.adapters + device.starts
+    originals = 0
+    if planned.recipe and planned.recipe.base_form == "residual" and not planned.packed:
+        originals = planned.source.dtype.itemsize * sum(math.prod(target.shape) for target in planned.targets)
+    return Host(process, loading + originals, splitting)
+
+
+def disk_cost(planned: Planned, settings: TrainSettings, steps: int | None) -> Disk:
+    """Room for the run's folder; JSON files and the tokenizer, some hundred kilobytes to megabytes, are left out."""
+    trained = _bytes(planned.trained)
+    recipe, residual = planned.recipe, 0
+    if recipe is None:
+        result = exported = _bytes(planned.model.parameters())
+    else:
+        rank_bytes = FLOAT * recipe.rank * sum(sum(target.matrix_shape) for target in planned.targets)
+        whole = trained - rank_bytes
+        drifts = not get(recipe.method).zero_start
+        pair = rank_bytes if recipe.quant or not drifts else 2 * rank_bytes
+        exported = pair + whole
+        state = (2 if drifts else 1) * rank_bytes + whole
+        result = exported + state
+        if planned.makes_residual:
+            residual = _residual_bytes(planned, rank_bytes)
+    saves = 1 if not settings.save_steps or not steps else math.ceil(steps / settings.save_steps)
+    if settings.save_steps and settings.save_total_limit:
+        most = settings.save_total_limit + 1
+        saves = most if steps is None else min(saves, most)
+    return Disk(result, residual, exported + 2 * trained, saves)
+
+
+def _residual_bytes(planned: Planned, start: int) -> int:
+    """Weights in few bits, the others as they were, and the start."""
+    recipe = planned.recipe
+    assert recipe is not None and recipe.quant
+    packer = quantiser(recipe.quant, double=recipe.double_quant)
+    packed = {target.module: target for target in planned.targets if target.module in planned.packed}
+    codes = sum(plan_bytes(packer.plan(target.matrix_shape, planned.source.dtype)) for target in packed.values())
+    inside = {f"{module}.weight" for module in packed}
+    others = sum(count for name, count in planned.sizes.items() if name not in inside)
+    return codes + start + planned.source.dtype.itemsize * others
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of all tensors, one that is used twice counted once."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in {id(tensor): tensor for tensor in tensors}.values())

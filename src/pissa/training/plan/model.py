@@ -1,0 +1,166 @@
+"""The model as training builds it, adapter included, on the meta device: nothing of it is guessed, and nothing loaded.
+
+What trains is counted on this model, and a step is tried on it (`step.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from pissa.adapters import drift, plain
+from pissa.adapters.attach import Attachment, wrap
+from pissa.adapters.plain import INIT
+from pissa.checkpoint.output import read_json
+from pissa.checkpoint.skeleton import parameter_names
+from pissa.checkpoint.targets import Target, find_targets, head_modules
+from pissa.config import TrainSettings, config_error
+from pissa.quant import quantiser
+from pissa.records import Recipe, Record
+from pissa.registry import check_rank, choose, get
+from pissa.surgery.packing import packed_modules
+from pissa.training import residual
+from pissa.training.plan.few_bits import FewBits
+from pissa.training.plan.source import Source, skeleton
+
+NO_DEVICE = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model ready to train that has no values.
+
+    Attributes:
+        model: with its adapter, if it has one.
+        source: what it is made of.
+        sizes: how many numbers each weight of the base has, by name.
+        recipe: how its weights are split; None for full.
+        targets: the weights that are split.
+        packed: modules whose weights are in few bits.
+    """
+
+    model: Any
+    source: Source
+    sizes: dict[str, int]
+    recipe: Recipe | None = None
+    targets: tuple[Target, ...] = ()
+    packed: frozenset[str] = frozenset()
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What training reports as trainable parameters."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def base(self) -> Any:
+        """The model without peft's wrapper."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def makes_residual(self) -> bool:
+        """Whether the run splits and quantises a 16-bit base first."""
+        return bool(self.packed) and not self.source.decomposed
+
+
+def build(source: Source, settings: TrainSettings, classes: int) -> Planned:
+    """The model of a run.
+
+    Args:
+        source: of the base.
+        settings: of the run.
+        classes: of a new classification head.
+
+    Raises:
+        InputError, CheckpointError, ConfigError: what training would refuse.
+    """
+    model = skeleton(source, settings, classes)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if settings.method == "full":
+        if source.dtype == torch.float16:
+            mistake = "dtype: got float16, expected bfloat16 or float32 with full: AdamW's steps vanish in float16"
+            raise config_error([mistake], "the settings")
+        return Planned(model.train(), source, sizes)
+    recipe, found = _recipe(source, settings, model)
+    for target in found:
+        check_rank(recipe.rank, target.matrix_shape, target.weight)
+    heads = sorted({*head_modules(model), *(settings.modules_to_save or ())})
+    packed: frozenset[str] = frozenset()
+    if recipe.quant:
+        found, packed = _quantise(model, recipe, found, source.dtype)
+    starts = {
+        target.module: (
+            torch.empty(target.matrix_shape[0], recipe.rank, device=NO_DEVICE),
+            torch.empty(recipe.rank, target.matrix_shape[1], device=NO_DEVICE),
+        )
+        for target in found
+    }
+    # The residual form keeps the originals on the CPU, which what has no values cannot be moved to.
+    kept = dataclasses.replace(recipe, base_form="keep")
+    with NO_DEVICE:  # peft draws its own start otherwise
+        attached = wrap(model, Attachment(Record("state", kept), found), starts, heads, "default")
+    if recipe.base_form == "residual" and not recipe.quant and not get(recipe.method).zero_start:
+        for target in found:
+            layer: Any = attached.get_base_model().get_submodule(target.module)
+            layer.lora_variant["default"] = drift.Residual()
+    if settings.dropout:
+        for part in attached.modules():
+            if isinstance(part, LoraLayer):
+                part.lora_dropout["default"] = nn.Dropout(settings.dropout)
+    return Planned(attached.train(), source, sizes, recipe, tuple(found), packed)
+
+
+def _recipe(source: Source, settings: TrainSettings, model: nn.Module) -> tuple[Recipe, list[Target]]:
+    """How the weights are split: as the settings say, or as a decomposed folder was."""
+    record = source.folder / INIT / plain.RECORD
+    if source.decomposed and record.is_file():
+        recipe = Record.from_json(read_json(record), str(record)).recipe
+        assert recipe is not None
+        mistakes = [
+            f"{key}: got {got!r}, expected {expected!r}, as {settings.model} was decomposed"
+            for key, got, expected in residual.differences(recipe, settings)
+        ]
+        if mistakes:
+            raise config_error(mistakes, "the settings")
+        weights = parameter_names(model, [f"{module}.weight" for module in recipe.targets])
+        names = [name.removesuffix(".weight") for name in weights.values()]
+        return dataclasses.replace(recipe, base_form="residual"), find_targets(model, names)
+    choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
+    recipe = Recipe(
+        choice.method,
+        settings.rank,
+        settings.alpha,
+        settings.svd,
+        settings.seed,
+        "residual" if source.decomposed else settings.base,
+        quant=choice.quant,
+        double_quant=settings.double_quant,
+        iterations=choice.iterations,
+    )
+    return recipe, find_targets(model, settings.targets)
+
+
+def _quantise(
+    model: nn.Module, recipe: Recipe, found: list[Target], dtype: torch.dtype
+) -> tuple[list[Target], frozenset[str]]:
+    """Put layers in few bits into the model, and the rest in float32 as `prepare_model_for_kbit_training` does."""
+    packer = quantiser(recipe.quant or "", double=recipe.double_quant)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that some weights are written unpacked is for training to say
+        packed = frozenset(packed_modules(packer, found))
+    model.float()
+    targets = []
+    for target in found:
+        if target.module not in packed:
+            targets.append(target)
+            continue
+        layer: Any = model.get_submodule(target.module)
+        model.set_submodule(target.module, FewBits(target, packer.plan(target.matrix_shape, dtype), layer.bias, dtype))
+        targets.append(Target(target.module, "linear", target.matrix_shape))
+    return targets, packed
