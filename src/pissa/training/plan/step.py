@@ -43,7 +43,8 @@ def step_bytes(planned: Planned, rows: int, length: int, *, checkpointing: bool,
     model, base = planned.model, planned.base
     _use_fused_attention(base)
     if checkpointing:
-        base.gradient_checkpointing_enable()
+        # Its name in newer versions of transformers first.
+        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
         if planned.recipe is not None:
             base.enable_input_require_grads()
     counter = _Counter([*model.parameters(), *model.buffers()])
@@ -63,7 +64,7 @@ def _loss(base: Any, inputs: dict[str, Tensor], kind: str) -> Tensor:
         labels = torch.zeros(rows, dtype=torch.long, device=NO_DEVICE)
         return base(**inputs, labels=labels).loss
     hidden = base.base_model(**inputs, use_cache=False).last_hidden_state
-    return _FusedHead.apply(hidden.flatten(0, 1), head.weight, WIDE_TILES[kind]).sum()
+    return _FusedHead.apply(hidden[:, :-1].flatten(0, 1), head.weight, WIDE_TILES[kind]).sum()
 
 
 class _FusedHead(torch.autograd.Function):
