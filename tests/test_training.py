@@ -263,7 +263,7 @@ def test_the_trained_head_survives_save_and_stock_reload(
 ) -> None:
     kept = []
     save = run._save
-    monkeypatch.setattr(run, "_save", lambda model, *rest: (kept.append(model), save(model, *rest)))
+    monkeypatch.setattr(run, "_save", lambda trainer, *rest: (kept.append(trainer.model), save(trainer, *rest)))
     record = train(settings(task="classification", data=str(moods), epochs=1))
     assert record["labels"] == ["bad", "good"]
     assert record.keys() >= {"eval_accuracy", "eval_f1"}

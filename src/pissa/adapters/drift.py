@@ -22,7 +22,7 @@ from peft.tuners.lora.layer import Embedding, LoraVariant, _ConvNd
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pissa.adapters import factors
+from pissa.adapters import factors, sharding
 from pissa.checkpoint.targets import target_of
 from pissa.errors import InputError, WrongBaseError
 from pissa.splits import drift_as_lora
@@ -72,7 +72,7 @@ class Keep(LoraVariant):
         if isinstance(module, (Embedding, _ConvNd)):
             return result + _product(module, x, L0 + dL, dR, scale) + _product(module, x, dL, R0, scale)
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             x, dL, dR, L0, R0 = (t.to(torch.get_autocast_dtype(device)) for t in (x, dL, dR, L0, R0))
         return result + _DriftProduct.apply(x, dL, dR, L0, R0, scale)
 
@@ -254,8 +254,8 @@ def _emit_plain_lora(layer: Any, state: dict[str, Any], prefix: str, metadata: A
     """state_dict hook: what leaves the layer is the rank-2r pair."""
     for adapter, (L0, R0) in starts(layer).items():
         key_left, key_right = factors.keys(layer, adapter, prefix)
-        if key_left in state:
-            dL, dR = state[key_left].flatten(1), state[key_right].flatten(1)
+        if key_left in state and not sharding.is_away(state[key_left]):
+            dL, dR = (sharding.whole(state[key]).flatten(1) for key in (key_left, key_right))
             pair_left, pair_right = torch.cat([L0 + dL, dL], dim=1), torch.cat([dR, R0])
             state[key_left], state[key_right] = factors.as_stored(layer, pair_left, pair_right)
     if hasattr(layer, "original_weight") and f"{prefix}base_layer.weight" in state:
@@ -267,7 +267,7 @@ def _take_plain_lora(layer: Any, state: dict[str, Any], prefix: str, *args: Any)
     """load_state_dict hook: the rank-2r pair of this very start is taken apart again."""
     for adapter, (_, R0) in starts(layer).items():
         key_left, key_right = factors.keys(layer, adapter, prefix)
-        if key_left not in state:
+        if key_left not in state or sharding.is_away(state[key_left]):
             continue
         rank = R0.shape[0]
         pair_left, pair_right = state[key_left].flatten(1), state[key_right].flatten(1)
@@ -277,7 +277,9 @@ def _take_plain_lora(layer: Any, state: dict[str, Any], prefix: str, *args: Any)
                 f"(rank {pair_right.shape[0]}, expected {2 * rank} with the start as its last {rank} rows): it was "
                 "trained from another start. Load it on the plain base model, or go on from the run it belongs to"
             )
-        state[key_left], state[key_right] = factors.as_stored(layer, pair_left[:, rank:], pair_right[:rank])
+        drifts = factors.as_stored(layer, pair_left[:, rank:], pair_right[:rank])
+        for key, value in zip((key_left, key_right), drifts, strict=True):
+            state[key] = sharding.spread(value, layer.get_parameter(key.removeprefix(prefix)))
     key_base = f"{prefix}base_layer.weight"
     if hasattr(layer, "original_weight") and key_base in state:
         if not torch.equal(state[key_base].to(layer.original_weight), layer.original_weight):

@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from pissa.adapters import drift, factors, plain
+from pissa.adapters import drift, factors, plain, sharding
 from pissa.adapters.attach import Attachment, adapter_layers, attachments_of, wrap
 from pissa.adapters.initial import check_base, load_initial
 from pissa.adapters.plain import INIT
@@ -41,21 +41,27 @@ def save(model: PeftModel, run: str | Path, *, adapter_name: str | None = None) 
         InputError: the model carries no such attachment.
         OutputError: the folder holds something else, or cannot be written.
     """
-    run = Path(run)
+    return write(state_of(model, adapter_name=adapter_name), run)
+
+
+def state_of(model: PeftModel, *, adapter_name: str | None = None) -> State:
+    """What `save` writes, whole; where FSDP2 spread the model, all processes call this together.
+
+    Raises:
+        InputError: the model carries no such attachment.
+    """
     name, attachment = _attachment(model, adapter_name)
-    if run.is_file() or (run.is_dir() and any(run.iterdir()) and not _looks_like_run(run)):
-        raise OutputError(f"{run} is not empty and is not a run: choose a new folder")
     layers = adapter_layers(model, attachment.targets)
     starts, trained = {}, {}
     zero_start = get(attachment.recipe.method).zero_start
     for target in attachment.targets:
         layer = layers[target.module]
-        left, right = (factor.detach().clone() for factor in factors.trained(layer, name))
+        left, right = (sharding.whole(factor).detach().clone() for factor in factors.trained(layer, name))
         trained[target.module] = left, right
         starts[target.module] = (left.new_zeros(left.shape), right) if zero_start else drift.starts(layer)[name]
     # Without "False" peft adds the whole weight of an embedding that is a target.
     saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    extras = {key: value for key, value in saved.items() if ".lora_" not in key}
+    extras = {key: sharding.whole(value) for key, value in saved.items() if ".lora_" not in key}
     peft_config: Any = model.peft_config[name]
     heads = peft_config.modules_to_save
     record = dataclasses.replace(
@@ -69,7 +75,14 @@ def save(model: PeftModel, run: str | Path, *, adapter_name: str | None = None) 
             "model_config": _model_config(model.get_base_model()) if extras else None,
         },
     )
-    state = State(record, starts, trained, extras, record.notes["shapes"])
+    return State(record, starts, trained, extras, record.notes["shapes"])
+
+
+def write(state: State, run: str | Path) -> Path:
+    """Write a state's `run/adapter` and `run/state`; see `save`."""
+    run = Path(run)
+    if run.is_file() or (run.is_dir() and any(run.iterdir()) and not _looks_like_run(run)):
+        raise OutputError(f"{run} is not empty and is not a run: choose a new folder")
     run.mkdir(parents=True, exist_ok=True)
     with staged_output(run / "adapter", force=True) as folder:
         write_adapter(folder, state)

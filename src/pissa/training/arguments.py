@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from pissa.config import TrainSettings
 from pissa.errors import ConfigError
+from pissa.training.distributed import processes
 
 _CHECKPOINTING = "activation_checkpointing"  # its name in newer versions of transformers
 if _CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
@@ -38,11 +39,12 @@ def common_arguments(settings: TrainSettings, folder: str, evaluate: bool) -> di
         "num_train_epochs": settings.epochs,
         "per_device_train_batch_size": settings.micro_batch_size,
         "per_device_eval_batch_size": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.batch_size // settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * processes()),
         _CHECKPOINTING: settings.gradient_checkpointing,
         "seed": settings.seed,
         "data_seed": settings.seed,
         "use_cpu": device(settings) == "cpu",
+        "ddp_broadcast_buffers": False,  # start factors are the same everywhere, and as large as what trains
         "bf16": settings.bf16,  # else no autocast: the model's own dtype decides; adapters are float32 in any case
         "fp16": False,
         "eval_strategy": "steps" if evaluate else "no",

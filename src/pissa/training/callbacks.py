@@ -13,6 +13,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from transformers.integrations import TensorBoardCallback
 
 from pissa.errors import DivergedError
+from pissa.training import distributed
 from pissa.training.folder import WHOLE, checkpoints, read_metrics
 
 LOSSES = ("loss", "eval_loss", "old_loss")
@@ -50,6 +51,8 @@ class Metrics(TrainerCallback):
                     f"{key} is {measured[key]} at step {state.global_step}: try a smaller learning_rate, "
                     "dtype: float32, or look for broken rows; go on from the last checkpoint with --resume"
                 )
+        if not state.is_world_process_zero:
+            return
         finite = {key: value if math.isfinite(value) else None for key, value in measured.items()}
         line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **finite}
         with self.path.open("a", encoding="utf-8") as file:
@@ -83,6 +86,9 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called when the trainer has written everything."""
+        distributed.wait()
+        if not state.is_world_process_zero:
+            return
         folder = Path(str(args.output_dir))
         (folder / f"checkpoint-{state.global_step}" / WHOLE).touch()
         if self.keep:

@@ -21,7 +21,7 @@ from pissa.errors import OutputError
 from pissa.surgery.folders import RESIDUAL
 
 RECORD, SETTINGS, METRICS, REPORTS = "run.json", "settings.yaml", "metrics.jsonl", "tensorboard"
-OURS = (SETTINGS, METRICS, "loss.png", "adapter", "state", "model", "checkpoints", REPORTS, RESIDUAL)
+OURS = (SETTINGS, METRICS, "loss.png", "report.html", "adapter", "state", "model", "checkpoints", REPORTS, RESIDUAL)
 CLEARED = "cleared"
 WHOLE = "whole"
 """Name of the empty file that is written last into a checkpoint."""
@@ -95,6 +95,12 @@ def step_of(checkpoint: Path | None) -> int:
 def all_steps(checkpoint: Path) -> int:
     """How many steps the run of a checkpoint has in all."""
     return int(read_json(checkpoint / "trainer_state.json")["max_steps"])
+
+
+def where_to_go_on(out: Path) -> tuple[Path | None, float]:
+    """The newest whole checkpoint, and the seconds trained up to there; what lies past it is removed."""
+    newest = newest_checkpoint(out / "checkpoints")
+    return newest, cut_metrics(out / METRICS, step_of(newest))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -15,9 +15,10 @@ from pissa.errors import CheckpointError
 from pissa.records import Recipe
 from pissa.registry import choose
 from pissa.surgery.decompose import prepare
+from pissa.surgery.decomposition import Decomposition
 from pissa.surgery.folders import RESIDUAL
 from pissa.surgery.packing import is_residual
-from pissa.training import folder
+from pissa.training import distributed, folder
 
 logger = logging.getLogger(__name__)
 DEFAULT_SVD = TrainSettings.model_fields["svd"].default
@@ -57,13 +58,18 @@ def with_quantised_base(settings: TrainSettings, out: Path, before: dict[str, An
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
+    distributed.on_first(lambda: _quantise(job, settings.model, out))
+    return settings.model_copy(update={"model": str(target)})
+
+
+def _quantise(job: Decomposition, model: str, out: Path) -> None:
+    """Make OUT/residual, unless an interrupted run left the very same one."""
     if folder.residual_of(out) != job.key:
-        logger.warning("splitting and quantising %s into %s", settings.model, target)
+        logger.warning("splitting and quantising %s into %s", model, out / RESIDUAL)
         folder.clear(out)  # an earlier run's adapter must never lie beside another residual
         folder.claim(out)
-        job.into(target, force=True)
+        job.into(out / RESIDUAL, force=True)
         folder.claim(out, job.key)
-    return settings.model_copy(update={"model": str(target)})
 
 
 def is_decomposed(model: str) -> bool:

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback
 
-from pissa.adapters import runs
+from pissa.adapters import runs, sharding
 from pissa.adapters.attach import attach, is_residual, recipe_of
 from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import write_json
@@ -24,7 +24,8 @@ from pissa.config import TrainSettings, config_error
 from pissa.errors import DivergedError, require
 from pissa.records import versions
 from pissa.surgery.folders import RESIDUAL
-from pissa.training import classification, folder, language, residual
+from pissa.training import classification, distributed, folder, language, residual
+from pissa.training.arguments import device
 from pissa.training.callbacks import LOSSES, SCORES, Checkpoints, EarlyStop, Metrics, OldLoss, Progress, place_reports
 from pissa.training.checks import check, check_same_data, check_same_settings
 from pissa.training.data import load_rows
@@ -53,10 +54,12 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         ConfigError, DataError, CheckpointError, OutputError, WrongBaseError, InputError: see `pissa.errors`.
     """
     check(settings, resume)
+    settings = distributed.join(settings, device(settings))
     out = Path(settings.output).expanduser()
-    before = folder.previous_run(out, resume=resume, force=settings.force)
+    before = distributed.on_first(lambda: folder.previous_run(out, resume=resume, force=settings.force))
     if before:
         check_same_settings(before, settings, out)
+        distributed.check_same_layout(before, out)
         if before["status"] == "finished":
             logger.warning("%s is finished: nothing to do", out)
             return before
@@ -68,17 +71,20 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     with quiet():
         loaded = residual.with_quantised_base(settings, out, before)
         model = residual.ready(task.load_model(loaded, examples, tokenizer), settings)
-        model, base = _start(model, loaded, before, out / "state")
-        base = {**base, "name": settings.model}
         data = {"sources": rows.sources, **examples.facts()}
         if before:
             check_same_data(before["data"], data, out)
         kept = RESIDUAL if loaded is not settings else ""
-        record = before or _open_run(out, settings, {"data": data, "base": base, "labels": examples.names}, kept)
-        if isinstance(model, PeftModel) and not (out / "state").is_dir():
-            runs.save(model, out)  # the start, so that resuming never decomposes again
-        newest = folder.newest_checkpoint(out / "checkpoints")
-        metrics = Metrics(out / folder.METRICS, folder.cut_metrics(out / folder.METRICS, folder.step_of(newest)))
+        record = before or {}
+        with distributed.first_ahead(out):
+            model, base = _start(model, loaded, before, out / "state")
+            facts = {"data": data, "base": {**base, "name": settings.model}, "labels": examples.names}
+            if distributed.is_first():
+                record = before or _open_run(out, settings, {**facts, "processes": distributed.layout()}, kept)
+                if isinstance(model, PeftModel) and not (out / "state").is_dir():
+                    runs.save(model, out)  # the start, so that nothing is decomposed twice
+        newest, seconds = distributed.on_first(lambda: folder.where_to_go_on(out))
+        metrics = Metrics(out / folder.METRICS, seconds)
         stop = EarlyStop(settings.early_stopping, out / folder.METRICS)
         callbacks = [metrics, Checkpoints(settings.save_total_limit), stop]
         trainer = task.build_trainer(model, tokenizer, examples, settings, str(out / "checkpoints"), callbacks)
@@ -88,10 +94,11 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
             place_reports(trainer, out / folder.REPORTS)
             _run(trainer, newest, stop)
         except DivergedError as error:
-            write_json(out / folder.RECORD, {**record, "status": "diverged", "reason": str(error)})
+            if distributed.is_first():
+                write_json(out / folder.RECORD, {**record, "status": "diverged", "reason": str(error)})
             raise
-        _save(trainer.model, tokenizer, out)
-    return _close_run(out, record, trainer, metrics, stop)
+        _save(trainer, tokenizer, out)
+    return distributed.on_first(lambda: _close_run(out, record, trainer, metrics, stop))
 
 
 def _start(
@@ -115,7 +122,7 @@ def _start(
             )
             return model, before["base"]
         return model, base | {"tensors": fingerprint(tensors)}
-    if before and state.is_dir():
+    if (before or not distributed.is_first()) and state.is_dir():
         model = runs.restart(model, state)
     elif is_residual(model):
         model = _load_decomposed(model, settings)
@@ -178,6 +185,7 @@ def _open_run(out: Path, settings: TrainSettings, facts: dict[str, Any], kept: s
 def _run(trainer: Any, newest: Path | None, stop: EarlyStop) -> None:
     """Train, on from a checkpoint if there is one."""
     trainer.remove_callback(PrinterCallback)
+    distributed.adapt(trainer)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(Progress)
     if newest and (stop.reason() or folder.step_of(newest) >= folder.all_steps(newest)):
@@ -185,17 +193,24 @@ def _run(trainer: Any, newest: Path | None, stop: EarlyStop) -> None:
         trainer._load_from_checkpoint(str(newest))
         trainer.state.global_step, trainer.state.max_steps = folder.step_of(newest), folder.all_steps(newest)
         return
+    distributed.partition(trainer)
     trainer.args.eval_on_start = newest is None and trainer.eval_dataset is not None
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 
-def _save(model: nn.Module, tokenizer: Any, out: Path) -> None:
-    if isinstance(model, PeftModel):
-        runs.save(model, out)
-        tokenizer.save_pretrained(out / "adapter")
+def _save(trainer: Any, tokenizer: Any, out: Path) -> None:
+    """All processes lend what they hold, the first one writes."""
+    if isinstance(trainer.model, PeftModel):
+        with sharding.gathered(trainer.model):
+            state = runs.state_of(trainer.model)
+        if distributed.is_first():
+            runs.write(state, out)
+            tokenizer.save_pretrained(out / "adapter")
     else:
-        model.save_pretrained(out / "model")  # type: ignore[operator]
-        tokenizer.save_pretrained(out / "model")
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if distributed.is_first():
+            trainer.model.save_pretrained(out / "model", state_dict=weights)
+            tokenizer.save_pretrained(out / "model")
 
 
 def _close_run(
@@ -213,7 +228,9 @@ def _close_run(
         "first_loss": next((line["loss"] for line in lines if "loss" in line), None),
         "seconds": round(metrics.seconds, 3),
         "peak_memory_bytes": peak_bytes(),
-        "trainable_parameters": sum(part.numel() for part in trainer.model.parameters() if part.requires_grad),
+        "trainable_parameters": sum(
+            getattr(part, "ds_numel", part.numel()) for part in trainer.model.parameters() if part.requires_grad
+        ),
         **last,
         **scores,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
