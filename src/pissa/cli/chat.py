@@ -37,6 +37,8 @@ def chat(
         raise InputError("--json prints one answer: give --prompt beside it")
     with quiet():
         talk = open_chat(path, base=base, template=template, trust_remote_code=trust_remote_code)
+        if not as_json:
+            show.say(f"template: {talk.template}")
         streamer = None if as_json else TextStreamer(talk.tokenizer, skip_prompt=True, skip_special_tokens=True)
         how: dict[str, Any] = {"most": max_new_tokens, "temperature": temperature, "streamer": streamer}
         if prompt is None:
@@ -50,7 +52,9 @@ def chat(
 def _converse(talk: Chat, how: dict[str, Any]) -> None:
     """Question and answer until Ctrl-C, Ctrl-D or the end of the input."""
     person = sys.stdin.isatty()
-    show.say(f"template {talk.template}; end with Ctrl-D" + ("; \\n is a new line" if talk.template == "raw" else ""))
+    show.say(
+        "end with Ctrl-D" + ("; prompts are used as they are, \\n is a new line" if talk.template == "raw" else "")
+    )
     prompts: list[str] = []
     answers: list[str] = []
     try:

@@ -10,7 +10,7 @@ from pissa.adapters import plain
 from pissa.checkpoint.output import read_json
 from pissa.records import Record
 from pissa.reports.page import render, write_page
-from pissa.reports.report import read_run, set_by_hand
+from pissa.reports.run_record import read_run, set_by_hand
 
 NAME = "README.md"
 PRIVATE = {"model", "data", "eval_data", "old_data", "output", "force", "device", "report_to", "trust_remote_code"}

@@ -76,12 +76,13 @@ def write_page(path: str | Path, html: str) -> Path:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html, encoding="utf-8")
-        partial.replace(path)
+        try:
+            partial.write_text(html, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error}): choose another file") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pissa.checkpoint.output import read_json
-from pissa.config import TrainSettings
-from pissa.errors import CheckpointError, DataError
+from pissa.errors import DataError
 from pissa.reports import panels
 from pissa.reports.changes import Change, changes_of
 from pissa.reports.commands import next_commands
 from pissa.reports.curves import read_metrics, series
 from pissa.reports.page import render, svg, write_page
+from pissa.reports.run_record import base_facts, defaults, read_run, set_by_hand
 
 NAME = "report.html"
 STATES = {
@@ -21,8 +20,6 @@ STATES = {
     "running": "It is not finished: it is still going, or it was stopped. What it changed is measured at its end.",
     "diverged": "It diverged and was stopped.",
 }
-PLACES = ("model", "data", "output", "method", "rank")
-"""Settings that are told even where they are the default."""
 
 
 def write_report(run: str | Path, output: str | Path | None = None) -> Path:
@@ -58,44 +55,11 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
         changes=_biggest(changes),
         zero_start=bool(changes) and not changes[0].left_angles,
         chosen=set_by_hand(record["settings"]),
-        defaults=_defaults(record["settings"]),
-        base=_base(run, record),
+        defaults=defaults(record["settings"]),
+        base=base_facts(run, record),
         commands=next_commands(run, record),
     )
     return write_page(run / NAME if output is None else output, page)
-
-
-def read_run(run: Path) -> dict[str, Any]:
-    """The content of a run's run.json.
-
-    Raises:
-        CheckpointError: no run, one that never began, or a damaged one.
-    """
-    if not (run / "run.json").is_file():
-        raise CheckpointError(f"{run} holds no run.json: give the folder that `pissa train` wrote (its `output`)")
-    record = read_json(run / "run.json")
-    missing = {"status", "settings", "data", "base", "versions"} - record.keys()
-    if missing:
-        raise CheckpointError(
-            f"{run / 'run.json'} lacks {', '.join(sorted(missing))}: the run never came to its first step; train it"
-        )
-    return record
-
-
-def set_by_hand(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that differ from their defaults, and those that say what the run is about."""
-    usual = _defaults(settings)
-    return {key: value for key, value in settings.items() if key not in usual}
-
-
-def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    def is_default(key: str, value: Any) -> bool:
-        field = TrainSettings.model_fields.get(key)
-        if field is None or field.is_required() or key in PLACES:
-            return False
-        return bool(field.get_default(call_default_factory=True, validated_data=settings) == value)
-
-    return {key: value for key, value in settings.items() if is_default(key, value)}
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:
@@ -199,17 +163,3 @@ def _biggest(changes: list[Change]) -> list[Change]:
     """The layers that changed most, relative to their weights where those are known, first."""
     relative = all(change.relative is not None for change in changes)
     return sorted(changes, key=_size if relative else lambda change: change.norm, reverse=True)
-
-
-def _base(run: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the model that the run began from."""
-    known = {key: record["base"].get(key) for key in ("name", "revision", "dtype")}
-    file = run / "state" / "pissa.json"
-    state = read_json(file) if file.is_file() else {}
-    base, recipe = state.get("base") or {}, state.get("recipe") or {}
-    told = {
-        "original": base.get("name") if base.get("name") != known["name"] else None,
-        "fingerprint (SHA-256)": base.get("fingerprint"),
-        "frozen part in few bits": recipe.get("quant"),
-    }
-    return {key: value for key, value in {**known, **told}.items() if value}

@@ -53,7 +53,8 @@ class Chat:
 
         Args:
             prompts: what was asked so far, the newest last.
-            answers: what was answered, one fewer. A template for one question forgets all but the newest prompt.
+            answers: what was answered, one fewer. A template for one question forgets all but the newest prompt, and
+                a model forgets the oldest ones where its positions end.
             most: tokens to write at most.
             temperature: 0 always takes the likeliest token.
             streamer: a streamer of transformers', told of each token.
@@ -61,9 +62,12 @@ class Chat:
         Raises:
             InputError: a prompt that leaves no room for an answer.
         """
+        limit = getattr(self.model.config, "max_position_embeddings", None) or 2**31
         ids = self.encode(prompts, answers)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        room = most if limit is None else min(most, limit - len(ids))
+        while len(prompts) > 1 and len(ids) > limit - min(most, limit // 4):
+            prompts, answers = prompts[1:], answers[1:]  # forget the oldest
+            ids = self.encode(prompts, answers)
+        room = min(most, limit - len(ids))
         if room < 1 or not ids:
             raise InputError(
                 f"the prompt takes {len(ids)} tokens and the model {limit} in all: say "
@@ -72,7 +76,7 @@ class Chat:
         inputs = torch.tensor([ids], device=self.model.device)
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature}
+            sampling = {"do_sample": True, "temperature": float(temperature)}
         written = self.model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
@@ -131,7 +135,7 @@ def open_chat(
     path = Path(path)
     if template not in (None, *TEMPLATES):
         raise InputError(f"--template is {template!r}, expected one of {', '.join(TEMPLATES)}")
-    record = _run_record(path)
+    run, record = path, _run_record(path)
     if record.get("settings", {}).get("method") == "full":
         path = path / "model"
     name, revision, adapter = _model_of(path, base)
@@ -145,7 +149,7 @@ def open_chat(
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     own = next((place for place in (path / "adapter", path) if (place / "tokenizer_config.json").is_file()), None)
     tokenizer = load_tokenizer(settings.model_copy(update={"model": str(own), "revision": None}) if own else settings)
-    chosen = template or _template(record, tokenizer, path)
+    chosen = template or _template(record, tokenizer, run)
     return Chat(runs.load(model, adapter, trainable=False) if adapter else model.eval(), tokenizer, chosen)
 
 
@@ -185,12 +189,12 @@ def _model_of(path: Path, base: str | None) -> tuple[str, str | None, Path | Non
     return str(path / RESIDUAL), None, path  # beside a run that may have been moved
 
 
-def _template(record: dict[str, Any], tokenizer: Any, path: Path) -> str:
+def _template(record: dict[str, Any], tokenizer: Any, run: Path) -> str:
     if not record:
         return "chat" if tokenizer.chat_template else RAW
     template = record["data"].get("template")
     if template not in TEMPLATES:  # written by an earlier version
-        raise InputError(f"{path}/run.json does not say which template the run saw: name it with --template")
+        raise InputError(f"{run}/run.json does not say which template the run saw: name it with --template")
     return str(template)
 
 
