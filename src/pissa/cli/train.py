@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -47,8 +47,16 @@ def train(
     if as_json:
         show.print_json(record)
         return
+    show.say(_course(record))
     show.say(f"{out}: done; curve in {picture}, everything about the run in {page}")
     show.say_next(*(command for _, command in next_commands(out, record)))
+
+
+def _course(record: dict[str, Any]) -> str:
+    """The first and the last loss, and why a run stopped early."""
+    first, last = record.get("first_loss"), record.get("loss")
+    losses = "no loss logged" if first is None or last is None else f"loss {first:.4f} at first, {last:.4f} at last"
+    return "; ".join(part for part in (f"steps: {record['steps']}", losses, record.get("stopped")) if part)
 
 
 def split_words(words: list[str]) -> tuple[Path | None, dict[str, str | bool]]:
