@@ -213,9 +213,7 @@ def _save(trainer: Any, tokenizer: Any, out: Path) -> None:
             tokenizer.save_pretrained(out / "model")
 
 
-def _close_run(
-    out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics, stop: EarlyStop
-) -> dict[str, Any]:
+def _close_run(out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics, stop: EarlyStop) -> dict[str, Any]:
     """Write the results into run.json, which makes the run finished."""
     lines = folder.read_metrics(out / folder.METRICS)
     last = {key: next((line[key] for line in reversed(lines) if key in line), None) for key in LOSSES}
