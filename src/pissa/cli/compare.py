@@ -23,6 +23,7 @@ def compare(
     seeds: Annotated[str, Option(help="How many, counted from 0, or a list such as 3,4,5,.")] = "3",
     jobs: Annotated[int, Option(help="Runs side by side, 1 or more, sharing the cores or the GPUs.")] = 1,
     part: Annotated[str | None, Option(help="i/n: only the i-th of n parts, for machines that share OUT.")] = None,
+    landscape: Annotated[bool, Option("--landscape", help="Also the loss around the start, see landscape.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Train several methods at several learning rates and seeds, and say what the numbers support.
@@ -36,7 +37,7 @@ def compare(
 
     from pissa.checkpoint.output import read_json
     from pissa.comparison import compare as run_comparison
-    from pissa.comparison.compare import PAGE, RESULT
+    from pissa.comparison.compare import PAGE, RESULT, add_landscape
     from pissa.comparison.findings import supported, unsupported
     from pissa.comparison.grid import names, numbers
 
@@ -51,6 +52,9 @@ def compare(
         which=part,
         say=show.counted("runs"),
     )
+    if landscape:
+        with show.points_progress("landscape") as points:
+            add_landscape(out, say=points)
     if as_json:
         show.print_json(read_json(out / RESULT))
         return

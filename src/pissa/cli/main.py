@@ -17,6 +17,7 @@ from pissa.cli import (
     decompose,
     demo,
     inspect,
+    landscape,
     merge,
     methods,
     plan,
@@ -42,6 +43,7 @@ app.command("train", context_settings={"ignore_unknown_options": True})(train.tr
 app.command("convert")(convert.convert)
 app.command("merge")(merge.merge)
 app.command("compare", context_settings={"ignore_unknown_options": True})(compare.compare)
+app.command("landscape")(landscape.landscape)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
 app.command("report")(report.report)

@@ -63,6 +63,21 @@ def bytes_progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
+@contextmanager
+def points_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with time left on stderr, for work that reports (done, in all)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update
+
+
 def counted(noun: str) -> Callable[[object, int, int], None]:
     """A line on stderr for each of many long works: how many are done, and about how long the rest takes."""
     begun, first = time.monotonic(), -1

@@ -131,14 +131,15 @@ class Comparison:
         return control.difference / lead.difference
 
     def curve(self, method: str, rate: float, of: str = "evaluation") -> Curve:
-        """Mean over seeds of `train`, `evaluation` or `old`."""
-        runs = [run for run in self.runs(method, rate) if run.finished]
-        return mean_curve(runs, lambda run: getattr(run, of)) if runs else []
+        """Mean over seeds of `train`, `evaluation` or `old`; empty where a run diverged."""
+        runs = self.runs(method, rate)
+        whole = bool(runs) and all(run.finished for run in runs)
+        return mean_curve(runs, lambda run: getattr(run, of)) if whole else []
 
     def steps_to_reference(self, method: str, rate: float, reference_rate: float) -> int | None:
         """The first evaluated step at which the mean loss is no higher than the reference's at its end; None: never."""
         goal = self.mean(self.reference, reference_rate)
-        if goal is None:
+        if goal is None or not math.isfinite(goal.mean):
             return None
         return next((step for step, loss in self.curve(method, rate) if loss <= goal.mean), None)
 

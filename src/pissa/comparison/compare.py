@@ -2,7 +2,7 @@
 
 OUT/settings.yaml   what all cells share
 OUT/cells/METHOD/lr-RATE/seed-SEED/   ordinary runs
-OUT/compare.json    OUT/compare.html
+OUT/compare.json    OUT/compare.html    OUT/landscape.json, if asked for
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import yaml
 from pissa.checkpoint.output import read_json, write_json
 from pissa.comparison.analysis import Comparison
 from pissa.comparison.grid import CELLS, Cell, cells, check_common, part
+from pissa.comparison.landscape import FILE, landscape
 from pissa.comparison.outcome import outcome, outcomes
 from pissa.comparison.page import write
 from pissa.config import TrainSettings, config_error
 from pissa.errors import ConfigError, DivergedError, InputError, OutputError
+from pissa.registry import CONTROL
 from pissa.training import train
 from pissa.training.checks import check
 from pissa.training.folder import RECORD, SETTINGS
@@ -99,6 +101,24 @@ def report(out: Path) -> Comparison:
     return comparison
 
 
+def add_landscape(out: Path, say: Callable[[int, int], None] = lambda done, total: None, **options: int) -> Comparison:
+    """Compute the loss around the start for the adapters at their best rates (first seed), and write it into the page.
+
+    Args:
+        out: a comparison's folder.
+        say: told how many points of the grid are done.
+        options: grid and rows of `landscape`.
+    """
+    comparison = Comparison(outcomes(out))
+    runs = {
+        method: Cell(method, rate, comparison.seeds[0]).folder(out)
+        for method, rate in comparison.best.items()
+        if method != "full" and not method.endswith(CONTROL)
+    }
+    write_json(out / FILE, landscape(runs, say=say, **options).to_json())
+    return report(out)
+
+
 def _common(settings: TrainSettings) -> TrainSettings:
     if not (settings.eval_data or settings.eval_size):
         raise config_error(["eval_data: got nothing, expected it, or eval_size, to compare by"], "the settings")
@@ -161,7 +181,8 @@ def _train(cell: Cell, common: TrainSettings, out: Path) -> Cell:
         pass  # run.json says so; an outcome like any other
     except ConfigError as error:
         raise ConfigError(f"{cell}: {error}") from error
-    shutil.rmtree(cell.folder(out) / "checkpoints", ignore_errors=True)  # only there to go on from
+    if common.save_total_limit:  # 0 keeps all of them, for the paths of a landscape
+        shutil.rmtree(cell.folder(out) / "checkpoints", ignore_errors=True)
     return cell
 
 

@@ -54,7 +54,8 @@ def unsupported(comparison: Comparison) -> list[str]:
         )
     lost = [str(result.cell) for result in comparison.outcomes if not result.finished]
     if lost:
-        said.append(f"{len(lost)} runs diverged and count as worst: {'; '.join(lost[:6])}{' ...' if lost[6:] else ''}.")
+        count = "1 run diverged and counts" if len(lost) == 1 else f"{len(lost)} runs diverged and count"
+        said.append(f"{count} as worst: {'; '.join(lost[:6])}{' ...' if lost[6:] else ''}.")
     seeds = len(comparison.seeds)
     limits = [test.detectable for test in comparison.at_best.values() if test.detectable is not None]
     if limits:

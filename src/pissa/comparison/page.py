@@ -8,7 +8,9 @@ from typing import Any
 from pissa.comparison import figures
 from pissa.comparison.analysis import Comparison
 from pissa.comparison.findings import supported, unsupported
-from pissa.config import KEYS, TrainSettings
+from pissa.comparison.grid import DIFFER
+from pissa.comparison.landscape import draw, read
+from pissa.config import TrainSettings
 from pissa.reports.page import render, svg, write_page
 
 
@@ -27,6 +29,7 @@ def write(comparison: Comparison, facts: dict[str, Any], path: Path) -> Path:
         for rate in comparison.rates
         if (runs := {method: rate for method in comparison.methods if comparison.runs(method, rate)})
     }
+    found = read(path.parent)
     html = render(
         "compare.html",
         name=Path(settings["model"]).name,
@@ -36,13 +39,14 @@ def write(comparison: Comparison, facts: dict[str, Any], path: Path) -> Path:
         facts=facts,
         supported=supported(comparison),
         unsupported=unsupported(comparison),
-        changed={key: settings[key] for key in KEYS if key in settings and _changed(key, settings[key])},
+        changed=_changed(settings),
         over_rates=svg(figures.over_rates(comparison), "Evaluation loss at the end over the learning rate"),
         at_best=svg(figures.over_steps(comparison, comparison.best), "Loss over steps, each at its best rate"),
         equal=equal,
         forgetting=svg(figures.old_against_new(comparison), "Loss on old data against loss on new data")
         if comparison.has_old
         else None,
+        landscape=found and {"picture": svg(draw(found), "Loss around the start"), "share": found.share},
         cost=_cost(comparison),
     )
     return write_page(path, html)
@@ -64,6 +68,10 @@ def _cost(comparison: Comparison) -> dict[str, dict[str, Any]]:
     return costs
 
 
-def _changed(key: str, value: Any) -> bool:
-    field = TrainSettings.model_fields[key]
-    return key not in ("method", "learning_rate", "seed", "output", "force") and value != field.default
+def _changed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that all cells share and that are no defaults."""
+    needed = {key: settings[key] for key in ("model", "data", "output", "rank", "batch_size")}
+    default = TrainSettings.model_validate(needed).model_dump(mode="json")
+    shown = {key: value for key, value in settings.items() if key not in DIFFER}
+    always = ("model", "data", "rank", "batch_size")
+    return {key: value for key, value in shown.items() if key in always or value != default.get(key)}

@@ -58,9 +58,14 @@ def plot_losses(runs: Mapping[str, Path], output: Path, title: str | None = None
     axes.legend(frameon=False)
     if title:
         axes.set_title(title)
+    return save_png(figure, output)
+
+
+def save_png(figure: Any, output: Path) -> Path:
+    """Write a matplotlib figure whole or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
-    figure.savefig(partial, format="png")
+    figure.savefig(partial, format="png", dpi=150)
     os.replace(partial, output)
     return output
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pissa.errors import InputError, require
-from pissa.reports.curves import COLOURS
+from pissa.reports.curves import COLOURS, save_png
 
 NORMS = {"frobenius": "Frobenius error", "nuclear": "nuclear error", "output": "error of the output"}
 
@@ -51,8 +50,4 @@ def plot_errors(rows: Sequence[dict[str, Any]], output: Path, title: str | None 
         if index == 0:
             axes.legend(frameon=False, ncols=len(forms), loc="lower right", bbox_to_anchor=(1, 1))
             axes.set_title(title or "", loc="left", fontsize=10)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, output)
-    return output
+    return save_png(figure, output)

@@ -1,0 +1,256 @@
+"""The loss around the start, on the plane in which the paths of several runs lie best.
+
+A run is a path of changes ``D_i = B_i A_i`` of all adapted weights together, from the start, where D = 0. The two
+leading directions of all points of all paths come from the Gram matrix ``<D_i, D_j> = sum (B_i^T B_j) * (A_i A_j^T)``,
+so nothing larger than a factor is formed for them. (The picture of the PiSSA authors' repository, for language models.)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa.checkpoint.output import read_json
+from pissa.checkpoint.targets import Target, plain_modules
+from pissa.config import TrainSettings
+from pissa.errors import InputError, require
+from pissa.reports.curves import COLOURS, MARKERS
+from pissa.splits import Lora
+from pissa.surgery.folders import read_changes
+from pissa.training import language
+from pissa.training.data import load_rows
+from pissa.training.folder import RECORD, checkpoints, step_of
+from pissa.training.models import load_tokenizer
+from pissa.training.quiet import quiet
+
+MARGIN = 0.35
+"""Of the paths' extent, around them."""
+FILE = "landscape.json"
+Changes = dict[Target, Lora]
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Losses on a plane, and the paths on it.
+
+    Attributes:
+        paths: name to the points (x, y) of its path, in units of the norm of the change; the first is the start.
+        steps: name to the optimiser step of each point.
+        x: grid positions along the first direction.
+        y: along the second.
+        losses: losses[j][i] at (x[i], y[j]), nats per token.
+        share: of the squared length of all points that the plane holds; 1 if they lie in it.
+        rows: evaluation rows that the losses are means over.
+    """
+
+    paths: dict[str, list[tuple[float, float]]]
+    steps: dict[str, list[int]]
+    x: list[float]
+    y: list[float]
+    losses: list[list[float]]
+    share: float
+    rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is."""
+        return asdict(self)
+
+
+def landscape(
+    runs: Mapping[str, Path],
+    *,
+    grid: int = 21,
+    rows: int = 16,
+    say: Callable[[int, int], None] = lambda done, total: None,
+) -> Landscape:
+    """Compute the loss on the plane of the runs' paths.
+
+    Args:
+        runs: name to a finished language run from a 16-bit base that is kept; all of one base and one data set. Points
+            between start and end are its checkpoints (train with `save_total_limit: 0` to have all).
+        grid: points along each direction, 3 or more.
+        rows: evaluation rows to take the loss over.
+        say: told how many of the grid's points are done.
+
+    Raises:
+        InputError: runs that do not share a plane.
+    """
+    if grid < 3 or rows < 1:
+        raise InputError(f"grid is {grid} and rows is {rows}, expected 3 or more and 1 or more")
+    settings = _shared_settings(runs)
+    points = {name: _points(path) for name, path in runs.items()}
+    everything = [changes for path in points.values() for changes in path.values()]
+    coordinates, weights, share = _plane(everything)
+    directions = [_direction(everything, weights[:, k]) for k in range(2)]
+    paths, steps, taken = {}, {}, 0
+    for name, path in points.items():
+        found = coordinates[taken : taken + len(path)].tolist()
+        paths[name] = [(0.0, 0.0), *((a, b) for a, b in found)]
+        steps[name] = [0, *path]
+        taken += len(path)
+    x, y = (_axis([point[k] for path in paths.values() for point in path], grid) for k in range(2))
+    with quiet():
+        losses, used = _losses(settings, directions, x, y, rows, say)
+    return Landscape(paths, steps, x, y, losses, share, used)
+
+
+def read(folder: Path) -> Landscape | None:
+    """What an earlier call left in a comparison's folder."""
+    if not (folder / FILE).is_file():
+        return None
+    stored = read_json(folder / FILE)
+    return Landscape(**stored | {"paths": {name: [tuple(p) for p in path] for name, path in stored["paths"].items()}})
+
+
+def draw(found: Landscape) -> Any:
+    """Contours of the loss with the paths over them; returns a matplotlib figure."""
+    module, ticker = require("matplotlib.figure", "train"), require("matplotlib.ticker", "train")
+    figure = module.Figure(figsize=(7.2, 5.4), layout="constrained")
+    axes = figure.add_subplot()
+    losses = torch.tensor(found.losses)
+    # Far out the loss explodes; levels are spent where the paths are.
+    top = min(float(losses.max()), 2.5 * float(losses.flatten().median()) - 1.5 * float(losses.min()))
+    levels = torch.linspace(float(losses.min()), top, 16).tolist()
+    filled = axes.contourf(found.x, found.y, found.losses, levels=levels, cmap="cividis", extend="max", alpha=0.9)
+    axes.contour(found.x, found.y, found.losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+    bar = figure.colorbar(filled, ax=axes, label=f"loss on {found.rows} evaluation rows (nats per token)")
+    bar.locator = ticker.MaxNLocator(6)
+    bar.update_ticks()
+    for (name, path), colour, marker in zip(found.paths.items(), COLOURS[1::2] + COLOURS[::2], MARKERS, strict=False):
+        axes.plot(
+            *zip(*path, strict=True), color=colour, marker=marker, markersize=5, markeredgecolor="white", label=name
+        )
+    axes.plot(0, 0, marker="*", markersize=15, color="white", markeredgecolor="black", linestyle="none", label="start")
+    axes.set_xlabel("first direction (norm of the change)")
+    axes.set_ylabel("second direction")
+    axes.legend(loc="upper right", framealpha=0.85, fontsize="small")
+    return figure
+
+
+def _shared_settings(runs: Mapping[str, Path]) -> TrainSettings:
+    records = {name: read_json(path / RECORD) for name, path in runs.items()}
+    if not records:
+        raise InputError("got no run, expected two or more")
+    for name, record in records.items():
+        settings = record["settings"]
+        if record["status"] != "finished" or settings["task"] != "language" or settings["method"] == "full":
+            raise InputError(
+                f"{name} is a {record['status']} run of {settings['method']} for {settings['task']}, expected a "
+                "finished one of an adapter for language"
+            )
+    first, *others = records
+    for name in others:
+        for key in ("name", "revision"):
+            if records[name]["base"][key] != records[first]["base"][key]:
+                raise InputError(f"{first} and {name} have different bases: their paths share no plane")
+        if [s["sha256"] for s in records[name]["data"]["sources"]] != [
+            s["sha256"] for s in records[first]["data"]["sources"]
+        ]:
+            raise InputError(f"{first} and {name} were trained on different data")
+    return TrainSettings.model_validate(records[first]["settings"])
+
+
+def _points(run: Path) -> dict[int, Changes]:
+    """The change of all weights at each checkpoint and at the end, by step."""
+    found: dict[int, Changes] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of checkpoints, which carry no record: the run above them does
+        for checkpoint in checkpoints(run / "checkpoints"):
+            found[step_of(checkpoint)] = read_changes(checkpoint).changes
+    final = read_changes(run)
+    if final.record is None or final.record.recipe is None or final.record.recipe.needs_residual or final.extras:
+        raise InputError(
+            f"{run} trained on a quantised residual or with whole modules: its path is not one of adapters"
+        )
+    found[int(read_json(run / RECORD)["steps"])] = final.changes
+    return found
+
+
+def _inner(one: Changes, other: Changes) -> float:
+    """``<D, D'>`` over all weights; a weight that only one of them changes adds nothing."""
+    total = 0.0
+    for target in one.keys() & other.keys():
+        a, b = one[target], other[target]
+        total += float(((a.B.double().T @ b.B.double()) * (a.A.double() @ b.A.double().T)).sum())
+    return total
+
+
+def _plane(points: list[Changes]) -> tuple[Tensor, Tensor, float]:
+    """The plane of the two leading directions.
+
+    Returns:
+        Coordinates [n, 2] of the points, the directions as sums of points [n, 2], the share of squared lengths held.
+    """
+    gram = torch.tensor([[_inner(a, b) for b in points] for a in points], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    if len(points) < 2 or values[1] <= 1e-12 * values[0]:
+        raise InputError("the paths lie on one line: take two runs, or runs with checkpoints between start and end")
+    root = values[:2].sqrt()
+    return vectors[:, :2] * root, vectors[:, :2] / root, float(values[:2].sum() / values.sum())
+
+
+def _direction(points: list[Changes], weights: Tensor) -> dict[Target, Tensor]:
+    """``sum_i w_i D_i`` [out, in] in float32, by target."""
+    total: dict[Target, Tensor] = {}
+    for changes, weight in zip(points, weights.tolist(), strict=True):
+        for target, change in changes.items():
+            delta = weight * change.delta().float()
+            total[target] = total[target].add_(delta) if target in total else delta
+    return total
+
+
+def _axis(values: list[float], grid: int) -> list[float]:
+    """Equal steps over the values and a margin on both sides."""
+    low, high = min(values), max(values)
+    margin = MARGIN * (high - low)
+    return torch.linspace(low - margin, high + margin, grid, dtype=torch.float64).tolist()
+
+
+@torch.no_grad()
+def _losses(
+    settings: TrainSettings,
+    directions: list[dict[Target, Tensor]],
+    x: list[float],
+    y: list[float],
+    rows: int,
+    say: Callable[[int, int], None],
+) -> tuple[list[list[float]], int]:
+    tokenizer = load_tokenizer(settings)
+    examples = language.encode(load_rows(settings), tokenizer, settings)
+    held = (examples.evaluation or examples.train)[:rows]
+    model = language.load_model(settings.model_copy(update={"dtype": "float32"}), examples, tokenizer).eval()
+    modules: dict[str, Any] = plain_modules(model)  # type: ignore[assignment]
+    base = {target: modules[target.module].weight.detach().clone() for target in directions[0].keys() | directions[1]}
+    losses = []
+    for row, second in enumerate(y):
+        line = []
+        for first in x:
+            for target, weight in base.items():
+                moved = sum(
+                    scale * direction[target]
+                    for scale, direction in zip((first, second), directions, strict=True)
+                    if target in direction
+                )
+                modules[target.module].weight.copy_(weight + target.from_matrix(moved))  # type: ignore[arg-type]
+            line.append(_loss(model, held))
+        losses.append(line)
+        say(len(x) * (row + 1), len(x) * len(y))
+    return losses, len(held)
+
+
+def _loss(model: Any, rows: list[dict[str, Any]]) -> float:
+    """Mean over all tokens that carry loss; a row at a time, so padding plays no part."""
+    total, count = 0.0, 0
+    for row in rows:
+        ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
+        tokens = int((labels[:, 1:] != language.MASKED).sum())
+        total += float(model(input_ids=ids, labels=labels).loss) * tokens
+        count += tokens
+    return total / count

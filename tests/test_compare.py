@@ -1,0 +1,265 @@
+"""A comparison is fair, goes on, and says no more than its numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from markupsafe import escape
+from scipy import stats
+
+from pissa.comparison import compare, report
+from pissa.comparison.analysis import Comparison
+from pissa.comparison.findings import supported, unsupported
+from pissa.comparison.grid import Cell, cells, part
+from pissa.comparison.outcome import Outcome, outcomes
+from pissa.comparison.statistics import holm, mean, paired
+from pissa.errors import ConfigError, InputError, OutputError, PissaError
+from pissa.training.folder import read_metrics
+
+METHODS, RATES, SEEDS = ["full", "lora", "pissa", "pissa-control"], [1e-3, 1e-2], [0, 1]
+
+
+def made(method: str, rate: float, seed: int, end: float, old: float = 2.0, start: float = 5.0) -> Outcome:
+    """An outcome with a straight curve from `start` to `end` in four steps, old loss rising from 1 to `old`."""
+    cell = Cell(method, rate, seed)
+    if math.isinf(end):
+        return Outcome(cell, finished=False)
+    curve = [(step, start + (end - start) * step / 4) for step in range(5)]
+    forgotten = [(step, 1 + (old - 1) * step / 4) for step in range(5)]
+    return Outcome(cell, True, 10, 1.0, 1000, curve, curve, forgotten)
+
+
+def grid(ends: dict[tuple[str, float], list[float]], **more: float) -> Comparison:
+    return Comparison(
+        [
+            made(method, rate, seed, end, **more)
+            for (method, rate), found in ends.items()
+            for seed, end in enumerate(found)
+        ]
+    )
+
+
+def test_means_and_paired_tests_are_those_of_scipy():
+    first, second = [3.0, 3.2, 3.1, 2.7], [3.3, 3.3, 3.5, 2.8]
+    assert mean(first).mean == pytest.approx(3.0)
+    assert mean(first).error == pytest.approx(stats.sem(first))
+    test = paired(first, second)
+    assert test.p == pytest.approx(stats.ttest_rel(first, second).pvalue)
+    assert test.difference == pytest.approx(-0.225)
+    # The shared part of a seed cancels out: an unpaired test does not see this difference.
+    assert test.p < 0.06 < stats.ttest_ind(first, second).pvalue
+    assert paired([1.0], [2.0]).p is None
+    assert paired([1.0, 2.0], [1.0, 2.0]).p == 1.0
+
+
+def test_holm_multiplies_the_smallest_p_by_the_number_of_tests():
+    tests = {
+        name: paired([0.0, size, 2 * size + 0.1], [1.0, 1.1, 1.3])
+        for name, size in zip("abc", (0.1, 0.4, 0.5), strict=True)
+    }
+    p = sorted(test.p for test in tests.values())
+    adjusted = sorted(test.adjusted for test in holm(tests).values())
+    assert adjusted[0] == pytest.approx(min(1, 3 * p[0]))
+    assert adjusted[1] == pytest.approx(max(adjusted[0], min(1, 2 * p[1])))
+    assert adjusted[2] == pytest.approx(max(adjusted[1], p[2]))
+
+
+def test_the_best_rate_is_of_the_mean_and_a_diverged_seed_rules_a_rate_out():
+    found = grid(
+        {
+            ("lora", 1e-3): [3.0, 3.1],
+            ("lora", 1e-2): [1.0, math.inf],
+            ("pissa", 1e-3): [2.5, 2.6],
+            ("pissa", 1e-2): [2.8, 2.2],
+        }
+    )
+    assert found.best == {"lora": 1e-3, "pissa": 1e-2}
+    assert ("pissa", 1e-2) not in found.at_equal
+    assert "1 run diverged" in " ".join(unsupported(found))
+
+
+def test_a_rate_with_a_seed_missing_is_no_mean():
+    found = grid({("lora", 1e-3): [3.0, 3.1], ("lora", 1e-2): [1.0]})
+    assert found.best == {"lora": 1e-3}
+    assert found.mean("lora", 1e-2) is None
+
+
+def test_a_small_difference_is_no_difference_seen_and_a_steady_one_is():
+    noise = {("lora", 1e-3): [3.0, 3.2, 3.1], ("milora", 1e-3): [3.1, 3.1, 3.12], ("pissa", 1e-3): [2.5, 2.7, 2.61]}
+    said = " ".join(supported(grid(noise)))
+    assert "milora at its own best rate (0.001) and lora: no difference seen" in said
+    assert "pissa at its own best rate (0.001) ends 0.4967" in said
+    assert "lower than lora" in said
+
+
+def test_where_pissa_loses_it_is_said():
+    said = " ".join(supported(grid({("lora", 1e-3): [3.0, 3.2, 3.1], ("pissa", 1e-3): [3.5, 3.7, 3.61]})))
+    assert "higher than lora" in said
+    assert "pissa ends higher at 0.001" in said
+
+
+def test_what_a_control_has_of_the_lead_is_a_share_of_it():
+    found = grid(
+        {("lora", 1e-3): [4.0, 4.2, 4.1], ("pissa", 1e-3): [3.0, 3.2, 3.11], ("pissa-control", 1e-3): [3.5, 3.7, 3.61]}
+    )
+    assert found.explained("pissa", 1e-3) == pytest.approx(0.5, abs=0.01)
+    assert "its random control has 50 % at 0.001" in " ".join(supported(found))
+    level = grid(
+        {("lora", 1e-3): [4.0, 4.2, 4.1], ("pissa", 1e-3): [4.1, 4.1, 4.1], ("pissa-control", 1e-3): [3.5, 3.7, 3.61]}
+    )
+    assert level.explained("pissa", 1e-3) is None  # no lead, no share
+
+
+def test_steps_to_loras_end_and_what_was_forgotten_by_then():
+    found = grid({("lora", 1e-3): [3.0, 3.0], ("pissa", 1e-3): [1.0, 1.0], ("milora", 1e-3): [4.0, 4.0]}, old=3.0)
+    assert found.steps_to_reference("pissa", 1e-3, 1e-3) == 2  # 5, 4, 3, 2, 1
+    assert found.old_at_reference("pissa", 1e-3, 1e-3) == pytest.approx(2.0)
+    assert found.steps_to_reference("milora", 1e-3, 1e-3) is None
+    said = " ".join(supported(found))
+    assert "pissa 2.000, lora 3.000; milora never got there" in said
+
+
+def test_a_best_rate_at_the_edge_and_unequal_grids_are_named():
+    said = " ".join(
+        unsupported(grid({("lora", 1e-3): [3.0, 3.0], ("lora", 1e-2): [2.0, 2.0], ("pissa", 1e-3): [1.0, 1.0]}))
+    )
+    assert "edge of the grid for lora (0.01), pissa (0.001)" in said
+    assert "different grids" in said
+
+
+def test_parts_share_out_all_cells_once():
+    whole = cells(METHODS, RATES, SEEDS)
+    shared = [cell for index in range(1, 4) for cell in part(whole, f"{index}/3")]
+    assert sorted(shared) == sorted(whole)
+    assert [cell.seed for cell in whole] == sorted(cell.seed for cell in whole)
+    for wrong in ("0/3", "4/3", "1", "a/b"):
+        with pytest.raises(InputError, match="expected i/n"):
+            part(whole, wrong)
+
+
+@pytest.fixture
+def common(settings, words) -> Any:
+    def make(output: str = "compare", **more: Any) -> Any:
+        return settings(output, eval_size=0, eval_data=str(words), old_data=str(words), eval_limit=6, eval_steps=2,
+                        max_steps=4, save_steps=0, **more)  # fmt: skip
+
+    return make
+
+
+def test_all_cells_start_from_the_base_and_see_the_same_rows(common, tmp_path):
+    found = compare(common(), METHODS, RATES, SEEDS)
+    out = tmp_path / "compare"
+    assert len(found.outcomes) == 16
+    assert {result.evaluation[0][1] for result in found.outcomes} == {found.outcomes[0].evaluation[0][1]}
+    for seed in SEEDS:
+        assert len({result.tokens for result in found.outcomes if result.cell.seed == seed}) == 1
+        first = [result.train[0][1] for result in found.outcomes if result.cell.seed == seed]
+        assert max(first) == pytest.approx(min(first), rel=1e-6)  # the first batch, before any step
+    assert all(len(result.old) == 3 for result in found.outcomes)
+    numbers = json.loads((out / "compare.json").read_text())
+    assert numbers["best_of_grid"].keys() == set(METHODS)
+    ends = [
+        cell["eval_loss"] for cell in numbers["cells"] if cell["method"] == "pissa" and cell["learning_rate"] == 1e-2
+    ]
+    row = next(row for row in numbers["equal_settings"] if row["method"] == "pissa" and row["learning_rate"] == 1e-2)
+    assert row["loss"]["mean"] == pytest.approx(sum(ends) / 2)
+    page = (out / "compare.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    assert all(str(escape(line)) in page for line in supported(found))
+    assert not list(out.glob("cells/*/*/*/checkpoints"))
+
+    # More seeds: nothing is trained again. Other settings: refused.
+    stamps = {run: run.stat().st_mtime_ns for run in out.glob("cells/*/*/*/run.json")}
+    said: list[tuple[int, int]] = []
+    more = compare(
+        common(), ["lora", "pissa"], RATES, [0, 1, 2], say=lambda cell, done, total: said.append((done, total))
+    )
+    assert said == [(index, 12) for index in range(9, 13)]
+    assert all(run.stat().st_mtime_ns == stamp for run, stamp in stamps.items())
+    assert more.best.keys() == {"lora", "pissa"}  # the others lack a seed now
+    with pytest.raises(ConfigError, match="rank: got 2, expected 4 as in the cells that are there"):
+        compare(common(rank=2), ["lora"], RATES, SEEDS)
+
+    # A cell on other rows does not pass for one of these.
+    record = out / "cells/lora/lr-0.01/seed-0/run.json"
+    record.write_text(record.read_text().replace('"tokens_sha256": "', '"tokens_sha256": "0'))
+    with pytest.raises(InputError, match="the data of two cells differ"):
+        report(out)
+
+
+def test_jobs_side_by_side_give_the_cells_of_one_after_the_other(common, tmp_path):
+    torch.set_num_threads(1)
+    compare(common("one"), ["lora", "pissa"], [1e-2], [0])
+    compare(common("two"), ["lora", "pissa"], [1e-2], [0], jobs=2)
+    one, two = outcomes(tmp_path / "one"), outcomes(tmp_path / "two")
+    assert [result.evaluation for result in one] == [result.evaluation for result in two]
+
+
+def test_a_killed_comparison_goes_on(common, tmp_path):
+    settings = common("killed")
+    file = tmp_path / "killed.yaml"
+    file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    program = "import sys; from pissa.cli.main import main; main()"
+    words = ["compare", str(file), "--methods", "lora,pissa", "--lr", "1e-2", "--seeds", "1", "--json"]
+    process = subprocess.Popen([sys.executable, "-c", program, *words], stdout=subprocess.DEVNULL)
+    first = tmp_path / "killed/cells/lora/lr-0.01/seed-0/run.json"
+    deadline = time.monotonic() + 120
+    while not (first.exists() and '"finished"' in first.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stamp = first.stat().st_mtime_ns
+    done = compare(settings, ["lora", "pissa"], [1e-2], [0])
+    assert first.stat().st_mtime_ns == stamp
+    whole = compare(common("whole"), ["lora", "pissa"], [1e-2], [0])
+    assert [result.evaluation for result in done.outcomes] == [result.evaluation for result in whole.outcomes]
+
+
+def test_a_run_that_diverges_is_an_outcome(common, tmp_path):
+    found = compare(common(max_grad_norm=0), ["full", "lora"], [1e-2, 1e8], [0])
+    lost = [result for result in found.outcomes if not result.finished]
+    assert {result.cell.learning_rate for result in lost} <= {1e8}
+    assert lost
+    assert found.best["full"] == 1e-2
+    again = compare(common(max_grad_norm=0), ["full", "lora"], [1e-2, 1e8], [0])
+    assert [result.cell for result in again.outcomes] == [result.cell for result in found.outcomes]
+    line = read_metrics(lost[0].cell.folder(tmp_path / "compare") / "metrics.jsonl")
+    assert line  # what was logged until then is kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "methods", "message"),
+    [
+        ({"eval_data": None, "eval_steps": 0, "old_data": None}, ["lora"], "eval_data: got nothing"),
+        ({"force": True}, ["lora"], "force: got true"),
+        ({"early_stopping": 2}, ["lora"], "same budget"),
+        ({}, ["lora", "pisa"], "unknown method 'pisa'"),
+        ({}, ["lora", "lora"], "each once"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(common, tmp_path, changes, methods, message):
+    with pytest.raises(PissaError, match=message):
+        compare(common().model_copy(update=changes), methods, RATES, SEEDS)
+    assert not (tmp_path / "compare").exists()
+
+
+def test_a_folder_that_is_none_of_ours_is_left_alone(common, tmp_path):
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare/thesis.txt").touch()
+    with pytest.raises(OutputError, match="holds no comparison"):
+        compare(common(), ["lora"], RATES, SEEDS)
+    shutil.rmtree(tmp_path / "compare")
+    (tmp_path / "compare").mkdir()
+    with pytest.raises(OutputError, match="no finished run"):
+        report(tmp_path / "compare")
