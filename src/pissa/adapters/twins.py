@@ -25,7 +25,7 @@ def offer(model: PeftModel) -> None:
 
 def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: Any, **options: Any) -> None:
     """peft's `add_adapter`, which also knows a config that is the very one of an attached adapter."""
-    source = next((name for name, config in model.peft_config.items() if config is peft_config), None)
+    source = next((name for name, config in model.peft_config.items() if config is peft_config), "")
     layers: list[Any] = [layer for layer in model.modules() if source in drift.starts(layer)]
     add = type(model).add_adapter
     if not layers:

@@ -43,8 +43,8 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
         logger.warning(
             "rows left out because no response fits within the first %d tokens: %d", limit, notes["rows_dropped"]
         )
-    notes = {"max_length": limit, "template": chosen(settings.template, shape_of(rows.train[0])), **notes}
-    return Examples(train, evaluation, notes, old=old)
+    facts = {"max_length": limit, "template": chosen(settings.template, shape_of(rows.train[0])), **notes}
+    return Examples(train, evaluation, facts, old=old)
 
 
 def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> Any:
