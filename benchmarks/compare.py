@@ -24,7 +24,7 @@ METHODS = ("full", "lora", "pissa", "milora", "pissa-control")
 COMMON = {"rank": 8, "dtype": "float32", "device": "cpu", "warmup_ratio": 0.1, "save_steps": 0}
 LANGUAGE = COMMON | {"batch_size": 4, "max_steps": 40, "eval_steps": 8, "eval_limit": 24, "template": "none"}
 CLASSIFICATION = COMMON | {
-    "task": "classification", "batch_size": 8, "max_steps": 60, "eval_steps": 12, "eval_limit": 200, "max_length": 64,
+    "task": "classification", "batch_size": 8, "max_steps": 40, "eval_steps": 20, "eval_limit": 128, "max_length": 64,
 }  # fmt: skip
 
 

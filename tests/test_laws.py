@@ -10,7 +10,7 @@ import pissa
 from pissa.adapters.storing import store
 from pissa.errors import InputError
 from pissa.linalg import relative_error
-from pissa.randomness import random_control, tensor_seed
+from pissa.randomness import tensor_seed
 from pissa.registry import methods
 from pissa.splits import Lora, Split
 

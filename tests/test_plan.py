@@ -17,11 +17,11 @@ import pissa
 from conftest import PACKABLE
 from pissa.config import load_settings
 from pissa.errors import CheckpointError, ConfigError, InputError
+from pissa.planning import Plan, plan, step
+from pissa.planning.model import build
+from pissa.planning.source import open_source
+from pissa.planning.step import _Counter, step_bytes
 from pissa.training import train
-from pissa.training.plan import Plan, plan, step
-from pissa.training.plan.model import build
-from pissa.training.plan.source import open_source
-from pissa.training.plan.step import _Counter, step_bytes
 from test_cli import run
 from training_runs import save_tokenizer
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pissa.errors import DataError, InputError
+from pissa.planning.preview import preview, printable
 from pissa.training import language
 from pissa.training.data import load_rows
 from pissa.training.models import load_tokenizer
-from pissa.training.preview import preview, printable
 from test_cli import run
 
 ODD = [

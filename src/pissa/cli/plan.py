@@ -10,7 +10,7 @@ from pissa.cli import options, show
 from pissa.cli.train import split_words
 
 if TYPE_CHECKING:
-    from pissa.training.plan import Cost, Plan
+    from pissa.planning import Cost, Plan
 
 
 def plan(
@@ -35,8 +35,8 @@ def plan(
     config, flags = split_words(words or [])
     settings = load_settings(config, flags)
 
+    from pissa.planning import plan as make
     from pissa.training import quiet
-    from pissa.training.plan import plan as make
 
     with quiet():
         found = make(settings, memory=memory, measured=measure)
@@ -51,6 +51,8 @@ def plan(
 
 
 def _print_costs(costs: list[Cost]) -> None:
+    from pissa.reports.page import size
+
     columns = ["", *(cost.method for cost in costs)]
     device = ("weights", "adapters", "starts", "optimizer", "gradients", "activations", "total")
     rows = [["trainable", *(f"{cost.trainable:,}" if cost.device else "-" for cost in costs)]]
@@ -68,6 +70,8 @@ def _print_costs(costs: list[Cost]) -> None:
 
 def _sentences(plan: Plan) -> list[str]:
     """What the figures come to."""
+    from pissa.reports.page import duration, size
+
     machine, counts, asked = plan.machine, plan.counts, plan.asked
     share = asked.trainable / max(asked.parameters, 1)
     verdicts = [
@@ -98,20 +102,3 @@ def _sentences(plan: Plan) -> list[str]:
         f"time    {taken.step_seconds:.3g} s a step{rate}{total}",
         f"peak    {size(taken.peak_bytes)} measured, {size(asked.needs)} planned",
     ]
-
-
-def duration(seconds: float) -> str:
-    """Time in words, to two units."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.3g} s"
-
-
-def size(count: float) -> str:
-    """Bytes in words, by thousands."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while count >= 999.5 and len(units) > 1:
-        count, units = count / 1000, units[1:]
-    return f"{count:.3g} {units[0]}"

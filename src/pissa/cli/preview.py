@@ -12,7 +12,7 @@ from pissa.cli import options, show
 from pissa.cli.train import split_words
 
 if TYPE_CHECKING:
-    from pissa.training.preview import Shown, Survey
+    from pissa.planning.preview import Shown, Survey
 
 
 def preview(
@@ -32,8 +32,8 @@ def preview(
     config, flags = split_words(words or [])
     settings = load_settings(config, flags)
 
+    from pissa.planning.preview import preview as look
     from pissa.training import quiet
-    from pissa.training.preview import preview as look
 
     with quiet():
         survey = look(settings, rows)
@@ -50,7 +50,7 @@ def _print_row(number: int, row: Shown) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from pissa.training.preview import printable
+    from pissa.planning.preview import printable
 
     console = Console(highlight=False, soft_wrap=True)
     if hasattr(sys.stdout, "reconfigure"):
@@ -70,7 +70,7 @@ def _print_row(number: int, row: Shown) -> None:
 
 
 def _print_counts(survey: Survey) -> None:
-    from pissa.training.preview import printable
+    from pissa.planning.preview import printable
 
     facts: dict[str, object] = {
         "rows": f"{survey.rows:,} to train on, {survey.evaluation:,} to evaluate on",

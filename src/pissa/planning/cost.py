@@ -19,11 +19,11 @@ from torch import Tensor
 
 from pissa.checkpoint.layout import plan_bytes
 from pissa.config import TrainSettings
+from pissa.planning.model import Planned
+from pissa.planning.step import step_bytes
 from pissa.quant import quantiser
 from pissa.registry import get
 from pissa.surgery.pipeline import MOST_WORKERS, WAITING
-from pissa.training.plan.model import Planned
-from pissa.training.plan.step import step_bytes
 
 FLOAT = 4
 """Bytes of a factor: adapters train, and are saved, in float32."""

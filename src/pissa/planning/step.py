@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface
 
-from pissa.training.plan.model import NO_DEVICE, Planned
+from pissa.planning.model import NO_DEVICE, Planned
 
 ATTENTION = "pissa_plan"
 TILE_ROWS, TILE_COLUMNS = 4096, 32768
@@ -27,6 +27,8 @@ TILE_ROWS, TILE_COLUMNS = 4096, 32768
 WIDE_TILES = {"cpu": 6, "cuda": 0}
 """Float32 copies of such a tile beside it: torch's own operations on a CPU, one kernel on a GPU."""
 _SCALAR = torch.ops.aten._local_scalar_dense.default
+
+logger = logging.getLogger(__name__)
 
 
 def step_bytes(planned: Planned, rows: int, length: int, *, checkpointing: bool, accumulates: bool, kind: str) -> int:
@@ -53,8 +55,19 @@ def step_bytes(planned: Planned, rows: int, length: int, *, checkpointing: bool,
             parameter.grad = torch.empty_like(parameter) if accumulates else None
         ids = torch.zeros(rows, length, dtype=torch.long, device=NO_DEVICE)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        _loss(base, inputs, kind).backward()  # type: ignore[no-untyped-call]
+        try:
+            _loss(base, inputs, kind).backward()  # type: ignore[no-untyped-call]
+        except NotImplementedError:  # the model looks at values, which there are none of
+            logger.warning("%s cannot be tried without weights: activations by a rule of thumb", type(base).__name__)
+            trained = sum(parameter.numel() * parameter.itemsize for parameter in planned.trained)
+            return trained + _rule_of_thumb(base.config, rows, length, base.dtype.itemsize)
     return counter.peak
+
+
+def _rule_of_thumb(config: Any, rows: int, length: int, itemsize: int) -> int:
+    """What a layer keeps for the backward pass, attention's matrices with it (arXiv 2205.05198, equation 1)."""
+    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    return int(itemsize * layers * rows * length * (17 * hidden + 2.5 * heads * length))
 
 
 def _loss(base: Any, inputs: dict[str, Tensor], kind: str) -> Tensor:

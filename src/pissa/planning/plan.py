@@ -11,13 +11,13 @@ import torch
 from pissa.checkpoint.writer import parse_bytes
 from pissa.config import TrainSettings
 from pissa.errors import InputError, PissaError
+from pissa.planning.cost import Device, Disk, Host, device_cost, disk_cost, host_cost
+from pissa.planning.counts import Counts, count, limit
+from pissa.planning.machine import Machine, look
+from pissa.planning.measure import Measured, measure
+from pissa.planning.model import build
+from pissa.planning.source import Source, open_source
 from pissa.training.checks import check
-from pissa.training.plan.cost import Device, Disk, Host, device_cost, disk_cost, host_cost
-from pissa.training.plan.counts import Counts, count, limit
-from pissa.training.plan.machine import Machine, look
-from pissa.training.plan.measure import Measured, measure
-from pissa.training.plan.model import build
-from pissa.training.plan.source import Source, open_source
 
 COMPARED = ("full", "lora", "qlora")
 """Methods beside the one that is asked for."""
@@ -156,6 +156,3 @@ def _cost(settings: TrainSettings, source: Source, counts: Counts, machine: Mach
         needs,
         machine.verdict(needs),
     )
-
-
-__all__ = ["Cost", "Plan", "plan"]

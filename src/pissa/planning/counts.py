@@ -11,9 +11,9 @@ from typing import Any
 import transformers
 
 from pissa.config import TrainSettings
+from pissa.planning.preview import survey
+from pissa.planning.source import Source
 from pissa.training.data import Rows, load_rows
-from pissa.training.plan.source import Source
-from pissa.training.preview import survey
 
 SAMPLE = 1000
 """Rows that are tokenised to know how long rows are."""
