@@ -286,6 +286,25 @@ def test_a_broken_off_classification_resumes_to_the_same_bits(
     assert any("score" in name for name in weights_of(tmp_path / "broken"))
 
 
+def test_minilm_learns_scores_on_stsb(settings: Callable[..., Any], minilm: Path, shared: Path, tmp_path: Path) -> None:
+    change = {
+        "model": str(minilm), "task": "regression", "data": str(shared / "data/glue/STS-B/train.tsv"), "max_steps": 4,
+        "fields": {"label": "score"}, "data_limit": 40, "eval_size": 16, "eval_steps": 0, "learning_rate": 3e-3,
+    }  # fmt: skip
+    record = train(settings(**change))
+    lines = read_metrics(tmp_path / "out/metrics.jsonl")
+    assert record["eval_loss"] < lines[0]["eval_loss"]  # the head begins near 0, the scores go to 5
+    assert -1 <= record["eval_pearson"] <= 1
+    assert {"eval_pearson", "eval_spearman"} <= record.keys()
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=1)
+    tuned = peft.PeftModel.from_pretrained(plain, tmp_path / "out/adapter")
+    assert tuned(torch.arange(5, 15)[None]).logits.shape == (1, 1)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a", "label": "3.5"}\n{"text": "b", "label": "high"}\n')
+    with pytest.raises(DataError, match=r"line 2: .*expected a number in label, got 'high'"):
+        train(settings("other", **{**change, "data": str(broken), "fields": {}, "data_limit": 0, "eval_size": 0}))
+
+
 def test_minilm_learns_on_mrpc(settings: Callable[..., Any], minilm: Path, shared: Path, tmp_path: Path) -> None:
     record = train(
         settings(

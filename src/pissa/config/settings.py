@@ -64,7 +64,9 @@ class TrainSettings(BaseModel):
         None, ge=1, description="Rounds of low-rank part and quantised rest (pissa, loftq). Default: 5."
     )
     double_quant: bool = Field(False, description="Quantise the scales of the blocks too (nf4, fp4).")
-    task: Literal["language", "classification"] = Field("language", description="What the model learns to do.")
+    task: Literal["language", "classification", "regression"] = Field(
+        "language", description="What the model learns: to write, to name a class, or to give a score."
+    )
     data: str = Field(
         min_length=1, description="Training data: json, jsonl, csv, tsv, parquet, folder, or a Hub id[:subset]."
     )

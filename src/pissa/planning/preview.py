@@ -12,8 +12,9 @@ from typing import Any
 
 from pissa.config import TrainSettings
 from pissa.errors import InputError
-from pissa.training import classification
+from pissa.training import classification, regression
 from pissa.training.data import Row, Rows, check_rows, load_rows
+from pissa.training.heads import text_columns
 from pissa.training.language import MASKED, tokens
 from pissa.training.models import load_tokenizer, position_limit
 from pissa.training.templates import SHAPES, scripts, shape_of
@@ -126,7 +127,7 @@ def survey(rows: Rows, tokenizer: Any, settings: TrainSettings, limit: int, show
     Raises:
         DataError: a wrong row, naming file and line.
     """
-    look = _classified if settings.task == "classification" else _spoken
+    look = _spoken if settings.task == "language" else _classified
     train, evaluation = look(rows.train, tokenizer, settings), look(rows.evaluation, tokenizer, settings)
     kept = [seen for seen in train if _learns(seen, limit)]
     lengths = sorted(len(seen.ids) for seen in train)
@@ -181,8 +182,9 @@ def _classified(rows: Sequence[Row], tokenizer: Any, settings: TrainSettings) ->
     """Rows of a classification; no token carries loss, the class does."""
     if not rows:
         return []
-    columns = classification._text_columns(rows[0])
-    check_rows(list(rows), lambda row: classification._problem(row, columns))
+    task = classification if settings.task == "classification" else regression
+    columns = text_columns(rows[0])
+    check_rows(list(rows), lambda row: task.problem(row, columns))
     texts = [[row.fields[column] for row in rows] for column in columns]
     encoded = tokenizer(*texts, verbose=False)["input_ids"]
     return [

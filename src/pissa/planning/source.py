@@ -21,6 +21,7 @@ from pissa.surgery.packing import is_residual
 CLASSES = {
     "language": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "regression": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
 """The class that training loads, by task and type of model."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
@@ -87,9 +88,9 @@ def skeleton(source: Source, settings: TrainSettings, classes: int) -> nn.Module
     elif name is None:
         raise CheckpointError(f"{settings.model} is a {kind or 'nameless'} model, which has no {settings.task} head")
     else:
-        if settings.task == "classification":
+        if settings.task != "language":
             config = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
-            config["num_labels"] = classes
+            config["num_labels"] = classes if settings.task == "classification" else 1
         model = build_skeleton(source.folder, config={**config, "architectures": [name]})
     return model.to(source.dtype)
 

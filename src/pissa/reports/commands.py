@@ -26,7 +26,7 @@ def next_commands(run: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
         record: the content of its run.json.
     """
     settings = record["settings"]
-    here, talks = shlex.quote(str(run)), settings.get("task") != "classification"
+    here, talks = shlex.quote(str(run)), settings.get("task", "language") == "language"
     if record["status"] != "finished":
         force = " --force false" if settings.get("force") else ""
         return [("go on", f"pissa train {shlex.quote(str(run / 'settings.yaml'))} --resume{force}")]

@@ -101,4 +101,6 @@ def series(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
 
 
 def _classifies(runs: Mapping[str, Path]) -> bool:
-    return any("eval_accuracy" in line for path in runs.values() for line in read_metrics(Path(path)))
+    return any(
+        {"eval_accuracy", "eval_pearson"} & line.keys() for path in runs.values() for line in read_metrics(Path(path))
+    )

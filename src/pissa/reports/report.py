@@ -100,7 +100,7 @@ def _curves(record: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[A
     """(Picture, caption) of the course of the training."""
     if not lines:
         return []
-    unit = "row" if record["settings"].get("task") == "classification" else "token"
+    unit = "token" if record["settings"].get("task", "language") == "language" else "row"
     losses = series(lines, "loss")[1] or series(lines, "eval_loss")[1]
     alt = f"Loss over {lines[-1]['step']} steps, from {losses[0]:.3g} to {losses[-1]:.3g}"
     pictures = [(svg(panels.loss_figure(lines, unit), alt), "Pale: every logged step. Solid: their running mean.")]

@@ -17,7 +17,7 @@ from pissa.training import distributed
 from pissa.training.folder import WHOLE, checkpoints, read_metrics
 
 LOSSES = ("loss", "eval_loss", "old_loss")
-SCORES = ("eval_accuracy", "eval_f1", "eval_matthews")
+SCORES = ("eval_accuracy", "eval_f1", "eval_matthews", "eval_pearson", "eval_spearman")
 MEASURED = (*LOSSES, *SCORES, "learning_rate", "grad_norm")
 
 

@@ -160,9 +160,9 @@ def _run_record(path: Path) -> dict[str, Any]:
     record = read_json(path / "run.json")
     if record.get("status") != "finished":
         raise CheckpointError(f"{path} is not finished: go on with pissa train {path}/settings.yaml --resume")
-    if record["settings"]["task"] == "classification":
+    if record["settings"]["task"] != "language":
         raise InputError(
-            f"{path} is a classifier of {', '.join(record['labels'])}: it gives a class and no text, so there is "
+            f"{path} learnt {record['settings']['task']}: it gives a class or a score and no text, so there is "
             "nothing to chat with. Load its adapter/ with peft, see adapter/README.md"
         )
     return record

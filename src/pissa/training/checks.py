@@ -53,7 +53,7 @@ def check(settings: TrainSettings, resume: bool) -> None:
         if residual.is_decomposed(settings.model):
             mistakes.append(f"model: got {settings.model}, a residual, expected a whole model with full")
     if settings.old_data and settings.task != "language":
-        mistakes.append("old_data: got it beside task classification, expected task language: a new head knows nothing")
+        mistakes.append(f"old_data: got it beside task {settings.task}, expected language: a new head knows nothing")
     if settings.old_data and not (settings.eval_data or settings.eval_size):
         mistakes.append(
             "old_data: got it without eval_data or eval_size, expected one of them: both losses are taken together"

@@ -24,7 +24,7 @@ from pissa.config import TrainSettings, config_error
 from pissa.errors import DivergedError, require
 from pissa.records import versions
 from pissa.surgery.folders import RESIDUAL
-from pissa.training import classification, distributed, folder, language, residual
+from pissa.training import classification, distributed, folder, language, regression, residual
 from pissa.training.arguments import device
 from pissa.training.callbacks import LOSSES, SCORES, Checkpoints, EarlyStop, Metrics, OldLoss, Progress, place_reports
 from pissa.training.checks import check, check_same_data, check_same_settings
@@ -33,7 +33,11 @@ from pissa.training.memory import peak_bytes, reset_peak
 from pissa.training.models import load_tokenizer
 from pissa.training.quiet import quiet
 
-TASKS: dict[str, ModuleType] = {"language": language, "classification": classification}
+TASKS: dict[str, ModuleType] = {
+    "language": language,
+    "classification": classification,
+    "regression": regression,
+}
 logger = logging.getLogger(__name__)
 
 
