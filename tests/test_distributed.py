@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -22,6 +23,7 @@ from conftest import PACKABLE, build_pico
 from pissa.config import load_settings
 from pissa.errors import ConfigError
 from pissa.training import distributed, train
+from pissa.training.arguments import one_device
 from pissa.training.folder import WHOLE, read_metrics
 from runs import gap, language_model, logits, stock_logits
 from training_runs import STEPS, save_tokenizer
@@ -206,3 +208,10 @@ def test_example_files_say_what_their_names_say(file: Path) -> None:
     assert (kind == "fsdp2", kind == "zero3") == (arguments.use_fsdp, arguments.use_deepspeed)
     if kind == "fsdp2":
         assert (int(arguments.fsdp_version), arguments.fsdp_cpu_ram_efficient_loading) == (2, False)
+
+
+def test_without_a_launcher_one_gpu_is_used_and_the_batch_stays_what_it_is(tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
+    arguments._n_gpu = 8  # as on a machine with eight
+    assert arguments.train_batch_size == 32
+    assert one_device(arguments).train_batch_size == 4

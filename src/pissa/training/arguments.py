@@ -62,6 +62,13 @@ def common_arguments(settings: TrainSettings, folder: str, evaluate: bool) -> di
     }
 
 
+def one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """One GPU without a launcher: transformers would copy the model to all of them and multiply the batch."""
+    if processes() == 1 and arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
 def device(settings: TrainSettings) -> str:
     """`cpu` or `cuda`."""
     if settings.device == "cuda" and not torch.cuda.is_available():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +21,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from pissa import errors
 from pissa.adapters.plain import WEIGHTS
 from pissa.adapters.sharding import load_trained_state, trained_state
 from pissa.config import TrainSettings, config_error
@@ -115,14 +115,11 @@ def on_first(work: Callable[[], Result]) -> Result:
         try:
             outcome[0] = work()
         except Exception as error:
-            _tell([None, _portable(error)])
+            _tell([None, _told(error)])
             raise
         _tell(outcome)
         return outcome[0]
-    value, failure = _hear()
-    if failure:
-        raise failure
-    return value
+    return _hear()
 
 
 @contextmanager
@@ -142,13 +139,11 @@ def first_ahead(out: Path) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            _tell([None, _portable(error)])
+            _tell([None, _told(error)])
             raise
         _tell([None, None])
     else:
-        _, failure = _hear()
-        if failure:
-            raise failure
+        _hear()
         if not out.is_dir():
             raise OutputError(
                 f"process {os.environ['RANK']} does not see {out}, which the first process made: choose a folder on a "
@@ -205,16 +200,18 @@ def _tell(outcome: list[Any]) -> None:
     dist.broadcast_object_list(outcome, src=0, group=_patient_group())
 
 
-def _hear() -> list[Any]:
-    outcome = [None, None]
+def _hear() -> Any:
+    """What the first process has come to, or its error."""
+    outcome: list[Any] = [None, None]
     dist.broadcast_object_list(outcome, src=0, group=_patient_group())
-    return outcome
+    value, failure = outcome
+    if failure:
+        kind, message = failure
+        raise getattr(errors, kind, PissaError)(message)
+    return value
 
 
-def _portable(error: Exception) -> Exception:
-    """An error that survives the way to another process."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return PissaError(f"the first process stopped: {type(error).__name__}: {error}")
-    return error
+def _told(error: Exception) -> tuple[str, str]:
+    """An error as the other processes hear of it: its kind and its message."""
+    known = isinstance(error, PissaError)
+    return type(error).__name__, str(error) if known else f"the first process stopped: {type(error).__name__}: {error}"

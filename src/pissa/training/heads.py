@@ -10,7 +10,7 @@ import transformers
 from pissa.checkpoint.targets import head_modules
 from pissa.config import TrainSettings
 from pissa.errors import CheckpointError, DataError, require
-from pissa.training.arguments import common_arguments
+from pissa.training.arguments import common_arguments, one_device
 from pissa.training.data import Row
 from pissa.training.examples import Examples
 from pissa.training.models import load_base
@@ -91,7 +91,7 @@ def head_trainer(
         model.enable_input_require_grads()  # else nothing below the first adapter is differentiated
     return transformers.Trainer(
         model,
-        transformers.TrainingArguments(**common_arguments(settings, folder, bool(examples.evaluation))),
+        one_device(transformers.TrainingArguments(**common_arguments(settings, folder, bool(examples.evaluation)))),
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         train_dataset=datasets.Dataset.from_list(examples.train),
         eval_dataset=datasets.Dataset.from_list(examples.evaluation) if examples.evaluation else None,

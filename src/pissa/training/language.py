@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pissa.config import TrainSettings
 from pissa.errors import CheckpointError, ConfigError, DataError, require
 from pissa.training import packing
-from pissa.training.arguments import common_arguments
+from pissa.training.arguments import common_arguments, one_device
 from pissa.training.data import Row, Rows
 from pissa.training.examples import Examples
 from pissa.training.models import load_base, position_limit
@@ -85,7 +85,7 @@ def build_trainer(
     rows = datasets.Dataset.from_list(examples.train)
     return trl.SFTTrainer(
         model,
-        arguments,
+        one_device(arguments),
         # Our own collator keeps TRL from setting pad tokens in the model's config.
         data_collator=packing.PackingCollator(padding or 0),
         train_dataset=packing.packed(rows, examples.notes["max_length"]) if settings.packing else rows,
