@@ -20,6 +20,7 @@ import yaml
 
 from pissa.checkpoint.output import read_json, write_json
 from pissa.comparison.analysis import Comparison
+from pissa.comparison.findings import supported, unsupported
 from pissa.comparison.grid import CELLS, Cell, cells, check_common, part
 from pissa.comparison.landscape import FILE, landscape
 from pissa.comparison.outcome import outcome, outcomes
@@ -96,7 +97,8 @@ def report(out: Path) -> Comparison:
             )
     comparison = Comparison(found)
     facts = _facts(found[0].cell.folder(out), out)
-    write_json(out / RESULT, {"format": 1, **facts, **comparison.to_json()})
+    said = {"supported": supported(comparison), "unsupported": unsupported(comparison)}
+    write_json(out / RESULT, {"format": 1, **facts, **said, **comparison.to_json()})
     write(comparison, facts, out / PAGE)
     return comparison
 

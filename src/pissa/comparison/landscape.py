@@ -114,9 +114,11 @@ def draw(found: Landscape) -> Any:
     figure = module.Figure(figsize=(7.2, 5.4), layout="constrained")
     axes = figure.add_subplot()
     losses = torch.tensor(found.losses)
-    # Far out the loss explodes; levels are spent where the paths are.
-    top = min(float(losses.max()), 2.5 * float(losses.flatten().median()) - 1.5 * float(losses.min()))
-    levels = torch.linspace(float(losses.min()), top, 16).tolist()
+    start = float(losses[_nearest(found.y, 0.0), _nearest(found.x, 0.0)])
+    lowest = float(losses.min())
+    # Far out the loss explodes; levels are spent where the paths are, a little above the start at most.
+    top = min(float(losses.max()), start + 0.25 * max(start - lowest, 0.02 * start))
+    levels = torch.linspace(lowest, top, 18).tolist()
     filled = axes.contourf(found.x, found.y, found.losses, levels=levels, cmap="cividis", extend="max", alpha=0.9)
     axes.contour(found.x, found.y, found.losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
     bar = figure.colorbar(filled, ax=axes, label=f"loss on {found.rows} evaluation rows (nats per token)")
@@ -192,7 +194,8 @@ def _plane(points: list[Changes]) -> tuple[Tensor, Tensor, float]:
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if len(points) < 2 or values[1] <= 1e-12 * values[0]:
         raise InputError("the paths lie on one line: take two runs, or runs with checkpoints between start and end")
-    root = values[:2].sqrt()
+    root, leading = values[:2].sqrt(), vectors[:, :2]
+    vectors[:, :2] = leading * leading.sum(0).sign().where(leading.sum(0) != 0, 1.0)  # most paths go right and up
     return vectors[:, :2] * root, vectors[:, :2] / root, float(values[:2].sum() / values.sum())
 
 
@@ -204,6 +207,10 @@ def _direction(points: list[Changes], weights: Tensor) -> dict[Target, Tensor]:
             delta = weight * change.delta().float()
             total[target] = total[target].add_(delta) if target in total else delta
     return total
+
+
+def _nearest(axis: list[float], value: float) -> int:
+    return min(range(len(axis)), key=lambda index: abs(axis[index] - value))
 
 
 def _axis(values: list[float], grid: int) -> list[float]:
