@@ -30,6 +30,7 @@ TABLE = re.compile(r"(<!-- results: scripts/write_results.py -->\n).*?(<!-- end 
 
 
 def main() -> None:
+    """Read OUT, write docs/results and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
@@ -77,8 +78,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         parts += [
             f"## {name}",
             "",
-            f"{TITLES[name]}: {len(numbers['cells'])} runs of {shared['max_steps']} steps of {shared['batch_size']} rows, "
-            f"rates {rates}. [compare.html]({name}/compare.html), [compare.json]({name}/compare.json)",
+            f"{TITLES[name]}: {len(numbers['cells'])} runs of {shared['max_steps']} steps of {shared['batch_size']} "
+            f"rows, rates {rates}. [compare.html]({name}/compare.html), [compare.json]({name}/compare.json)",
             "",
             *(f"- {line}" for line in numbers["supported"]),
             "",
