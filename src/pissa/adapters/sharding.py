@@ -38,7 +38,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not parameters:
         yield
         return
-    with require("deepspeed", "train").zero.GatheredParameters(parameters):
+    with require("deepspeed", "deepspeed").zero.GatheredParameters(parameters):
         yield
 
 

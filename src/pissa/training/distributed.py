@@ -186,7 +186,7 @@ def partition(trainer: Any) -> None:
     """Spread a whole model over the processes, parameter by parameter, before DeepSpeed would move it to each GPU."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin and plugin.zero_stage == 3:
-        zero = require("deepspeed", "train").zero
+        zero = require("deepspeed", "deepspeed").zero
         zero.Init(module=trainer.model, config_dict_or_path=plugin.hf_ds_config.config)
 
 
