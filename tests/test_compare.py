@@ -22,6 +22,7 @@ from pissa.comparison.analysis import Comparison
 from pissa.comparison.findings import supported, unsupported
 from pissa.comparison.grid import Cell, cells, part
 from pissa.comparison.outcome import Outcome, outcomes
+from pissa.comparison.page import write
 from pissa.comparison.statistics import holm, mean, paired
 from pissa.errors import ConfigError, InputError, OutputError, PissaError
 from pissa.training.folder import read_metrics
@@ -86,6 +87,27 @@ def test_the_best_rate_is_of_the_mean_and_a_diverged_seed_rules_a_rate_out():
     assert found.best == {"lora": 1e-3, "pissa": 1e-2}
     assert ("pissa", 1e-2) not in found.at_equal
     assert "1 run diverged" in " ".join(unsupported(found))
+
+
+def test_means_are_over_the_seeds_with_which_most_can_be_compared():
+    whole = {("lora", rate): [3.0, 3.1, 3.2] for rate in RATES}
+    assert grid(whole | {("pissa", 1e-3): [1.0]}).seeds == [0, 1, 2]
+    assert grid(whole | {("pissa", 1e-3): [2.0] * 4, ("pissa", 1e-2): [2.0] * 4}).seeds == [0, 1, 2]
+    lone = Comparison([made("lora", 1e-3, 0, 3.0), made("pissa", 1e-3, 1, 2.0)])  # two parts, begun
+    assert lone.seeds == [1]
+    assert "in no mean" in " ".join(unsupported(lone))
+    assert supported(lone) is not None
+
+
+def test_a_page_of_a_comparison_that_has_just_begun_is_whole(tmp_path):
+    facts = {
+        "settings": {"model": "m", "data": "d", "output": "o", "rank": 4, "batch_size": 8}, "versions": {},
+        "threads": 1,
+        "data": {"sources": []}, "base": {},
+    }  # fmt: skip
+    lone = Comparison([made("lora", 1e-3, 0, 3.0), made("pissa", 1e-3, 1, 2.0), made("milora", 1e-3, 1, math.inf)])
+    text = write(lone, facts, tmp_path / "compare.html").read_text()
+    assert text.endswith("</html>\n") or text.rstrip().endswith("</html>")
 
 
 def test_a_rate_with_a_seed_missing_is_no_mean():
@@ -187,7 +209,9 @@ def test_all_cells_start_from_the_base_and_see_the_same_rows(common, tmp_path):
     )
     assert said == [(index, 12) for index in range(9, 13)]
     assert all(run.stat().st_mtime_ns == stamp for run, stamp in stamps.items())
-    assert more.best.keys() == {"lora", "pissa"}  # the others lack a seed now
+    assert more.seeds == [0, 1]  # which all have
+    assert more.best == found.best
+    assert len(more.left_out) == 4
     with pytest.raises(ConfigError, match="rank: got 2, expected 4 as in the cells that are there"):
         compare(common(rank=2), ["lora"], RATES, SEEDS)
 

@@ -39,8 +39,19 @@ class Comparison:
 
     @cached_property
     def seeds(self) -> list[int]:
-        """All seeds."""
-        return sorted({result.cell.seed for result in self.outcomes})
+        """The seeds that all means are over: those with which the most runs can be compared."""
+        groups = [frozenset(found) for found in self._table.values()]
+
+        def compared(seeds: frozenset[int]) -> tuple[int, list[int]]:
+            return len(seeds) * sum(seeds <= group for group in groups), sorted(seeds)
+
+        return sorted(max(groups, key=compared))
+
+    @property
+    def left_out(self) -> list[Outcome]:
+        """Outcomes that no mean counts: of a further seed, or of a method and rate that lacks one."""
+        used = {id(run) for method, rate in self._table for run in self.runs(method, rate)}
+        return [result for result in self.outcomes if id(result) not in used]
 
     @property
     def reference(self) -> str:
@@ -57,7 +68,7 @@ class Comparison:
     def runs(self, method: str, rate: float) -> list[Outcome]:
         """One per seed; empty while any seed is missing, so that no mean is over fewer seeds than another."""
         found = self._table.get((method, rate), {})
-        return [found[seed] for seed in self.seeds] if len(found) == len(self.seeds) else []
+        return [found[seed] for seed in self.seeds] if found.keys() >= set(self.seeds) else []
 
     def mean(self, method: str, rate: float, measure: str = "loss") -> Mean | None:
         """Over seeds, of `loss`, `old` or a score; None while a seed is missing."""

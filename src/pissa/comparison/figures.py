@@ -90,4 +90,5 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 def _finish(axes: Any) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    if axes.get_legend_handles_labels()[0]:  # nothing to name while seeds are missing
+        axes.legend(frameon=False, fontsize="small")

@@ -11,7 +11,7 @@ from pissa.registry import CONTROL
 
 def supported(comparison: Comparison) -> list[str]:
     """What was seen, one sentence a finding; also where a method loses."""
-    reference, said = comparison.reference, []
+    reference, said = comparison.reference, _same_start(comparison)
     if reference in comparison.best:
         said.append(_baseline(comparison))
         said += [
@@ -52,6 +52,12 @@ def unsupported(comparison: Comparison) -> list[str]:
             + "; ".join(f"{method}: {', '.join(f'{rate:g}' for rate in grid)}" for method, grid in grids.items())
             + "): a method with more rates has more chances."
         )
+    if comparison.left_out:
+        unused = "1 run is" if len(comparison.left_out) == 1 else f"{len(comparison.left_out)} runs are"
+        said.append(
+            f"{unused} in no mean, since not all methods and rates have that seed or some seed is missing there; the "
+            f"means are over seeds {', '.join(map(str, comparison.seeds))}."
+        )
     lost = [str(result.cell) for result in comparison.outcomes if not result.finished]
     if lost:
         count = "1 run diverged and counts" if len(lost) == 1 else f"{len(lost)} runs diverged and count"
@@ -74,6 +80,21 @@ def unsupported(comparison: Comparison) -> list[str]:
         "times are of one machine, with whatever ran beside."
     )
     return said
+
+
+def _same_start(comparison: Comparison) -> list[str]:
+    """Whether every method began where all others of its seed did."""
+    starts: dict[int, set[float]] = {}
+    for run in comparison.outcomes:
+        if run.evaluation:
+            starts.setdefault(run.cell.seed, set()).add(run.evaluation[0][1])
+    if not starts or any(len(losses) > 1 for losses in starts.values()):
+        return []
+    losses = sorted({f"{min(found):.4f}" for found in starts.values()})
+    per_seed = (
+        f"loss {losses[0]}" if len(losses) == 1 else f"the same loss for all methods of a seed ({', '.join(losses)})"
+    )
+    return [f"All runs start at {per_seed}."]
 
 
 def _title(method: str) -> str:
