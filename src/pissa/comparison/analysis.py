@@ -45,7 +45,8 @@ class Comparison:
         def compared(seeds: frozenset[int]) -> tuple[int, list[int]]:
             return len(seeds) * sum(seeds <= group for group in groups), sorted(seeds)
 
-        return sorted(max(groups, key=compared))
+        most: frozenset[int] = max(groups, key=compared)
+        return sorted(most)
 
     @property
     def left_out(self) -> list[Outcome]:
