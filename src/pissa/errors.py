@@ -8,6 +8,7 @@
     ├── WrongBaseError      an adapter or state beside a base it does not belong to
     ├── DivergedError       a training whose loss is not a number any more
     ├── OutputError         a place that must not or cannot be written
+    │   └── BusyError       another process is writing there
     └── MissingExtraError   an optional dependency, with the pip line that brings it
 
 A message says what was got, what was expected and what to do.
@@ -51,6 +52,10 @@ class DivergedError(PissaError):
 
 class OutputError(PissaError):
     """An output that must not be overwritten, or cannot be written."""
+
+
+class BusyError(OutputError):
+    """A folder that another process is writing."""
 
 
 class MissingExtraError(PissaError, ImportError):

@@ -58,7 +58,7 @@ def _print_costs(costs: list[Cost]) -> None:
     rows = [["trainable", *(f"{cost.trainable:,}" if cost.device else "-" for cost in costs)]]
     for part, keys in (
         ("device", device),
-        ("host", ("process", "loading", "splitting", "total")),
+        ("host", ("process", "loading", "splitting", "originals", "total")),
         ("disk", ("result", "residual", "checkpoint", "total")),
     ):
         for key in keys:

@@ -96,9 +96,9 @@ class Comparison:
         grid = self.grid_of(method)
         return method in self.best and self.best[method] in (grid[0], grid[-1])
 
-    def _against(self, method: str, rate: float, other: str, other_rate: float) -> Difference:
+    def _against(self, method: str, rate: float, other: str, other_rate: float, family: int = 1) -> Difference:
         first, second = self.runs(method, rate), self.runs(other, other_rate)
-        return paired([run.loss for run in first], [run.loss for run in second])
+        return paired([run.loss for run in first], [run.loss for run in second], family)
 
     @cached_property
     def at_best(self) -> dict[str, Difference]:
@@ -108,7 +108,7 @@ class Comparison:
             return {}
         return holm(
             {
-                method: self._against(method, self.best[method], self.reference, self.best[self.reference])
+                method: self._against(method, self.best[method], self.reference, self.best[self.reference], len(others))
                 for method in others
             }
         )
@@ -134,13 +134,13 @@ class Comparison:
     def explained(self, method: str, rate: float) -> float | None:
         """Share of a method's lead over the reference that its random control has too, at one rate.
 
-        None where there is no lead that a test sees.
+        None where there is no lead that a test sees; 0 where it sees none of the control.
         """
         lead = self.at_equal.get((method, rate))
         control = self.at_equal.get((method + CONTROL, rate))
         if lead is None or control is None or not lead.seen or lead.difference >= 0:
             return None
-        return control.difference / lead.difference
+        return control.difference / lead.difference if control.seen and control.difference < 0 else 0.0
 
     def curve(self, method: str, rate: float, of: str = "evaluation") -> Curve:
         """Mean over seeds of `train`, `evaluation` or `old`; empty where a run diverged."""
@@ -159,6 +159,12 @@ class Comparison:
         """Loss on the old data where `steps_to_reference` says that both know the new data equally well."""
         step = self.steps_to_reference(method, rate, reference_rate)
         return dict(self.curve(method, rate, "old")).get(step) if step is not None else None
+
+    @cached_property
+    def same_start(self) -> bool:
+        """Whether all runs of a seed began at the same loss, as those from one unquantised base do."""
+        starts = {(run.cell.seed, run.evaluation[0][1]) for run in self.outcomes if run.evaluation}
+        return len(starts) == len({seed for seed, _ in starts})
 
     @property
     def scores(self) -> list[str]:

@@ -7,8 +7,10 @@ OUT/compare.json    OUT/compare.html    OUT/landscape.json, if asked for
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,11 +24,11 @@ from pissa.checkpoint.output import read_json, write_json
 from pissa.comparison.analysis import Comparison
 from pissa.comparison.findings import supported, unsupported
 from pissa.comparison.grid import CELLS, Cell, cells, check_common, part
-from pissa.comparison.landscape import FILE, landscape
+from pissa.comparison.landscape import landscape, write
 from pissa.comparison.outcome import outcome, outcomes
-from pissa.comparison.page import write
+from pissa.comparison.page import write_comparison
 from pissa.config import TrainSettings, config_error
-from pissa.errors import ConfigError, DivergedError, InputError, OutputError
+from pissa.errors import BusyError, DivergedError, InputError, OutputError, PissaError
 from pissa.registry import CONTROL
 from pissa.training import train
 from pissa.training.checks import check
@@ -62,20 +64,25 @@ def compare(
 
     Raises:
         ConfigError: settings that are wrong, or other than those of the cells that are there.
-        PissaError: what a cell raised, after its name; one whose loss is not a number any more is an outcome instead.
+        PissaError: what a cell raised, its name first; one whose loss is not a number any more is an outcome instead.
     """
     out = Path(settings.output).expanduser()
     grid = part(cells(methods, rates, seeds), which)
     common = _common(settings)
-    for method in methods:
-        check(Cell(method, rates[0], seeds[0]).settings(common, out), resume=True)
+    for cell in cells(methods, rates, seeds):
+        own = cell.settings(common, out)
+        if (cell.learning_rate, cell.seed) == (rates[0], seeds[0]):
+            check(own, resume=True)
     _claim(out, common)
     missing = [cell for cell in grid if outcome(cell, out) is None]
     done = len(grid) - len(missing)
     for cell in _trained(missing, common, out, jobs):
         done += 1
         say(cell, done, len(grid))
-    return report(out)
+    comparison = report(out)
+    while len(outcomes(out)) != len(comparison.outcomes):  # another part ended a cell meanwhile
+        comparison = report(out)
+    return comparison
 
 
 def report(out: Path) -> Comparison:
@@ -99,7 +106,7 @@ def report(out: Path) -> Comparison:
     facts = _facts(found[0].cell.folder(out), out)
     said = {"supported": supported(comparison), "unsupported": unsupported(comparison)}
     write_json(out / RESULT, {"format": 1, **facts, **said, **comparison.to_json()})
-    write(comparison, facts, out / PAGE)
+    write_comparison(comparison, facts, out / PAGE)
     return comparison
 
 
@@ -111,13 +118,15 @@ def add_landscape(out: Path, say: Callable[[int, int], None] = lambda done, tota
         say: told how many points of the grid are done.
         options: grid and rows of `landscape`.
     """
-    comparison = Comparison(outcomes(out))
+    comparison = report(out)
     runs = {
         method: Cell(method, rate, comparison.seeds[0]).folder(out)
         for method, rate in comparison.best.items()
         if method != "full" and not method.endswith(CONTROL)
     }
-    write_json(out / FILE, landscape(runs, say=say, **options).to_json())
+    if len(runs) < 2:
+        raise InputError(f"{out} holds {len(runs)} adapters at their best rates, expected two or more for a landscape")
+    write(out, landscape(runs, say=say, **options), {method: comparison.best[method] for method in runs})
     return report(out)
 
 
@@ -128,7 +137,11 @@ def _common(settings: TrainSettings) -> TrainSettings:
         raise config_error(["force: got true, expected false: name another output"], "the settings")
     if settings.early_stopping:
         raise config_error(["early_stopping: got it, expected 0: all cells have the same budget"], "the settings")
-    every = settings.eval_steps or max(settings.max_steps // EVALUATIONS, 1 if settings.max_steps else 0)
+    if not (settings.eval_steps or settings.max_steps):
+        raise config_error(
+            ["eval_steps: got 0 without max_steps, expected one of them, to see the course"], "the settings"
+        )
+    every = settings.eval_steps or max(settings.max_steps // EVALUATIONS, 1)
     return settings.model_copy(update={"eval_steps": every})
 
 
@@ -138,12 +151,17 @@ def _claim(out: Path, common: TrainSettings) -> None:
     if file.is_file():
         check_common(yaml.safe_load(file.read_text(encoding="utf-8")), common, out)
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise OutputError(f"{out} is there and holds no comparison: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     partial.write_text(yaml.safe_dump(common.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    partial.replace(file)
+    try:
+        os.link(partial, file)  # unlike a rename it never replaces what another part has just written
+    except FileExistsError:
+        check_common(yaml.safe_load(file.read_text(encoding="utf-8")), common, out)
+    finally:
+        partial.unlink()
 
 
 def _trained(missing: list[Cell], common: TrainSettings, out: Path, jobs: int) -> Iterator[Cell]:
@@ -171,8 +189,9 @@ def _trained(missing: list[Cell], common: TrainSettings, out: Path, jobs: int) -
 def _settle(places: Any, threads: int) -> None:
     """Give a process its share of the machine, before it touches a GPU."""
     place = places.get()
-    if devices := torch.cuda.device_count():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % devices)
+    if count := torch.cuda.device_count():
+        asked = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = asked.split(",")[place % count]
     torch.set_num_threads(threads)
 
 
@@ -181,8 +200,14 @@ def _train(cell: Cell, common: TrainSettings, out: Path) -> Cell:
         train(cell.settings(common, out), resume=True)
     except DivergedError:
         pass  # run.json says so; an outcome like any other
-    except ConfigError as error:
-        raise ConfigError(f"{cell}: {error}") from error
+    except BusyError:
+        return cell  # another call is at it
+    except PissaError as error:
+        raise type(error)(f"{cell}: {error}") from error
+    finally:
+        gc.collect()  # models are in circles of references; the next cell must not be measured with this one
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     if common.save_total_limit:  # 0 keeps all of them, for the paths of a landscape
         shutil.rmtree(cell.folder(out) / "checkpoints", ignore_errors=True)
     return cell

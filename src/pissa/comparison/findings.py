@@ -8,10 +8,13 @@ from pissa.comparison.analysis import Comparison
 from pissa.comparison.statistics import Difference
 from pissa.registry import CONTROL
 
+PACKAGES = ("pissa", "torch", "transformers", "peft", "trl")
+"""Whose versions may move a loss."""
+
 
 def supported(comparison: Comparison) -> list[str]:
     """What was seen, one sentence a finding; also where a method loses."""
-    reference, said = comparison.reference, _same_start(comparison)
+    reference, said = comparison.reference, _start(comparison)
     if reference in comparison.best:
         said.append(_baseline(comparison))
         said += [
@@ -27,9 +30,9 @@ def supported(comparison: Comparison) -> list[str]:
         )
         shares = {rate: share for rate in comparison.rates if (share := comparison.explained(method, rate)) is not None}
         if shares:
-            listed = ", ".join(f"{100 * share:.0f} % at {rate:g}" for rate, share in shares.items())
+            listed = ", ".join(f"{_share(share)} at {rate:g}" for rate, share in shares.items())
             said.append(
-                f"Of {method}'s lead over {reference} at equal rates its random control has {listed}: that part is "
+                f"Of {method}'s lead over {reference} at equal rates its random control has {listed}: what it has is "
                 "owed to the size of the start, not to its directions."
             )
     return said + _forgetting(comparison)
@@ -38,6 +41,14 @@ def supported(comparison: Comparison) -> list[str]:
 def unsupported(comparison: Comparison) -> list[str]:
     """What must not be read into the numbers."""
     said = []
+    if not comparison.same_start:
+        said.append(
+            "Not all methods start at the same loss (a base in few bits, or one that changed): what they gain differs."
+        )
+    versions = {name: {run.versions.get(name) for run in comparison.outcomes if run.finished} for name in PACKAGES}
+    mixed = [f"{name} {' and '.join(sorted(map(str, found)))}" for name, found in versions.items() if len(found) > 1]
+    if mixed:
+        said.append(f"The runs were made with different versions: {', '.join(mixed)}.")
     edges = [method for method in comparison.best if comparison.at_edge(method)]
     if edges:
         listed = ", ".join(f"{method} ({comparison.best[method]:g})" for method in edges)
@@ -63,11 +74,12 @@ def unsupported(comparison: Comparison) -> list[str]:
         count = "1 run diverged and counts" if len(lost) == 1 else f"{len(lost)} runs diverged and count"
         said.append(f"{count} as worst: {'; '.join(lost[:6])}{' ...' if lost[6:] else ''}.")
     seeds = len(comparison.seeds)
-    limits = [test.detectable for test in comparison.at_best.values() if test.detectable is not None]
-    if limits:
+    unseen = {m: test for m, test in comparison.at_best.items() if test.detectable is not None and not test.seen}
+    if unseen:
+        listed = ", ".join(f"{method} {test.detectable:.2g}" for method, test in unseen.items())
         said.append(
-            f"With {seeds} seeds a difference below about {sorted(limits)[len(limits) // 2]:.2g} in loss could not "
-            "have been seen; “no difference seen” is not “no difference”."
+            f"“No difference seen” is not “no difference”: with {seeds} seeds and their spread, differences from "
+            f"{comparison.reference} smaller than these could not have been seen: {listed}."
         )
     elif seeds < 2:
         said.append("One seed: no spread is known, so no difference is tested.")
@@ -82,19 +94,15 @@ def unsupported(comparison: Comparison) -> list[str]:
     return said
 
 
-def _same_start(comparison: Comparison) -> list[str]:
-    """Whether every method began where all others of its seed did."""
-    starts: dict[int, set[float]] = {}
-    for run in comparison.outcomes:
-        if run.evaluation:
-            starts.setdefault(run.cell.seed, set()).add(run.evaluation[0][1])
-    if not starts or any(len(losses) > 1 for losses in starts.values()):
+def _start(comparison: Comparison) -> list[str]:
+    """Where the runs began, if all of a seed began there."""
+    starts = {run.evaluation[0][1] for run in comparison.outcomes if run.evaluation}
+    if not comparison.same_start or not starts:
         return []
-    losses = sorted({f"{min(found):.4f}" for found in starts.values()})
-    per_seed = (
-        f"loss {losses[0]}" if len(losses) == 1 else f"the same loss for all methods of a seed ({', '.join(losses)})"
-    )
-    return [f"All runs start at {per_seed}."]
+    losses = ", ".join(f"{loss:.4f}" for loss in sorted(starts))
+    return [
+        f"All runs start at loss {losses}." if len(starts) == 1 else f"With each seed all start alike: loss {losses}."
+    ]
 
 
 def _title(method: str) -> str:
@@ -114,10 +122,10 @@ def _verdict(test: Difference, other: str) -> str:
     size = _plus_minus(abs(test.difference), test.error)
     if test.p is None:
         side = "below" if test.difference < 0 else "above"
-        return f"ends {size} {side} {other} (one seed, not tested)" if math.isfinite(test.difference) else "diverged"
+        return f"ends {size} {side} {other} (not tested)" if math.isfinite(test.difference) else "diverged"
     if not test.seen:
-        return f"and {other}: no difference seen ({test.difference:+.3g} ± {test.error:.2g}, p = {_p(test)})"
-    return f"ends {size} {'lower' if test.difference < 0 else 'higher'} than {other} (p = {_p(test)})"
+        return f"and {other}: no difference seen ({test.difference:+.3g} ± {test.error:.2g}, {_p(test)})"
+    return f"ends {size} {'lower' if test.difference < 0 else 'higher'} than {other} ({_p(test)})"
 
 
 def _equal_rates(comparison: Comparison, method: str) -> str:
@@ -148,8 +156,13 @@ def _forgetting(comparison: Comparison) -> list[str]:
     rest = f"; {', '.join(never)} never got there" if never else ""
     return [
         f"Forgetting, where each first knows the new data as well as {reference} does at its end: loss on the old "
-        f"data, {start:.3f} before training, is {listed}{rest}. (At evaluated steps, each method at its best rate.)"
+        f"data, {start:.3f} before training, is {listed}{rest}. (Means at evaluated steps, each method at its best "
+        "rate; not tested.)"
     ]
+
+
+def _share(share: float) -> str:
+    return "none that is seen" if share == 0 else f"all ({100 * share:.0f} %)" if share >= 1 else f"{100 * share:.0f} %"
 
 
 def _plus_minus(value: float, error: float | None) -> str:
@@ -158,4 +171,4 @@ def _plus_minus(value: float, error: float | None) -> str:
 
 def _p(test: Difference) -> str:
     assert test.adjusted is not None
-    return "below 0.001" if test.adjusted < 0.001 else f"{test.adjusted:.2g}"
+    return "p below 0.001 after Holm" if test.adjusted < 0.001 else f"p = {test.adjusted:.2g} after Holm"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from pissa.config import TrainSettings, config_error
 from pissa.errors import ConfigError, InputError
@@ -24,14 +26,19 @@ class Cell:
 
     def folder(self, out: Path) -> Path:
         """Where its run lies."""
-        return out / CELLS / self.method / f"lr-{self.learning_rate:g}" / f"seed-{self.seed}"
+        return out / CELLS / self.method / f"lr-{self.learning_rate!r}" / f"seed-{self.seed}"
 
     def settings(self, common: TrainSettings, out: Path) -> TrainSettings:
         """Those of all cells with this cell's own."""
         own = {"method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
-        return TrainSettings.model_validate(
-            {**common.model_dump(), **own, "output": str(self.folder(out)), "force": False}
-        )
+        try:
+            return TrainSettings.model_validate(
+                {**common.model_dump(), **own, "output": str(self.folder(out)), "force": False}
+            )
+        except ValidationError as error:
+            raise config_error(
+                [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()], str(self)
+            ) from error
 
     def __str__(self) -> str:
         return f"{self.method}, learning rate {self.learning_rate:g}, seed {self.seed}"
@@ -96,8 +103,3 @@ def numbers(text: str, kind: type[int] | type[float], name: str) -> list[float]:
 def names(text: str) -> list[str]:
     """`full,lora,pissa` as names."""
     return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def with_controls(methods: Iterable[str], controls: Iterable[str]) -> list[str]:
-    """The methods, and after each one that is named in `controls` its random control."""
-    return [name for method in methods for name in ([method, f"{method}-control"] if method in controls else [method])]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa.checkpoint.output import read_json
+from pissa.checkpoint.output import read_json, write_json
 from pissa.checkpoint.targets import Target, plain_modules
 from pissa.config import TrainSettings
 from pissa.errors import InputError, require
@@ -100,11 +100,18 @@ def landscape(
     return Landscape(paths, steps, x, y, losses, share, used)
 
 
-def read(folder: Path) -> Landscape | None:
-    """What an earlier call left in a comparison's folder."""
+def write(folder: Path, found: Landscape, rates: Mapping[str, float]) -> None:
+    """Leave a landscape in a comparison's folder, with the learning rate of each run on it."""
+    write_json(folder / FILE, {"rates": dict(rates), **found.to_json()})
+
+
+def read(folder: Path, rates: Mapping[str, float]) -> Landscape | None:
+    """What an earlier call left in a comparison's folder, if these are still the methods' rates."""
     if not (folder / FILE).is_file():
         return None
     stored = read_json(folder / FILE)
+    if any(rates.get(method) != rate for method, rate in stored.pop("rates").items()):
+        return None
     return Landscape(**stored | {"paths": {name: [tuple(p) for p in path] for name, path in stored["paths"].items()}})
 
 
@@ -231,7 +238,9 @@ def _losses(
 ) -> tuple[list[list[float]], int]:
     tokenizer = load_tokenizer(settings)
     examples = language.encode(load_rows(settings), tokenizer, settings)
-    held = (examples.evaluation or examples.train)[:rows]
+    held = examples.evaluation[:rows]
+    if not held:
+        raise InputError("the runs have no evaluation rows to take the loss over: train with eval_data or eval_size")
     model = language.load_model(settings.model_copy(update={"dtype": "float32"}), examples, tokenizer).eval()
     modules: dict[str, Any] = plain_modules(model)  # type: ignore[assignment]
     base = {target: modules[target.module].weight.detach().clone() for target in directions[0].keys() | directions[1]}

@@ -32,6 +32,7 @@ class Outcome:
         old: loss on the old data at the same steps; empty without.
         scores: accuracy and the like at the end; empty for language.
         tokens: digest of the tokenised rows, the same for all cells of a seed.
+        versions: of the packages that made it.
     """
 
     cell: Cell
@@ -44,6 +45,7 @@ class Outcome:
     old: Curve = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     tokens: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -101,6 +103,7 @@ def outcome(cell: Cell, out: Path) -> Outcome | None:
         curve("old_loss"),
         scores,
         record["data"]["tokens_sha256"],
+        record["versions"],
     )
 
 

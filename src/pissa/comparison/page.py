@@ -14,7 +14,7 @@ from pissa.config import TrainSettings
 from pissa.reports.page import render, svg, write_page
 
 
-def write(comparison: Comparison, facts: dict[str, Any], path: Path) -> Path:
+def write_comparison(comparison: Comparison, facts: dict[str, Any], path: Path) -> Path:
     """Write the page.
 
     Args:
@@ -29,7 +29,7 @@ def write(comparison: Comparison, facts: dict[str, Any], path: Path) -> Path:
         for rate in comparison.rates
         if (runs := {method: rate for method in comparison.methods if comparison.runs(method, rate)})
     }
-    found = read(path.parent)
+    found = read(path.parent, comparison.best)
     html = render(
         "compare.html",
         name=Path(settings["model"]).name,

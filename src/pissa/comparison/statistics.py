@@ -48,9 +48,9 @@ class Difference:
     Attributes:
         difference: mean, below 0 where the first one ends lower.
         error: its standard error; None for fewer than two seeds.
-        p: of the two-sided paired t-test; None where it cannot be taken.
+        p: of the two-sided paired t-test; None where it cannot be taken: one seed, or seeds that change nothing.
         adjusted: p after Holm's correction for all tests of one family.
-        detectable: the smallest difference that would have been significant uncorrected, given this spread.
+        detectable: the smallest difference that would have been significant, given this spread.
     """
 
     difference: float
@@ -77,20 +77,23 @@ class Difference:
         }
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
+def paired(first: Sequence[float], second: Sequence[float], family: int = 1) -> Difference:
     """Compare two methods seed by seed: the data's order, which both share, cancels out.
 
     Args:
         first: one value per seed.
         second: the same seeds in the same order.
+        family: how many tests are corrected together; `detectable` is for the strictest of them.
     """
     stats = require("scipy.stats", "train")
     differences = mean([a - b for a, b in zip(first, second, strict=True)])
     if differences.error is None:
         return Difference(differences.mean, None, None)
-    critical = float(stats.t.ppf(1 - SIGNIFICANT / 2, differences.count - 1))
-    # Equal in every seed is no difference; equal and other than zero has no spread to test against.
-    p = float(stats.ttest_rel(first, second).pvalue) if differences.error else (1.0 if not differences.mean else 0.0)
+    critical = float(stats.t.ppf(1 - SIGNIFICANT / 2 / family, differences.count - 1))
+    if differences.error == 0:
+        # Without spread nothing can be tested; seeds that change nothing are one run, not several.
+        return Difference(differences.mean, 0.0, None if differences.mean else 1.0, None if differences.mean else 1.0)
+    p = float(stats.ttest_rel(first, second).pvalue)
     return Difference(differences.mean, differences.error, p, p, critical * differences.error)
 
 

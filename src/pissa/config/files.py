@@ -111,6 +111,8 @@ class _Loader(yaml.SafeLoader):
         keys = [(self.construct_object(key, deep=True), key.start_mark.line + 1) for key, _ in node.value]
         first: dict[Any, int] = {}
         for key, line in keys:
+            if not isinstance(key, Hashable):
+                continue  # as in {{ placeholder }}: YAML's own error names the line
             if key in first:
                 self.repeated.append(f"{key}: got it in line {first[key]} and again in line {line}, expected it once")
             first.setdefault(key, line)

@@ -7,6 +7,7 @@ warm-up 3 %, no weight decay, 128 rows per step, one epoch, 512 tokens, loss on 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
@@ -74,7 +75,8 @@ class TrainSettings(BaseModel):
     eval_data: str | None = Field(None, description="Evaluation data, as `data`; null for none.")
     eval_split: str = Field("validation", description="Split to evaluate on, of a folder or a Hub data set.")
     old_data: str | None = Field(
-        None, description="Data of what the model knew before, as `data`; its loss shows forgetting. null for none."
+        None,
+        description="Data of what the model knew before, with columns of known names; its loss shows forgetting. null: none.",
     )
     old_split: str = Field("validation", description="Split of `old_data`, of a folder or a Hub data set.")
     eval_limit: Whole = Field(
@@ -102,7 +104,8 @@ class TrainSettings(BaseModel):
     epochs: Number = Field(1.0, gt=0, description="Passes over the data; unused when max_steps is set.")
     max_length: Whole = Field(512, ge=2, description="Tokens per row; longer rows lose their end.")
     packing: bool = Field(
-        False, description="Put several rows into one sequence of max_length, where attention allows."
+        False,
+        description="Several rows in one sequence of max_length, where attention allows; batch_size counts sequences then.",
     )
     warmup_ratio: Number = Field(
         0.03, ge=0, lt=1, description="Share of the steps over which the rate rises; 0 is off."
@@ -137,6 +140,12 @@ class TrainSettings(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Read it first.")
     force: bool = Field(False, description="Replace an earlier run in `output`; never other files.")
+
+    @field_validator("model", "data", "eval_data", "old_data", "output")
+    @classmethod
+    def _at_home(cls, value: str | None) -> str | None:
+        """`~/models` is a folder in the home of whoever runs this, in a file too."""
+        return str(Path(value).expanduser()) if value and value.startswith("~") else value
 
     @field_validator("targets", mode="before")
     @classmethod

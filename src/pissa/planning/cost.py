@@ -50,16 +50,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Host:
-    """Bytes of main memory: libraries and the like, loading the model, splitting weights one after the other."""
+    """Bytes of main memory: libraries and the like, loading the model, splitting weights, originals under residuals."""
 
     process: int
     loading: int
     splitting: int
+    originals: int
 
     @property
     def total(self) -> int:
         """At the fullest moment before training."""
-        return self.process + max(self.loading, self.splitting)
+        return self.process + max(self.loading + self.originals, self.splitting)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def host_cost(planned: Planned, device: Device, kind: str, process: int) -> Host
     originals = 0
     if planned.recipe and planned.recipe.base_form == "residual" and not planned.packed:
         originals = planned.source.dtype.itemsize * sum(math.prod(target.shape) for target in planned.targets)
-    return Host(process, loading + originals, splitting)
+    return Host(process, loading, splitting, originals)
 
 
 def disk_cost(planned: Planned, settings: TrainSettings, steps: int | None) -> Disk:

@@ -68,7 +68,7 @@ def count(settings: TrainSettings, source: Source) -> Counts:
     sequences = math.ceil(seen.tokens / seen.limit) if settings.packing else kept
     steps = _steps(settings, sequences)
     mean = seen.tokens / max(len(sampled) - seen.dropped, 1)
-    share = min(steps * settings.batch_size / max(sequences, 1), math.inf) if settings.max_steps else settings.epochs
+    share = steps * settings.batch_size / max(sequences, 1) if settings.max_steps else settings.epochs
     notes = [f"tokens from a sample of {SAMPLE} rows"] if len(sampled) < len(rows.train) else []
     notes += ["steps with packing are a lower bound"] if settings.packing else []
     return Counts(kept, steps, round(mean * kept * share), mean, found.classes, "; ".join(notes))

@@ -36,10 +36,12 @@ class Machine:
     host_bytes: int
     disk_bytes: int
 
-    def verdict(self, needed: int) -> str:
-        """yes, tight or no."""
+    def verdict(self, needed: int, on_host: int = 0) -> str:
+        """yes, tight or no; "no: host" where loading does not fit into main memory."""
         if needed > self.device_bytes:
             return "no"
+        if on_host > self.host_bytes:
+            return "no: host"
         return "yes" if needed <= TIGHT * self.device_bytes else "tight"
 
 
@@ -65,7 +67,9 @@ def _free_memory() -> int:
     free = psutil.virtual_memory().available
     try:
         most = int((CGROUP / "memory.max").read_text())
-        free = min(free, most - int((CGROUP / "memory.current").read_text()))
+        lines = (line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cache = int(dict(lines).get("inactive_file", 0))  # which the kernel gives back when asked
+        free = min(free, most - int((CGROUP / "memory.current").read_text()) + cache)
     except (OSError, ValueError):  # no container, or no limit ("max")
         pass
     return free

@@ -112,7 +112,8 @@ def plan(settings: TrainSettings, *, memory: str | None = None, measured: bool =
     Raises:
         ConfigError, InputError, DataError, CheckpointError: what training would refuse.
     """
-    check(settings.model_copy(update={"device": "auto"}), False)
+    elsewhere = {"attn_implementation": "auto", "liger": False, "bf16": False} if memory else {}
+    check(settings.model_copy(update={"device": "auto", **elsewhere}), False)  # kernels of a GPU that is not here
     machine = look(settings, None if memory is None else parse_bytes(memory))
     source = open_source(settings)
     counts = count(settings, source)
@@ -144,7 +145,8 @@ def _cost(settings: TrainSettings, source: Source, counts: Counts, machine: Mach
     trainable = sum(parameter.numel() for parameter in planned.trained)
     device = device_cost(planned, settings, limit(settings, source), machine.kind)
     host = host_cost(planned, device, machine.kind, machine.process_bytes)
-    needs = device.total + (host.process if machine.kind == "cpu" else 0)
+    # On a CPU all is in one place, what only lies on the host beside it too.
+    needs = device.total + (host.process + host.originals if machine.kind == "cpu" else 0)
     return Cost(
         settings.method,
         str(source.dtype).removeprefix("torch."),
@@ -154,5 +156,5 @@ def _cost(settings: TrainSettings, source: Source, counts: Counts, machine: Mach
         host,
         disk,
         needs,
-        machine.verdict(needs),
+        machine.verdict(needs, host.total),
     )

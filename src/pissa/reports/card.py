@@ -44,6 +44,8 @@ def write_card(run: str | Path, folder: str | Path | None = None) -> Path:
     base = made.base.name if made and made.base else record["base"]["name"]
     needs_residual = bool(made and made.recipe and made.recipe.needs_residual)
     load = "RESIDUAL_FOLDER" if needs_residual else base if _on_hub(base) else "FOLDER_OF_THE_BASE"
+    regresses = settings.get("task") == "regression"
+    outputs = 1 if regresses else len(record.get("labels") or [])
     text = render(
         "card.md",
         header=_header(settings, base, record["data"]["sources"]),
@@ -64,7 +66,8 @@ def write_card(run: str | Path, folder: str | Path | None = None) -> Path:
         record=record,
         results={key: record[key] for key in RESULTS if record.get(key) is not None},
         labels=record.get("labels") or [],
-        auto="AutoModelForSequenceClassification" if record.get("labels") else "AutoModelForCausalLM",
+        outputs=outputs,
+        auto="AutoModelForSequenceClassification" if outputs else "AutoModelForCausalLM",
     )
     return write_page(folder / NAME, text.lstrip())
 

@@ -13,6 +13,8 @@ from pissa.errors import DataError, require
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, told apart with every form of colour blindness."""
+UNITS = {"language": "nats per token", "classification": "nats per row", "regression": "squared error"}
+"""Of the loss, by task."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -52,7 +54,7 @@ def plot_losses(runs: Mapping[str, Path], output: Path, title: str | None = None
         axes.plot([], [], color="grey", marker="o", linestyle="none", label="points: evaluation loss")
     axes.set_xlabel("optimiser step")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylabel("loss (nats per token)" if not _classifies(runs) else "loss (nats per row)")
+    axes.set_ylabel(f"loss ({_unit(runs)})")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -100,7 +102,9 @@ def series(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _classifies(runs: Mapping[str, Path]) -> bool:
-    return any(
-        {"eval_accuracy", "eval_pearson"} & line.keys() for path in runs.values() for line in read_metrics(Path(path))
-    )
+def _unit(runs: Mapping[str, Path]) -> str:
+    """Of the loss, as the scores beside it tell."""
+    keys = {key for path in runs.values() for line in read_metrics(Path(path)) for key in line}
+    return UNITS[
+        "regression" if "eval_pearson" in keys else "classification" if "eval_accuracy" in keys else "language"
+    ]

@@ -125,6 +125,11 @@ def plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def cell(text: object) -> str:
+    """Text inside a Markdown table: on one line, and a bar in it is no edge."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
 @cache
 def _environment() -> Any:
     jinja2 = require("jinja2", "train")
@@ -135,7 +140,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {filter_.__name__: filter_ for filter_ in (number, percent, duration, size, plain)}
+    environment.filters |= {filter_.__name__: filter_ for filter_ in (number, percent, duration, size, plain, cell)}
     return environment
 
 

@@ -21,7 +21,7 @@ Value = Callable[[Change], float | None]
 
 def loss_figure(lines: list[dict[str, Any]], unit: str) -> Any:
     """Training loss, smoothed with the raw line pale behind it, and each evaluation."""
-    figure, axes = _axes("optimiser step", f"loss (nats per {unit})")
+    figure, axes = _axes("optimiser step", f"loss ({unit})")
     for key, colour in zip(LOSSES, COLOURS, strict=False):
         steps, values = series(lines, key)
         if not steps:

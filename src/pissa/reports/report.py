@@ -10,7 +10,7 @@ from pissa.errors import DataError
 from pissa.reports import panels
 from pissa.reports.changes import Change, changes_of
 from pissa.reports.commands import next_commands
-from pissa.reports.curves import read_metrics, series
+from pissa.reports.curves import UNITS, read_metrics, series
 from pissa.reports.page import render, svg, write_page
 from pissa.reports.run_record import base_facts, defaults, read_run, set_by_hand
 
@@ -100,7 +100,7 @@ def _curves(record: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[A
     """(Picture, caption) of the course of the training."""
     if not lines:
         return []
-    unit = "token" if record["settings"].get("task", "language") == "language" else "row"
+    unit = UNITS[record["settings"].get("task", "language")]
     losses = series(lines, "loss")[1] or series(lines, "eval_loss")[1]
     alt = f"Loss over {lines[-1]['step']} steps, from {losses[0]:.3g} to {losses[-1]:.3g}"
     pictures = [(svg(panels.loss_figure(lines, unit), alt), "Pale: every logged step. Solid: their running mean.")]

@@ -12,19 +12,24 @@ OUT/checkpoints/    checkpoint-N, whole if it holds the mark
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pissa.checkpoint.output import read_json, write_json
-from pissa.errors import OutputError
+from pissa.errors import BusyError, OutputError
 from pissa.surgery.folders import RESIDUAL
 
 RECORD, SETTINGS, METRICS, REPORTS = "run.json", "settings.yaml", "metrics.jsonl", "tensorboard"
 OURS = (SETTINGS, METRICS, "loss.png", "report.html", "adapter", "state", "model", "checkpoints", REPORTS, RESIDUAL)
 CLEARED = "cleared"
+LOCK = ".lock"
 WHOLE = "whole"
 """Name of the empty file that is written last into a checkpoint."""
+logger = logging.getLogger(__name__)
 
 
 def previous_run(out: Path, *, resume: bool, force: bool) -> dict[str, Any] | None:
@@ -44,6 +49,35 @@ def previous_run(out: Path, *, resume: bool, force: bool) -> dict[str, Any] | No
         raise OutputError(f"{out} holds a run: go on with --resume, replace it with --force, or choose another folder")
     record = read_json(out / RECORD)
     return record if resume and record.get("status") != CLEARED else None
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the system lets go of it when this one dies.
+
+    A folder that was not there and in which nothing was written is gone afterwards.
+
+    Raises:
+        BusyError: another process has it.
+    """
+    made, file = not out.exists(), out / LOCK
+    out.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(f"another process is training into {out}: wait for it, or choose another folder") from error
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            logger.warning("%s cannot be locked on this system: see to it that one process writes there", out)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):
+                    out.rmdir()  # only if empty
 
 
 def claim(out: Path, residual: str = "") -> None:

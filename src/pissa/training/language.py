@@ -34,11 +34,15 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
     evaluation, evaluation_notes = _encode_rows(rows.evaluation, tokenizer, settings.template, limit)
     old, old_notes = _encode_rows(rows.old, tokenizer, settings.template, limit)
     notes = {key: train_notes[key] + evaluation_notes[key] + old_notes[key] for key in train_notes}
-    if not train or (rows.evaluation and not evaluation):
-        raise DataError(
-            f"no row of {rows.sources[0]['name'] if not train else rows.sources[-1]['name']} has a response within "
-            f"{limit} tokens: raise max_length, or shorten the prompts"
-        )
+    for name, read, kept in (
+        (settings.data, rows.train, train),
+        (settings.eval_data or settings.data, rows.evaluation, evaluation),
+        (settings.old_data, rows.old, old),
+    ):
+        if read and not kept:
+            raise DataError(
+                f"no row of {name} has a response within {limit} tokens: raise max_length, or shorten the prompts"
+            )
     if notes["rows_dropped"]:
         logger.warning(
             "rows left out because no response fits within the first %d tokens: %d", limit, notes["rows_dropped"]

@@ -20,7 +20,7 @@ def mistakes(settings: TrainSettings) -> list[str]:
     found = []
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     if settings.packing and settings.task != "language":
-        found.append("packing: got true with classification, which has one label a row, expected false")
+        found.append(f"packing: got true with {settings.task}, which has one label a row, expected false")
     if settings.early_stopping and not ((settings.eval_data or settings.eval_size) and settings.eval_steps):
         found.append(
             f"early_stopping: got {settings.early_stopping}, expected beside it eval_steps, and eval_data or "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import write_json
 from pissa.checkpoint.targets import find_targets, head_modules
 from pissa.config import TrainSettings, config_error
-from pissa.errors import DivergedError, require
+from pissa.errors import BusyError, DivergedError, OutputError, require
 from pissa.records import versions
 from pissa.surgery.folders import RESIDUAL
 from pissa.training import classification, distributed, folder, language, regression, residual
@@ -71,8 +72,11 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     rows = load_rows(settings)
     tokenizer = load_tokenizer(settings)
     examples = task.encode(rows, tokenizer, settings)
-    reset_peak()
-    with quiet():
+    reset_peak(device(settings))
+    with quiet(), ExitStack() as stack:
+        distributed.on_first(lambda: stack.enter_context(folder.held(out)))
+        if distributed.on_first(lambda: folder.previous_run(out, resume=resume, force=settings.force)) != before:
+            raise BusyError(f"another process has written into {out} just now: look at it, then start again")
         loaded = residual.with_quantised_base(settings, out, before)
         model = residual.ready(task.load_model(loaded, examples, tokenizer), settings)
         data = {"sources": rows.sources, **examples.facts()}
@@ -102,7 +106,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
                 write_json(out / folder.RECORD, {**record, "status": "diverged", "reason": str(error)})
             raise
         _save(trainer, tokenizer, out)
-    return distributed.on_first(lambda: _close_run(out, record, trainer, metrics, stop))
+        return distributed.on_first(lambda: _close_run(out, record, trainer, metrics, stop))
 
 
 def _start(
@@ -126,6 +130,10 @@ def _start(
             )
             return model, before["base"]
         return model, base | {"tensors": fingerprint(tensors)}
+    if not distributed.is_first() and not state.is_dir():
+        raise OutputError(
+            f"{state} is not to be seen here, though the first process wrote it: use a shared file system"
+        )
     if (before or not distributed.is_first()) and state.is_dir():
         model = runs.restart(model, state)
     elif is_residual(model):
@@ -211,7 +219,8 @@ def _save(trainer: Any, tokenizer: Any, out: Path) -> None:
             runs.write(state, out)
             tokenizer.save_pretrained(out / "adapter")
     else:
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        wrapped = trainer.model_wrapped is not trainer.model  # a run that is over when it is resumed never is
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if wrapped else trainer.model.state_dict()
         if distributed.is_first():
             trainer.model.save_pretrained(out / "model", state_dict=weights)
             tokenizer.save_pretrained(out / "model")
@@ -229,7 +238,7 @@ def _close_run(out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics
         "stopped": stop.reason() if trainer.state.global_step < trainer.state.max_steps else None,
         "first_loss": next((line["loss"] for line in lines if "loss" in line), None),
         "seconds": round(metrics.seconds, 3),
-        "peak_memory_bytes": peak_bytes(),
+        "peak_memory_bytes": peak_bytes(trainer.args.device.type),
         "trainable_parameters": sum(
             getattr(part, "ds_numel", part.numel()) for part in trainer.model.parameters() if part.requires_grad
         ),
