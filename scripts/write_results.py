@@ -71,8 +71,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "",
         "Full fine-tuning, LoRA, PiSSA, MiLoRA and PiSSA's random control (random directions, the same norms) on small "
         "real models: rank 8, three seeds, the same learning rates, rows, order and steps for all. Two cores, no GPU.",
-        f"Made by `{COMMAND}`, then `python scripts/write_results.py SHARED results`. Each folder has the page (open it "
-        "in a browser) and all numbers. The sentences are the tool's own, see `src/pissa/comparison/findings.py`.",
+        f"Made by `{COMMAND}`, then `python scripts/write_results.py SHARED results`. Each folder has the page (open "
+        "it in a browser) and all numbers. The sentences are the tool's own, see `src/pissa/comparison/findings.py`.",
         "",
     ]
     for name, numbers in results.items():

@@ -67,7 +67,7 @@ def test_means_and_paired_tests_are_those_of_scipy():
 
 def test_holm_multiplies_the_smallest_p_by_the_number_of_tests():
     tests = {
-        name: paired([0.0, size, 2 * size + 0.1], [1.0, 1.1, 1.3])
+        name: paired([0.0, size, 2 * size + 0.1], [1.0, 1.15, 1.3])
         for name, size in zip("abc", (0.1, 0.4, 0.5), strict=True)
     }
     p = sorted(test.p for test in tests.values())

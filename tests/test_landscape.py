@@ -124,7 +124,7 @@ def test_runs_without_a_shared_plane_are_refused(
     with pytest.raises(InputError, match="grid is 2"):
         landscape(runs, grid=2)
     train(settings("whole", method="full"))
-    with pytest.raises(InputError, match="whole is a finished run of full"):
+    with pytest.raises(InputError, match=r"whole is a run of full for language \(finished\)"):
         landscape({**runs, "whole": tmp_path / "whole"})
     words.write_text(words.read_text() + '{"prompt": "x", "completion": "y"}\n')
     train(settings("other"))

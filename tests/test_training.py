@@ -13,10 +13,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import pissa
 from pissa.config import load_settings
-from pissa.errors import CheckpointError, ConfigError, DataError, OutputError, PissaError, WrongBaseError
+from pissa.errors import BusyError, CheckpointError, ConfigError, DataError, OutputError, PissaError, WrongBaseError
 from pissa.reports import plot_losses
-from pissa.training import callbacks, run, train
+from pissa.training import callbacks, folder, run, train
 from pissa.training.folder import checkpoints, newest_checkpoint, read_metrics
 from training_runs import STEPS, assert_same_run, kill_training, save_tokenizer, weights_of
 
@@ -321,3 +322,40 @@ def test_minilm_learns_on_mrpc(settings: Callable[..., Any], minilm: Path, share
     assert 0 <= record["eval_accuracy"] <= 1
     heads = [name for name in weights_of(tmp_path / "out") if "lora" not in name]
     assert sorted(name.rpartition(".")[2] for name in heads) == ["bias", "weight"]
+
+
+def test_what_an_unfinished_training_left_is_no_adapter(
+    settings: Callable[..., Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_up_to(3, settings("cut"), monkeypatch)
+    out = tmp_path / "cut"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    for use in (
+        lambda: pissa.convert(out, tmp_path / "lora"),
+        lambda: pissa.convert(out / "adapter", tmp_path / "lora"),
+        lambda: pissa.merge(base, out, tmp_path / "merged"),
+        lambda: pissa.load(model, out),
+        lambda: pissa.load(model, out / "adapter"),
+    ):
+        with pytest.raises(CheckpointError, match=r"has not ended .*--resume"):
+            use()
+    assert not (tmp_path / "lora").exists()
+    assert pissa.inspect(out / "adapter").safe_to_serve.startswith("no: ")
+    train(settings("cut"), resume=True)
+    pissa.convert(out, tmp_path / "lora")
+    assert pissa.inspect(out).safe_to_serve.startswith("yes") or "adapter/" in pissa.inspect(out).safe_to_serve
+
+
+def test_files_of_an_adapter_may_be_read_by_others(settings: Callable[..., Any], tmp_path: Path) -> None:
+    train(settings("out", max_steps=1, eval_size=0, eval_steps=0))
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out/adapter").iterdir()}
+    assert modes["adapter_model.safetensors"] == modes["adapter_config.json"]
+
+
+def test_two_processes_never_train_into_one_folder(settings: Callable[..., Any], tmp_path: Path) -> None:
+    with folder.held(tmp_path / "out"), pytest.raises(BusyError, match="another process is training"):
+        train(settings("out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError):
+        train(settings("out", model=str(tmp_path / "nothing")))
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,14 @@ def whole(number: float) -> int | float:
     return int(number) if float(number).is_integer() else number
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file that others may read as the user's settings say, as all files beside it."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)  # safetensors makes it the owner's alone
+
+
 def write_plain_lora(
     folder: Path,
     changes: Mapping[Target, Lora],
@@ -81,6 +90,6 @@ def write_plain_lora(
         tensors.update(factors.file_tensors(target, pair.B, pair.A))
     tensors.update(extras)
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(plain, folder / WEIGHTS)
     write_json(folder / CONFIG, {**config, "r": rank, "lora_alpha": rank})
     write_json(folder / RECORD, record.to_json())

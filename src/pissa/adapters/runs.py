@@ -18,7 +18,7 @@ from pissa.adapters import drift, factors, plain, sharding
 from pissa.adapters.attach import Attachment, adapter_layers, attachments_of, wrap
 from pissa.adapters.initial import check_base, load_initial
 from pissa.adapters.plain import INIT
-from pissa.adapters.state import RECORD, STATE, State, read_state, write_adapter, write_state
+from pissa.adapters.state import RECORD, STATE, State, check_finished, read_state, write_adapter, write_state
 from pissa.checkpoint.output import read_json, staged_output
 from pissa.checkpoint.targets import short_names
 from pissa.errors import CheckpointError, InputError, OutputError
@@ -113,6 +113,7 @@ def load(
         CheckpointError: not a folder that pissa wrote.
     """
     path = Path(path)
+    check_finished(path)
     if (path / "state" / RECORD).is_file():
         wrapped = _load_state(model, path / "state", adapter_name, from_start=False)
     elif (path / STATE).is_file():

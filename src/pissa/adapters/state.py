@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pissa.adapters import plain
@@ -63,6 +63,25 @@ class State:
         }
 
 
+def check_finished(path: Path) -> None:
+    """Refuse what a training that has not ended left: its adapter is still the start, which changes nothing.
+
+    Args:
+        path: a run, or its state/ or adapter/; a folder without a training's record passes.
+
+    Raises:
+        CheckpointError: with what to do.
+    """
+    run = path.resolve().parent if path.resolve().name in ("state", "adapter") else path
+    file = run / "run.json"
+    status = read_json(file).get("status") if file.is_file() else "finished"
+    if status != "finished":
+        raise CheckpointError(
+            f"{run} is a training that has not ended (status {status!r}), and its adapter is still the start: go on "
+            f"with pissa train {run}/settings.yaml --resume, or use one of {run}/checkpoints"
+        )
+
+
 def write_state(folder: Path, state: State) -> None:
     """Write a `state/` folder.
 
@@ -70,7 +89,7 @@ def write_state(folder: Path, state: State) -> None:
         folder: exists and is empty.
         state: what to write.
     """
-    save_file(_state_tensors(state), folder / STATE, metadata={"format": "pt"})
+    plain.save_tensors(_state_tensors(state), folder / STATE)
     write_json(folder / RECORD, state.record.to_json())
 
 

@@ -37,17 +37,16 @@ def compare(
 
     from pissa.checkpoint.output import read_json
     from pissa.comparison import compare as run_comparison
-    from pissa.comparison.compare import PAGE, RESULT, add_landscape
+    from pissa.comparison.compare import PAGE, RESULT, add_landscape, missing
     from pissa.comparison.findings import supported, unsupported
-    from pissa.comparison.grid import names, numbers
+    from pissa.comparison.grid import cells, names, numbers
 
-    count = range(int(seeds)) if seeds.isdecimal() else numbers(seeds.rstrip(","), int, "seeds")
+    count = range(int(seeds)) if seeds.isdecimal() else numbers(seeds.rstrip(","), int, "seeds")  # a count, or a list
     out = Path(settings.output)
+    grid = names(methods), numbers(lr, float, "lr"), [int(seed) for seed in count]
     comparison = run_comparison(
         settings,
-        names(methods),
-        numbers(lr, float, "lr"),
-        [int(seed) for seed in count],
+        *grid,
         jobs=jobs,
         which=part,
         say=show.counted("runs"),
@@ -60,4 +59,6 @@ def compare(
         return
     for line in (*supported(comparison), "", *unsupported(comparison)):
         print(line)
+    if left := missing(cells(*grid), out):
+        show.say(f"{left} of {len(cells(*grid))} runs are missing: type the other parts, or the same without --part")
     show.say(f"{out / PAGE}: the page; {out / RESULT}: the numbers")

@@ -15,7 +15,7 @@ def landscape(
     output: Annotated[Path, Option(help="The picture.")] = Path("landscape.png"),
     grid: Annotated[int, Option(help="Points along each direction, 3 or more; the time grows with its square.")] = 21,
     rows: Annotated[int, Option(help="Evaluation rows to take the loss over, 1 or more.")] = 16,
-    force: options.Force = False,
+    force: Annotated[bool, Option("--force", help="Replace the picture if it is there.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Draw the loss around the start, on the plane of the paths that the runs took.

@@ -28,6 +28,7 @@ from pissa.cli import (
 )
 from pissa.errors import PissaError
 
+INTERRUPTED = 130
 app = typer.Typer(
     name="pissa",
     help="Fine-tune a language model from its own principal directions, and get a plain LoRA back.",
@@ -64,6 +65,13 @@ def main() -> NoReturn:
     except PissaError as error:
         print(f"pissa: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print(
+                "pissa: stopped. What is on disk is whole: the same command goes on (train: with --resume)",
+                file=sys.stderr,
+            )
+        raise
     sys.exit(0)
 
 

@@ -31,6 +31,13 @@ def recipes(context: typer.Context, as_json: options.Json = False) -> None:
     show.say_next("pissa recipes show NAME", "pissa recipes copy NAME", f"pissa train math-pissa-small{FLAGS}")
 
 
+@app.command("list")
+def list_recipes(context: typer.Context, as_json: options.Json = False) -> None:
+    """List the recipes, as without a word."""
+    context.invoked_subcommand = None
+    recipes(context, as_json)
+
+
 @app.command("show")
 def show_recipe(name: Name, as_json: options.Json = False) -> None:
     """Print a recipe's settings, all that it extends resolved."""

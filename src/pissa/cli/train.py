@@ -56,7 +56,9 @@ def _course(record: dict[str, Any]) -> str:
     """The first and the last loss, and why a run stopped early."""
     first, last = record.get("first_loss"), record.get("loss")
     losses = "no loss logged" if first is None or last is None else f"loss {first:.4f} at first, {last:.4f} at last"
-    return "; ".join(part for part in (f"steps: {record['steps']}", losses, record.get("stopped")) if part)
+    held = record.get("eval_loss")
+    evaluated = "" if held is None else f"evaluation loss {record['first_eval_loss']:.4f} at first, {held:.4f} at last"
+    return "; ".join(part for part in (f"steps: {record['steps']}", losses, evaluated, record.get("stopped")) if part)
 
 
 def split_words(words: list[str]) -> tuple[Path | None, dict[str, str | bool]]:

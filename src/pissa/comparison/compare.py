@@ -85,6 +85,11 @@ def compare(
     return comparison
 
 
+def missing(grid: Sequence[Cell], out: Path) -> int:
+    """How many cells of a grid have no outcome yet."""
+    return sum(outcome(cell, out) is None for cell in grid)
+
+
 def report(out: Path) -> Comparison:
     """Read the cells that are done, and write compare.json and compare.html.
 
@@ -148,9 +153,11 @@ def _common(settings: TrainSettings) -> TrainSettings:
 def _claim(out: Path, common: TrainSettings) -> None:
     """Say what all cells share, or check that those which are there share it."""
     file = out / SETTINGS
-    if file.is_file():
+    if file.is_file() and not (out / RECORD).exists():
         check_common(yaml.safe_load(file.read_text(encoding="utf-8")), common, out)
         return
+    if (out / RECORD).exists():
+        raise OutputError(f"{out} holds a training run: choose another folder for the comparison")
     if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise OutputError(f"{out} is there and holds no comparison: choose another folder")
     out.mkdir(parents=True, exist_ok=True)

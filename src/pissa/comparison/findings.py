@@ -56,7 +56,7 @@ def unsupported(comparison: Comparison) -> list[str]:
             f"The best rate lies at the edge of the grid for {listed}: a better one may lie beyond, so nothing here "
             "is the last word on these. Add rates to the same folder."
         )
-    grids = {method: tuple(comparison.grid_of(method)) for method in comparison.methods}
+    grids = {method: tuple(grid) for method in comparison.methods if (grid := comparison.grid_of(method))}
     if len(set(grids.values())) > 1:
         said.append(
             "The methods have different grids ("
@@ -89,7 +89,7 @@ def unsupported(comparison: Comparison) -> list[str]:
     )
     said.append(
         "One model, one data set, one number of steps: other sizes, data or longer trainings are not spoken for. Wall "
-        "times are of one machine, with whatever ran beside."
+        "times are of the machines that ran them, with whatever ran beside."
     )
     return said
 

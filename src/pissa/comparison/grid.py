@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from pissa.config import TrainSettings, config_error
 from pissa.errors import ConfigError, InputError
+from pissa.randomness import tensor_seed
 
 CELLS = "cells"
 DIFFER = frozenset({"method", "learning_rate", "seed", "output", "force"})
@@ -69,7 +70,10 @@ def part(grid: Sequence[Cell], which: str | None) -> list[Cell]:
     index, _, count = which.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise InputError(f"part is {which!r}, expected i/n with i from 1 to n, as in 2/4")
-    return list(grid)[int(index) - 1 :: int(count)]
+    # Mixed, so that no machine has one method to itself.
+    mixed = sorted(grid, key=lambda cell: tensor_seed(0, str(cell)))
+    own = set(mixed[int(index) - 1 :: int(count)])
+    return [cell for cell in grid if cell in own]
 
 
 def check_common(before: dict[str, object], now: TrainSettings, out: Path) -> None:

@@ -150,7 +150,7 @@ def _shared_settings(runs: Mapping[str, Path]) -> TrainSettings:
         settings = record["settings"]
         if record["status"] != "finished" or settings["task"] != "language" or settings["method"] == "full":
             raise InputError(
-                f"{name} is a {record['status']} run of {settings['method']} for {settings['task']}, expected a "
+                f"{name} is a run of {settings['method']} for {settings['task']} ({record['status']}), expected a "
                 "finished one of an adapter for language"
             )
     first, *others = records

@@ -81,6 +81,10 @@ def _base_of(path: Path, name: Any) -> Path:
 
 
 def _read(path: Path) -> ConfigFile:
+    if path.is_dir():
+        inside = path / "settings.yaml"
+        hint = f": did you mean {inside}?" if inside.is_file() else ""
+        raise ConfigError(f"{path} is a folder, expected a YAML file or a recipe's name{hint}")
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
         content = loader.get_single_data()

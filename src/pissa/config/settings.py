@@ -76,7 +76,7 @@ class TrainSettings(BaseModel):
     eval_split: str = Field("validation", description="Split to evaluate on, of a folder or a Hub data set.")
     old_data: str | None = Field(
         None,
-        description="Data of what the model knew before, with columns of known names; its loss shows forgetting. null: none.",
+        description="Data of what the model knew before, in columns of known names, to see forgetting. null: off.",
     )
     old_split: str = Field("validation", description="Split of `old_data`, of a folder or a Hub data set.")
     eval_limit: Whole = Field(
@@ -105,7 +105,7 @@ class TrainSettings(BaseModel):
     max_length: Whole = Field(512, ge=2, description="Tokens per row; longer rows lose their end.")
     packing: bool = Field(
         False,
-        description="Several rows in one sequence of max_length, where attention allows; batch_size counts sequences then.",
+        description="Several rows in a sequence of max_length, where attention allows; batch_size counts these.",
     )
     warmup_ratio: Number = Field(
         0.03, ge=0, lt=1, description="Share of the steps over which the rate rises; 0 is off."

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pissa.adapters import plain
 from pissa.adapters.plain import INIT
-from pissa.adapters.state import STATE, read_state
+from pissa.adapters.state import STATE, check_finished, read_state
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.targets import Target
@@ -85,6 +85,7 @@ def read_changes(path: Path, *, on_residual: bool = False) -> Changes:
         CheckpointError: a folder that stands for no change.
     """
     kind = kind_of_folder(path)
+    check_finished(path)
     if kind in ("run", "state"):
         state = read_state(path / "state" if kind == "run" else path)
         return Changes(state.changes(), state.extras, state.record)

@@ -8,12 +8,12 @@ from typing import Any
 
 from pissa.adapters import plain
 from pissa.adapters.plain import INIT
-from pissa.adapters.state import RECORD
+from pissa.adapters.state import RECORD, check_finished
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target
-from pissa.errors import InputError, PissaError, WrongBaseError
+from pissa.errors import CheckpointError, InputError, PissaError, WrongBaseError
 from pissa.linalg import product_singular_values
 from pissa.records import Record
 from pissa.splits import Lora
@@ -113,6 +113,10 @@ def inspect(
     kind = kind_of_folder(path)
     record = _record_of(path, kind)
     report = Report(str(path), kind, *_meaning(kind, record))
+    try:
+        check_finished(path)
+    except CheckpointError as error:
+        report.safe_to_serve = f"no: {error}"
     if errors:
         report.errors = _errors(path, kind, record, base, text, workers, progress)
     if record is not None:

@@ -237,6 +237,7 @@ def _close_run(out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics
         "steps": trainer.state.global_step,
         "stopped": stop.reason() if trainer.state.global_step < trainer.state.max_steps else None,
         "first_loss": next((line["loss"] for line in lines if "loss" in line), None),
+        "first_eval_loss": next((line["eval_loss"] for line in lines if "eval_loss" in line), None),
         "seconds": round(metrics.seconds, 3),
         "peak_memory_bytes": peak_bytes(trainer.args.device.type),
         "trainable_parameters": sum(
