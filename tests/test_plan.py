@@ -93,14 +93,14 @@ def most_on_disk(planned: Plan, more: dict[str, Any]) -> int:
     return disk.total
 
 
-def test_a_new_head_trains_whole_and_is_counted(tmp_path: Path, minilm: Path) -> None:
+@pytest.mark.parametrize(("task", "labels"), [("classification", "abc"), ("regression", "147")])
+def test_a_new_head_trains_whole_and_is_counted(task: str, labels: str, tmp_path: Path, minilm: Path) -> None:
     data = tmp_path / "labels.csv"
-    data.write_text("text,label\n" + "".join(f"text {n},{'abc'[n % 3]}\n" for n in range(12)), encoding="utf-8")
+    data.write_text("text,label\n" + "".join(f"text {n},{labels[n % 3]}\n" for n in range(12)), encoding="utf-8")
     values = {"model": str(minilm), "data": str(data), "output": str(tmp_path / "out"), "rank": 2, "batch_size": 4}
-    asked = load_settings(None, {**values, **SHORT, "task": "classification", "max_length": 16, "device": "cpu"})
+    asked = load_settings(None, {**values, **SHORT, "task": task, "max_length": 16, "device": "cpu"})
     planned = plan(asked)
     record = train(asked)
-    assert planned.counts.classes == 3
     assert planned.asked.trainable == record["trainable_parameters"]
     assert planned.costs[0].method == "full" and planned.costs[0].trainable > 20e6
 

@@ -74,7 +74,8 @@ def _loss(base: Any, inputs: dict[str, Tensor], kind: str) -> Tensor:
     rows = inputs["input_ids"].shape[0]
     head = base.get_output_embeddings()
     if head is None:
-        labels = torch.zeros(rows, dtype=torch.long, device=NO_DEVICE)
+        scores = base.config.num_labels == 1  # regression's labels are numbers, a class is an index
+        labels = torch.zeros(rows, dtype=torch.float32 if scores else torch.long, device=NO_DEVICE)
         return base(**inputs, labels=labels).loss
     hidden = base.base_model(**inputs, use_cache=False).last_hidden_state
     return _FusedHead.apply(hidden[:, :-1].flatten(0, 1), head.weight, WIDE_TILES[kind]).sum()
