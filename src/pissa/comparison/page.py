@@ -33,7 +33,7 @@ def write_comparison(comparison: Comparison, facts: dict[str, Any], path: Path) 
     html = render(
         "compare.html",
         name=Path(settings["model"]).name,
-        data_name=Path(settings["data"]).name,
+        data_name="/".join(Path(settings["data"]).parts[-2:]),
         comparison=comparison,
         numbers=data,
         facts=facts,
