@@ -219,8 +219,9 @@ def _save(trainer: Any, tokenizer: Any, out: Path) -> None:
             runs.write(state, out)
             tokenizer.save_pretrained(out / "adapter")
     else:
-        wrapped = trainer.model_wrapped is not trainer.model  # a run that is over when it is resumed never is
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if wrapped else trainer.model.state_dict()
+        # DeepSpeed's engine is asked for its shards; a run that was over when it was resumed has none.
+        no_engine = distributed.layout()["sharding"] == "deepspeed" and trainer.model_wrapped is trainer.model
+        weights = trainer.model.state_dict() if no_engine else trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if distributed.is_first():
             trainer.model.save_pretrained(out / "model", state_dict=weights)
             tokenizer.save_pretrained(out / "model")
