@@ -146,7 +146,7 @@ def test_what_a_control_has_of_the_lead_is_a_share_of_it():
         {("lora", 1e-3): [4.0, 4.2, 4.1], ("pissa", 1e-3): [3.0, 3.2, 3.11], ("pissa-control", 1e-3): [4.5, 4.7, 4.61]}
     )
     assert behind.explained("pissa", 1e-3) == 0  # a control that is worse than LoRA explains nothing
-    assert "none that is seen at 0.001" in " ".join(supported(behind))
+    assert "lead over lora at 0.001 no part is seen in its random control" in " ".join(supported(behind))
 
 
 def test_steps_to_loras_end_and_what_was_forgotten_by_then():

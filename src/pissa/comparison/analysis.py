@@ -115,15 +115,14 @@ class Comparison:
 
     @cached_property
     def at_equal(self) -> dict[tuple[str, float], Difference]:
-        """Each method against the reference at each rate that neither diverged at; Holm over all of them."""
-        tests = {}
-        for method in self.methods:
-            for rate in self.rates:
-                runs = self.runs(method, rate) + self.runs(self.reference, rate)
-                whole = len(runs) == 2 * len(self.seeds) and all(run.finished for run in runs)
-                if method != self.reference and whole:
-                    tests[method, rate] = self._against(method, rate, self.reference, rate)
-        return holm(tests)
+        """Each method against the reference at each rate that neither diverged at; Holm over the methods of a rate."""
+        found: dict[tuple[str, float], Difference] = {}
+        for rate in self.rates:
+            whole = [m for m in self.methods if (runs := self.runs(m, rate)) and all(run.finished for run in runs)]
+            others = [method for method in whole if method != self.reference and self.reference in whole]
+            tests = {(m, rate): self._against(m, rate, self.reference, rate, len(others)) for m in others}
+            found |= holm(tests)
+        return found
 
     @cached_property
     def against_control(self) -> dict[str, Difference]:

@@ -29,11 +29,16 @@ def supported(comparison: Comparison) -> list[str]:
             f"Against random directions of its size, each at its best rate, {method} {_verdict(test, 'its control')}."
         )
         shares = {rate: share for rate in comparison.rates if (share := comparison.explained(method, rate)) is not None}
-        if shares:
-            listed = ", ".join(f"{_share(share)} at {rate:g}" for rate, share in shares.items())
+        owed = [f"{_share(share)} at {rate:g}" for rate, share in shares.items() if share]
+        own = [f"{rate:g}" for rate, share in shares.items() if not share]
+        if owed:
             said.append(
-                f"Of {method}'s lead over {reference} at equal rates its random control has {listed}: what it has is "
+                f"Of {method}'s lead over {reference} at equal rates its random control has {', '.join(owed)}: that is "
                 "owed to the size of the start, not to its directions."
+            )
+        if own:
+            said.append(
+                f"Of {method}'s lead over {reference} at {', '.join(own)} no part is seen in its random control."
             )
     return said + _forgetting(comparison)
 
@@ -162,7 +167,7 @@ def _forgetting(comparison: Comparison) -> list[str]:
 
 
 def _share(share: float) -> str:
-    return "none that is seen" if share == 0 else f"all ({100 * share:.0f} %)" if share >= 1 else f"{100 * share:.0f} %"
+    return f"all ({100 * share:.0f} %)" if share >= 1 else f"{100 * share:.0f} %"
 
 
 def _plus_minus(value: float, error: float | None) -> str:
