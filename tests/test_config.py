@@ -414,3 +414,21 @@ def test_every_meaning_is_a_key_of_ours() -> None:
         assert advice and key not in KEYS and key not in ALIASES, key
         assert all(set(meaning) <= combined | set(KEYS) for meaning in known.values()), key
         assert all(word == word.lower() for word in known), key
+
+
+def test_a_flag_takes_back_what_a_file_names(tmp_path: Path) -> None:
+    path = written(tmp_path, "model: base\ndata: rows.jsonl\noutput: out\nold_data: old.jsonl\neval_data: new.jsonl\n")
+    assert load_settings(path, {"old_data": "null"}).old_data is None
+    assert load_settings(path, {"eval_data": "null"}).eval_data is None
+
+
+def test_a_tilde_is_the_home_folder_in_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = written(tmp_path, "model: ~/base\ndata: rows.jsonl\noutput: ~/out\n")
+    s = load_settings(path, {})
+    assert (s.model, s.output) == (str(tmp_path / "base"), str(tmp_path / "out"))
+
+
+def test_a_placeholder_in_yaml_is_no_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_settings(written(tmp_path, "model: {{ model }}\n"), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -50,3 +51,19 @@ def test_no_source_file_is_past_300_lines() -> None:
         str(file): count for file in (ROOT / "src").rglob("*.py") if (count := len(file.read_text().split("\n"))) > 300
     }
     assert not long
+
+
+def test_the_readmes_table_is_that_of_the_results() -> None:
+    spec = importlib.util.spec_from_file_location("write_results", ROOT / "scripts/write_results.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    results = script.read_results()
+    found = script.TABLE.search((ROOT / "README.md").read_text())
+    assert found[0] == found[1] + script.table(results) + found[2]
+    assert (ROOT / "docs/results/README.md").read_text() == script.page(results)
+    for name, numbers in results.items():
+        assert len(numbers["methods"]) == 5 and len(numbers["seeds"]) == 3, name
+        assert len(numbers["learning_rates"]) >= 3, name
+        text = (ROOT / "docs/results" / name / "compare.html").read_text()
+        assert "/work" not in text and "/tmp" not in text and "/root" not in text, name

@@ -48,7 +48,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "template": {"default": "chat"},
     "attn_implementation": {"flash_attn": "flash_attention_2", "none": "auto"},
     "report_to": {"[]": "none"},
-    "quant": {"null": None, "none": None},
+    **{key: {"null": None, "none": None} for key in ("quant", "eval_data", "old_data", "revision")},
 }
 """Another spelling of a value, by our key."""
 
