@@ -26,6 +26,17 @@ TITLES = {
 }
 METHODS = ("full", "lora", "pissa", "pissa-control", "milora")
 COMMAND = "python benchmarks/compare.py SHARED results"
+LANDSCAPE = """## The loss around the start
+
+![Loss on the plane of LoRA's and PiSSA's paths](landscape.png)
+
+mixed-8m on GSM8K, seed 0, LoRA at 1e-2 and PiSSA at 3e-3, their best rates; points are 5 steps apart, and the plane
+holds 95.5 % of the paths' squared length. Both end in one valley, from different sides.
+
+    pissa train results/mixed-8m-gsm8k/settings.yaml --method lora --learning_rate 0.01 --save_steps 5 \\
+        --save_total_limit 0 --old_data null --eval_steps 20 --output lora      # and pissa at 0.003
+    pissa landscape lora pissa --grid 15 --rows 8
+"""
 TABLE = re.compile(r"(<!-- results: scripts/write_results.py -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -71,17 +82,19 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "",
         "Full fine-tuning, LoRA, PiSSA, MiLoRA and PiSSA's random control (random directions, the same norms) on small "
         "real models: rank 8, three seeds, the same learning rates, rows, order and steps for all. Two cores, no GPU.",
-        f"Made by `{COMMAND}`, then `python scripts/write_results.py SHARED results`. Each folder has the page (open "
-        "it in a browser) and all numbers. The sentences are the tool's own, see `src/pissa/comparison/findings.py`.",
+        "Each section has its command, then `python scripts/write_results.py SHARED results` wrote this page. Each "
+        "folder has a page of its own (open it in a browser) and all numbers. The sentences are the tool's own, see "
+        "`src/pissa/comparison/findings.py`.",
         "",
     ]
     for name, numbers in results.items():
-        shared, rates = numbers["settings"], ", ".join(f"{rate:g}" for rate in numbers["learning_rates"])
+        shared, rates = numbers["settings"], ",".join(f"{rate:g}" for rate in numbers["learning_rates"])
+        size = f"{len(numbers['cells'])} runs of {shared['max_steps']} steps of {shared['batch_size']} rows"
         parts += [
             f"## {name}",
             "",
-            f"{TITLES[name]}: {len(numbers['cells'])} runs of {shared['max_steps']} steps of {shared['batch_size']} "
-            f"rows, rates {rates}. [compare.html]({name}/compare.html), [compare.json]({name}/compare.json)",
+            f"{TITLES[name]}, {size}: `{COMMAND} --case {name} --lr {rates}`. "
+            f"[compare.html]({name}/compare.html), [compare.json]({name}/compare.json)",
             "",
             *(f"- {line}" for line in numbers["supported"]),
             "",
@@ -90,7 +103,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
             *(f"- {line}" for line in numbers["unsupported"]),
             "",
         ]
-    return "\n".join(parts)
+    return "\n".join([*parts, LANDSCAPE])
 
 
 def _cell(best: dict[str, Any] | None) -> str:
