@@ -81,9 +81,13 @@ def staged_output(
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` as indented JSON in one step: a reader sees the old file or the new one, never half of it."""
+    """Write `obj` as indented JSON in one step, see `write_text`."""
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file in one step: a reader sees the old file or the new one, never half of it."""
     path = Path(path)
-    text = json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -66,7 +66,7 @@ def compare(
         ConfigError: settings that are wrong, or other than those of the cells that are there.
         PissaError: what a cell raised, its name first; one whose loss is not a number any more is an outcome instead.
     """
-    out = Path(settings.output).expanduser()
+    out = Path(settings.output)
     grid = part(cells(methods, rates, seeds), which)
     common = _common(settings)
     for cell in cells(methods, rates, seeds):
@@ -74,9 +74,9 @@ def compare(
         if (cell.learning_rate, cell.seed) == (rates[0], seeds[0]):
             check(own, resume=True)
     _claim(out, common)
-    missing = [cell for cell in grid if outcome(cell, out) is None]
-    done = len(grid) - len(missing)
-    for cell in _trained(missing, common, out, jobs):
+    open_cells = [cell for cell in grid if outcome(cell, out) is None]
+    done = len(grid) - len(open_cells)
+    for cell in _trained(open_cells, common, out, jobs):
         done += 1
         say(cell, done, len(grid))
     comparison = report(out)
@@ -171,12 +171,12 @@ def _claim(out: Path, common: TrainSettings) -> None:
         partial.unlink()
 
 
-def _trained(missing: list[Cell], common: TrainSettings, out: Path, jobs: int) -> Iterator[Cell]:
+def _trained(open_cells: list[Cell], common: TrainSettings, out: Path, jobs: int) -> Iterator[Cell]:
     """Each cell as it ends."""
     if jobs < 1:
         raise InputError(f"jobs is {jobs}, expected 1 or more")
-    if jobs == 1 or len(missing) < 2:
-        for cell in missing:
+    if jobs == 1 or len(open_cells) < 2:
+        for cell in open_cells:
             yield _train(cell, common, out)
         return
     context = multiprocessing.get_context("spawn")
@@ -185,7 +185,7 @@ def _trained(missing: list[Cell], common: TrainSettings, out: Path, jobs: int) -
         places.put(index)
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, context, _settle, (places, threads)) as pool:
-        futures = [pool.submit(_train, cell, common, out) for cell in missing]
+        futures = [pool.submit(_train, cell, common, out) for cell in open_cells]
         try:
             for future in as_completed(futures):
                 yield future.result()

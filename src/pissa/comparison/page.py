@@ -10,8 +10,8 @@ from pissa.comparison.analysis import Comparison
 from pissa.comparison.findings import supported, unsupported
 from pissa.comparison.grid import DIFFER
 from pissa.comparison.landscape import draw, read
-from pissa.config import TrainSettings
 from pissa.reports.page import render, svg, write_page
+from pissa.reports.run_record import set_by_hand
 
 
 def write_comparison(comparison: Comparison, facts: dict[str, Any], path: Path) -> Path:
@@ -39,7 +39,7 @@ def write_comparison(comparison: Comparison, facts: dict[str, Any], path: Path) 
         facts=facts,
         supported=supported(comparison),
         unsupported=unsupported(comparison),
-        changed=_changed(settings),
+        changed={key: value for key, value in set_by_hand(settings).items() if key not in DIFFER},
         over_rates=svg(figures.over_rates(comparison), "Evaluation loss at the end over the learning rate"),
         at_best=svg(figures.over_steps(comparison, comparison.best), "Loss over steps, each at its best rate"),
         equal=equal,
@@ -66,12 +66,3 @@ def _cost(comparison: Comparison) -> dict[str, dict[str, Any]]:
                 "memory": memory[len(memory) // 2] if memory else None,
             }
     return costs
-
-
-def _changed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that all cells share and that are no defaults."""
-    needed = {key: settings[key] for key in ("model", "data", "output", "rank", "batch_size")}
-    default = TrainSettings.model_validate(needed).model_dump(mode="json")
-    shown = {key: value for key, value in settings.items() if key not in DIFFER}
-    always = ("model", "data", "rank", "batch_size")
-    return {key: value for key, value in shown.items() if key in always or value != default.get(key)}

@@ -48,7 +48,7 @@ def count(settings: TrainSettings, source: Source) -> Counts:
     Raises:
         DataError: data that are here and broken.
     """
-    if not Path(settings.data).expanduser().exists():
+    if not Path(settings.data).exists():
         return Counts(
             steps=settings.max_steps or None,
             classes=len(source.config.get("id2label") or ()) or 2,

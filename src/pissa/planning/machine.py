@@ -53,7 +53,7 @@ def look(settings: TrainSettings, memory: int | None = None) -> Machine:
         memory: of a GPU that is not here; None for this machine.
     """
     process = psutil.Process().memory_info().rss
-    host, disk = _free_memory() + process, _free_disk(Path(settings.output).expanduser())
+    host, disk = _free_memory() + process, _free_disk(Path(settings.output))
     if memory is not None:
         return Machine("cuda", "a GPU of that size", process, memory, host, disk)
     if settings.device != "cpu" and torch.cuda.is_available():

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pissa.config import TrainSettings
-from pissa.training.arguments import device
 from pissa.training.folder import METRICS, read_metrics
-from pissa.training.memory import peak_bytes, reset_peak
 from pissa.training.run import train
 
 STEPS = 4
@@ -40,10 +38,9 @@ def measure(settings: TrainSettings) -> Measured:
     if settings.task == "language":  # the classes of a classification must all be there
         rows = STEPS * settings.batch_size * (settings.max_length // 16 if settings.packing else 1)
         few["data_limit"] = min(settings.data_limit or rows, rows)
-    reset_peak(device(settings))
     with tempfile.TemporaryDirectory(prefix="pissa-plan-") as folder:
         out = Path(folder) / "run"
-        train(settings.model_copy(update={**few, **plain, "output": str(out)}))
+        record = train(settings.model_copy(update={**few, **plain, "output": str(out)}))
         seconds = [line["seconds"] for line in read_metrics(out / METRICS) if "loss" in line]
     step_seconds = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
-    return Measured(step_seconds, peak_bytes(device(settings)) or 0)
+    return Measured(step_seconds, record["peak_memory_bytes"] or 0)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from pissa.adapters import drift, plain
@@ -29,6 +28,7 @@ from pissa.records import Recipe, Record
 from pissa.registry import check_rank, choose, get
 from pissa.surgery.packing import packed_modules
 from pissa.training import residual
+from pissa.training.run import set_dropout
 
 NO_DEVICE = torch.device("meta")
 
@@ -110,9 +110,7 @@ def build(source: Source, settings: TrainSettings, classes: int) -> Planned:
             layer: Any = attached.get_base_model().get_submodule(target.module)
             layer.lora_variant["default"] = drift.Residual()
     if settings.dropout:
-        for part in attached.modules():
-            if isinstance(part, LoraLayer):
-                part.lora_dropout["default"] = nn.Dropout(settings.dropout)
+        set_dropout(attached, settings.dropout)
     return Planned(attached.train(), source, sizes, recipe, tuple(found), packed)
 
 

@@ -56,7 +56,7 @@ def open_source(settings: TrainSettings) -> Source:
         CheckpointError: no config, or weights that training would refuse.
         InputError: a model in few bits that pissa did not make.
     """
-    folder = Path(settings.model).expanduser()
+    folder = Path(settings.model)
     if not folder.exists():
         folder = _config_from_hub(settings)
     elif not (folder / "config.json").is_file():
@@ -118,7 +118,7 @@ def _dtype(settings: TrainSettings, config: dict[str, Any], tensors: dict[str, T
 
 def _dtypes_on_hub(settings: TrainSettings) -> list[torch.dtype]:
     """From the headers of the files on the Hub; none for a folder or where they cannot be had."""
-    if Path(settings.model).expanduser().exists():
+    if Path(settings.model).exists():
         return []
     from huggingface_hub import get_safetensors_metadata
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from pissa.checkpoint.output import write_text
 from pissa.config import KEYS, TrainSettings
 from pissa.config.files import EXTENDS, RECIPES, read_chain
 from pissa.config.reading import merged_values
@@ -87,12 +86,9 @@ def copy(name: str, target: str | Path | None = None, force: bool = False) -> Pa
     path = path / f"{name}.yaml" if path.is_dir() else path
     if path.exists() and not force:
         raise OutputError(f"{path} exists: give another name, or --force to replace it")
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written ({error}): give a file in a folder that is there") from error
     return path
 

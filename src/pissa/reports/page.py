@@ -7,11 +7,11 @@ import io
 import json
 import math
 import re
-import secrets
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pissa.checkpoint.output import write_text
 from pissa.errors import OutputError, require
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -73,14 +73,9 @@ def write_page(path: str | Path, html: str) -> Path:
         OutputError: the place cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(html, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(path, html)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error}): choose another file") from error
     return path

@@ -152,7 +152,7 @@ def _start(
             modules_to_save=heads or None,
         )
     if settings.dropout:
-        _set_dropout(model, settings.dropout)
+        set_dropout(model, settings.dropout)
     return model, base
 
 
@@ -174,7 +174,7 @@ def _load_decomposed(model: nn.Module, settings: TrainSettings) -> PeftModel:
     return attached
 
 
-def _set_dropout(model: nn.Module, share: float) -> None:
+def set_dropout(model: nn.Module, share: float) -> None:
     """Peft reads an adapter's dropout from its layers; only methods with a zero start get here."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
