@@ -10,8 +10,9 @@ from torch import Tensor
 
 import pissa
 from pissa.adapters.storing import store
+from pissa.checks import check_rank, scale_of, tolerance_of
 from pissa.errors import InputError
-from pissa.registry import check_rank, method, methods, scale_of, tolerance_of
+from pissa.registry import method, methods
 from pissa.splits import Lora, Split
 
 METHODS = sorted(name for name, method in methods().items() if method.needs == "weight")

@@ -7,26 +7,30 @@ holds nothing but its formula.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
-import math
+import inspect
 import pkgutil
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pissa.checks import check_rank, check_scale, check_weight, tolerance_of
 from pissa.errors import InputError, did_you_mean
 from pissa.randomness import random_control, tensor_seed
 from pissa.splits import Quantised, Split, is_finite
 
-EXACT, LEAST_TOLERANCE = 1e-5, 5e-6
-"""What svd="exact" certifies, for singular values and energy; and the least that float32 can."""
-QUANTISER = "quantiser"
+WEIGHT, QUANTISER, OPTIMISER = "weight", "quantiser", "optimiser"
+OBSERVED = ("covariance", "components", "gradient", "inputs")
+"""What a method may need to have been seen of a layer while the model reads calibration rows, see `pissa.observe`."""
 CONTROL = "-control"
 """After a method's name: its start along random directions."""
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PRESETS = {"qlora": ("lora", "nf4"), "loftq": ("loftq", "nf4"), "qpissa": ("pissa", "nf4")}
+"""Names for a method with a quantiser."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,21 @@ class Quantisation:
 
 
 @dataclass(frozen=True)
+class Allotment:
+    """How a method gives each layer a rank of its own: a pass over all layers, then one decision.
+
+    Attributes:
+        score: ``(weight, observed, rank, **options)`` to a vector; all that is kept of a layer until the decision.
+        allot: ``(scores by tensor name, rank, **options)`` to ranks by tensor name; 0 leaves a layer alone.
+    """
+
+    score: Callable[..., Tensor]
+    allot: Callable[..., dict[str, int]]
+
+
+@dataclass(frozen=True)
 class Method:
-    """A way to split a weight, and what the tables say about it."""
+    """A way to split a weight, and what the tables say about it; see `method` for the fields."""
 
     name: str
     title: str
@@ -54,9 +71,37 @@ class Method:
     trains: str
     verdict: str
     start: Callable[..., Split]
+    parts: tuple[str, ...] = ("left", "right")
     zero_start: bool = False
     alternates: bool = False
-    needs: str = "weight"
+    needs: str = WEIGHT
+    full_rank: bool = False
+    allotment: Allotment | None = None
+
+    @property
+    def has_core(self) -> bool:
+        """Whether a core between the factors trains, and the right factor does not."""
+        return "core" in self.parts
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own settings with their defaults: what its function takes beyond what all take."""
+        common = {"scale", "svd", "seed", "name", "quantisation", *OBSERVED}
+        parameters = inspect.signature(self.start).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common}
+
+    def checked(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
+        """All options, the given ones in their types (also from a command line's words), the others by default.
+
+        Raises:
+            InputError: an unknown name or value, with those that are known.
+        """
+        own, hints = self.options, typing.get_type_hints(self.start)
+        for name in options or {}:
+            if name not in own:
+                known = ", ".join(own) or "none"
+                raise InputError(f"{self.name} has no option {name!r}.{did_you_mean(name, list(own))} Known: {known}")
+        return own | {name: _as(hints[name], value, f"{self.name}: {name}") for name, value in (options or {}).items()}
 
     def split(
         self,
@@ -68,31 +113,42 @@ class Method:
         seed: int = 0,
         name: str = "weight",
         quantisation: Quantisation | None = None,
+        observed: Any = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Split:
         """Check the input, then split `weight`; factors are float32 (float64 for a float64 weight).
 
         Args:
             weight: [out, in], finite, float64/32/16 or bfloat16.
-            rank: 1 to min(out, in).
+            rank: 1 to min(out, in); methods that work at full rank ignore it.
             scale: alpha / rank, above 0.
             svd: "fast", "exact" or a tolerance, see `pissa.linalg.truncated_svd`; methods without an SVD ignore it.
             seed: with `name` it fixes every random number, whatever the order of the calls.
             name: the tensor's name, for the seed and for error messages.
             quantisation: of the frozen part; None to leave it as it is.
+            observed: what the method needs to have been seen, of the kind that `needs` says.
+            options: the method's own, by name.
 
         Raises:
             InputError: naming the tensor.
         """
         check_weight(weight, name)
+        rank = min(weight.shape) if self.full_rank else rank
         check_rank(rank, weight.shape, name)
-        if not (scale > 0 and math.isfinite(scale)):
-            raise InputError(f"scale (alpha / rank) is {scale} for `{name}`: alpha must be above 0")
+        check_scale(scale, name)
         tolerance_of(svd)
         if self.needs == QUANTISER and quantisation is None:
             raise InputError(
                 f"{self.name} starts from the error of a quantised weight: name the quantiser, --quant nf4"
             )
-        settings = {"scale": scale, "svd": svd, "seed": seed, "name": name}
+        settings = {"scale": scale, "svd": svd, "seed": seed, "name": name, **self.checked(options)}
+        if self.needs in OBSERVED:
+            if observed is None:
+                raise InputError(
+                    f"{self.name} needs the {self.needs} of `{name}`, seen while the model reads calibration rows: "
+                    "give --calibration DATA, or observations from pissa.observe"
+                )
+            settings[self.needs] = observed
         with torch.no_grad():
             if self.alternates:
                 split = self.start(weight, rank, **settings, quantisation=quantisation)
@@ -100,7 +156,7 @@ class Method:
                 split = self.start(weight, rank, **settings)
                 if quantisation:
                     split = dataclasses.replace(split, quantised=quantisation.quantise(split.frozen))
-        if not (is_finite(split.left) and is_finite(split.right)):
+        if not all(is_finite(part) for part in (split.left, split.core, split.right) if part is not None):
             raise InputError(
                 f"splitting `{name}` overflows {str(split.left.dtype).removeprefix('torch.')}: its largest value is "
                 f"{float(weight.abs().max()):.3g} and alpha / rank is {scale:.3g}; look for a damaged checkpoint"
@@ -118,11 +174,16 @@ def method(
     paper: str,
     trains: str,
     verdict: str,
+    parts: tuple[str, ...] = ("left", "right"),
     zero_start: bool = False,
     alternates: bool = False,
-    needs: str = "weight",
+    needs: str = WEIGHT,
+    full_rank: bool = False,
+    allotment: Allotment | None = None,
 ) -> Callable[[Callable[..., Split]], Callable[..., Split]]:
     """Register the decorated function ``f(weight, rank, *, scale, svd, seed, name) -> Split`` as a method.
+
+    Further keyword arguments with defaults are the method's own options, which users give by name.
 
     Args:
         name: what users type.
@@ -130,14 +191,20 @@ def method(
         paper: arXiv id.
         trains: which part of the weight trains, in words.
         verdict: when to take it and when not, one sentence.
-        zero_start: whether left @ right is zero at first (nothing is taken out of the weight).
+        parts: which of "left", "core" and "right" train.
+        zero_start: whether left @ core @ right is zero at first (nothing is taken out of the weight).
         alternates: whether the low-rank part follows the error of a quantised rest; the function then takes
             ``quantisation`` too, a `Quantisation` or None.
-        needs: "weight", or "quantiser" where there is no start without one.
+        needs: "weight"; "quantiser" where there is no start without one; "optimiser" where only the optimiser differs;
+            or one of `OBSERVED`, which the function then takes under that name.
+        full_rank: whether the factors always have min(out, in) columns and rows, whatever rank is asked.
+        allotment: where layers get ranks of their own.
     """
 
     def register(start: Callable[..., Split]) -> Callable[..., Split]:
-        _METHODS[name] = Method(name, title, paper, trains, verdict, start, zero_start, alternates, needs)
+        _METHODS[name] = Method(
+            name, title, paper, trains, verdict, start, parts, zero_start, alternates, needs, full_rank, allotment
+        )
         return start
 
     return register
@@ -167,6 +234,7 @@ def _control(studied: Method) -> Method:
     if studied.needs == QUANTISER:
         raise InputError(f"{studied.name} starts from the error of a quantised weight and has no random control")
 
+    @functools.wraps(studied.start)
     def start(weight: Tensor, rank: int, *, seed: int, name: str, **settings: Any) -> Split:
         unquantised = {"quantisation": None} if studied.alternates else {}
         split = studied.start(weight, rank, seed=seed, name=name, **settings, **unquantised)
@@ -183,98 +251,18 @@ def _control(studied: Method) -> Method:
     )
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A method with its quantiser, as asked for or by a preset's name.
-
-    Attributes:
-        method: a name listed by `pissa methods`.
-        quant: a quantiser's name, or None.
-        iterations: rounds of alternation; 1 where the method does not alternate.
-    """
-
-    method: str
-    quant: str | None = None
-    iterations: int = 1
-
-
-PRESETS = {"qlora": ("lora", "nf4"), "loftq": ("loftq", "nf4"), "qpissa": ("pissa", "nf4")}
-"""Names for a method with a quantiser."""
-ITERATIONS = 5
-"""Rounds of the methods that alternate, as in the scripts of PiSSA and LoftQ."""
-
-
-def choose(method: str, quant: str | None = None, iterations: int | None = None, double_quant: bool = False) -> Choice:
-    """Resolve a method or preset; `quant` wins over the preset's own.
-
-    Raises:
-        InputError: unknown, or a combination without a meaning.
-    """
-    method, preset_quant = PRESETS.get(method, (method, None))
-    quant, alternates = quant or preset_quant, get(method).alternates
-    if quant is None and double_quant:
-        raise InputError("double_quant has a meaning only with a quantiser: add --quant nf4")
-    if quant is None and iterations is not None:
-        raise InputError(f"iterations is {iterations}, which has a meaning only with a quantiser: add --quant nf4")
-    if iterations is not None and iterations < 1:
-        raise InputError(f"iterations is {iterations}, expected 1 or more")
-    if not alternates and iterations not in (None, 1):
-        able = ", ".join(known.name for known in methods().values() if known.alternates)
-        raise InputError(
-            f"iterations is {iterations} with {method}, whose factors do not follow the error of the quantised part: "
-            f"leave it out, or use one of {able}"
-        )
-    return Choice(method, quant, (iterations or ITERATIONS) if alternates and quant else 1)
-
-
-def scale_of(alpha: float | None, rank: int) -> float:
-    """``alpha / rank``; 1 when no alpha is given."""
-    if alpha is None:
-        return 1.0
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise InputError(f"alpha is {alpha}, expected a number above 0: use --alpha {rank} for a scale of 1")
-    return alpha / rank
-
-
-def tolerance_of(svd: str | float) -> float | None:
-    """The tolerance that a decomposition has to certify; None for "fast".
-
-    Raises:
-        InputError: neither "fast" nor "exact" nor a number from 5e-6 to 1.
-    """
-    if svd in ("fast", "exact"):
-        return None if svd == "fast" else EXACT
+def _as(kind: Any, value: Any, what: str) -> Any:
+    """`value` as an option's annotation says; words from a command line are read as YAML would."""
+    choices = typing.get_args(kind)
+    if choices:
+        if value not in choices:
+            raise InputError(f"{what} is {value!r}, expected one of {', '.join(map(str, choices))}")
+        return value
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
     try:
-        tolerance = float(svd)
-    except (TypeError, ValueError):
-        tolerance = math.nan
-    if not LEAST_TOLERANCE <= tolerance <= 1:
-        raise InputError(f"svd is {svd!r}, expected 'fast', 'exact' or a tolerance from {LEAST_TOLERANCE:g} to 1")
-    return tolerance
-
-
-def check_weight(weight: Tensor, name: str) -> None:
-    """Refuse what cannot be split: wrong dimensions, dtype, device or values."""
-    if weight.is_meta:
-        raise InputError(f"`{name}` is on the meta device and has no values: load the model's weights first")
-    if weight.dtype not in FLOATS:
-        raise InputError(
-            f"`{name}` has dtype {weight.dtype}, expected float32, bfloat16, float16 or float64. "
-            "A quantised weight must be decomposed before it is quantised: start from the 16-bit model"
-        )
-    if weight.ndim != 2:
-        raise InputError(f"`{name}` has shape {list(weight.shape)}, expected a matrix [out, in]")
-    if not is_finite(weight):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise InputError(f"`{name}` has {bad} non-finite values (NaN or Inf): the checkpoint is damaged")
-
-
-def check_rank(rank: int, shape: torch.Size | tuple[int, ...], name: str) -> None:
-    """Refuse a rank that is not from 1 to min(shape)."""
-    if rank < 1:
-        raise InputError(f"rank {rank} is below 1 for `{name}`: use --rank 1 or more")
-    if rank > min(shape):
-        raise InputError(
-            f"rank {rank} is larger than min(out, in) = {min(shape)} of `{name}` {list(shape)}: "
-            f"use --rank {min(shape)} or leave it out of --targets"
-        )
+        if kind is bool or isinstance(value, bool):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} is {value!r}, expected {kind.__name__}") from error

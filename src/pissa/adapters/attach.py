@@ -18,9 +18,11 @@ from pissa.adapters.state import trains_drift
 from pissa.adapters.storing import describe, store
 from pissa.checkpoint.fingerprint import combined, fingerprint, model_tensors
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
+from pissa.checks import scale_of
 from pissa.errors import InputError, WrongBaseError
+from pissa.presets import choose
 from pissa.records import Base, Layer, Recipe, Record, versions
-from pissa.registry import choose, get, scale_of
+from pissa.registry import get
 
 
 @dataclass

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pissa.checks import check_rank, check_weight, scale_of
 from pissa.errors import InputError
+from pissa.presets import choose
 from pissa.quant import Quantiser, quantiser
 from pissa.records import Recipe
-from pissa.registry import Quantisation, check_rank, check_weight, choose, get, scale_of
+from pissa.registry import Quantisation, get
 from pissa.splits import Quantised, Split
 
 

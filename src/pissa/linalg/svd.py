@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pissa.checks import tolerance_of
 from pissa.linalg.lanczos import FLOOR, Triplets, certified_triplets, leading_triplets
 from pissa.randomness import tensor_seed
-from pissa.registry import tolerance_of
 
 SMALL = 384
 """Up to this size LAPACK is as quick as certifying."""

@@ -20,12 +20,14 @@ from pissa.adapters.plain import INIT
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.skeleton import parameter_names
 from pissa.checkpoint.targets import Target, find_targets, head_modules
+from pissa.checks import check_rank
 from pissa.config import TrainSettings, config_error
 from pissa.planning.few_bits import FewBits
 from pissa.planning.source import Source, skeleton
+from pissa.presets import choose
 from pissa.quant import quantiser
 from pissa.records import Recipe, Record
-from pissa.registry import check_rank, choose, get
+from pissa.registry import get
 from pissa.surgery.packing import packed_modules
 from pissa.training import residual
 from pissa.training.run import set_dropout

@@ -11,10 +11,11 @@ from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, find_targets
 from pissa.checkpoint.writer import parse_bytes
+from pissa.checks import check_rank, scale_of, tolerance_of
 from pissa.errors import CheckpointError, InputError, WrongBaseError
+from pissa.presets import choose
 from pissa.quant import quantiser
 from pissa.records import Recipe, Record
-from pissa.registry import check_rank, choose, scale_of, tolerance_of
 from pissa.surgery.decomposition import Decomposition, Progress
 from pissa.surgery.packing import is_residual, packed_modules
 from pissa.surgery.pipeline import check_workers

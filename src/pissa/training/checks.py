@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pissa.checks import tolerance_of
 from pissa.config import TrainSettings, config_error
 from pissa.errors import InputError, require
+from pissa.presets import choose
 from pissa.quant import quantiser
-from pissa.registry import choose, get, tolerance_of
+from pissa.registry import get
 from pissa.training import options, residual
 from pissa.training.arguments import device
 

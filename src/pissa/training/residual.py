@@ -12,8 +12,8 @@ from torch import nn
 from pissa.checkpoint.output import read_json
 from pissa.config import TrainSettings
 from pissa.errors import CheckpointError
+from pissa.presets import choose
 from pissa.records import Recipe
-from pissa.registry import choose
 from pissa.surgery.decompose import prepare
 from pissa.surgery.decomposition import Decomposition
 from pissa.surgery.folders import RESIDUAL
