@@ -9,18 +9,22 @@ from torch import Tensor
 import pissa
 from pissa.adapters.storing import store
 from pissa.errors import InputError
-from pissa.linalg import relative_error
+from pissa.linalg import Components, relative_error
 from pissa.randomness import tensor_seed
 from pissa.registry import methods
-from pissa.splits import Lora, Split
+from pissa.splits import Factors, Lora, Split
 
-METHODS = sorted(name for name, method in methods().items() if method.needs == "weight")
-STARTED = [name for name in METHODS if not methods()[name].zero_start]
+METHODS = sorted(name for name, method in methods().items() if method.parts and method.needs != "quantiser")
+CORED = [name for name in METHODS if methods()[name].has_core]
+PAIRS = [name for name in METHODS if name not in CORED]
+STARTED = [name for name in PAIRS if not methods()[name].zero_start]
 SHAPES = {"wide": (12, 40), "tall": (40, 12), "square": (24, 24)}
 # docs: float64 identities to 1e-10 of the norm, float32 ones to 2e-6 sqrt(k); here k <= 24.
 REBUILD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 every_method = pytest.mark.parametrize("method", METHODS)
+every_pair = pytest.mark.parametrize("method", PAIRS)
+every_core = pytest.mark.parametrize("method", CORED)
 every_started_method = pytest.mark.parametrize("method", STARTED)
 
 
@@ -32,7 +36,28 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float64, seed: in
     return ((U * torch.arange(1.0, len(S) + 1) ** -0.5) @ Vh).to(dtype)
 
 
-def drifts(split: Split, size: float = 0.3, seed: int = 1) -> tuple[Tensor, Tensor]:
+def observed(method: str, weight: Tensor) -> object:
+    """What the method needs to have been seen of a layer with this weight, from seeded rows that favour some inputs."""
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(64, weight.shape[1], generator=generator) * torch.arange(1.0, weight.shape[1] + 1) ** -0.5
+    seen = {
+        "covariance": rows.T @ rows / len(rows),
+        "components": Components.of(rows, 32),
+        "gradient": torch.randn(weight.shape, generator=generator),
+    }
+    return seen.get(methods()[method.removesuffix("-control")].needs)
+
+
+def split_of(weight: Tensor, method: str, rank: int = 4, **settings: object) -> Split:
+    return pissa.split(weight, method, rank, observed=observed(method, weight), **settings)
+
+
+def most(method: str, shape: tuple[int, int]) -> int:
+    """The largest rank of a method: LoRA-GA's factors are 2r directions of one gradient."""
+    return min(shape) // 2 if method.startswith("lora_ga") else min(shape)
+
+
+def drifts(split: Split, size: float = 0.3, seed: int = 1, parts: tuple[str, ...] = ("left", "right")) -> Factors:
     """Random drifts of `size` relative to a start factor (to 1 where the factor is zero)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -40,20 +65,37 @@ def drifts(split: Split, size: float = 0.3, seed: int = 1) -> tuple[Tensor, Tens
         noise = torch.randn(factor.shape, generator=generator, dtype=torch.float64).to(factor)
         return size * noise * (factor.norm() / noise.norm() if factor.any() else 1.0)
 
-    return drift(split.left), drift(split.right)
+    found = {part: drift(getattr(split, part)) for part in parts}
+    if "core" in parts and split.pattern is not None:
+        found["core"] = found["core"][split.pattern[0], split.pattern[1]]
+    return Factors(**found)
 
 
-def moved(split: Split, drift_left: Tensor, drift_right: Tensor) -> Tensor:
-    """The weight after training: the frozen part as it was, the factors moved."""
-    return split.frozen + split.scale * (split.left + drift_left) @ (split.right + drift_right)
+def moved(split: Split, drift: Factors) -> Tensor:
+    """The weight after training: the frozen part as it was, the parts that train moved."""
+    left = split.left if drift.left is None else split.left + drift.left
+    right = split.right if drift.right is None else split.right + drift.right
+    core = torch.eye(split.rank, dtype=left.dtype) if split.core is None else split.core.clone()
+    if drift.core is not None and split.pattern is not None:
+        core[split.pattern[0], split.pattern[1]] += drift.core
+    elif drift.core is not None:
+        core += drift.core
+    return split.frozen + split.scale * left @ core @ right
+
+
+def exported(split: Split, drift: Factors) -> Lora:
+    return split.as_lora(drift.left, drift.right, drift.core)
 
 
 def same_bits(one: Split, other: Split) -> bool:
-    return all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("frozen", "left", "right"))
+    parts = ["frozen", "left", "right", *(part for part in ("core", "pattern") if getattr(one, part) is not None)]
+    return all(torch.equal(getattr(one, part), getattr(other, part)) for part in parts)
 
 
-def test_the_table_holds_the_four_methods_of_the_first_release():
-    assert {"lora", "pissa", "milora", "olora"} <= set(METHODS)
+def test_the_table_holds_the_whole_family():
+    weight_alone = {"lora", "pissa", "milora", "olora", "lora_xs", "svft", "lamda", "lamda++"}
+    assert set(METHODS) == weight_alone | {"corda", "eva", "lora_ga", "lora_pro"}
+    assert set(methods()) - set(METHODS) == {"loftq", "svdquant"}
 
 
 @every_method
@@ -63,16 +105,18 @@ def test_the_table_holds_the_four_methods_of_the_first_release():
 def test_split_rebuilds_the_weight_at_the_start(method, dtype, shape, alpha_per_rank):
     weight = matrix(*shape, dtype)
     compute = torch.promote_types(dtype, torch.float32)
-    for rank in (1, 5, min(shape)):
+    for rank in (1, 5, most(method, shape)):
         alpha = None if alpha_per_rank is None else alpha_per_rank * rank
-        split = pissa.split(weight, method, rank, alpha=alpha)
+        split = split_of(weight, method, rank, alpha=alpha)
         assert (split.frozen.dtype, split.left.dtype, split.right.dtype) == (compute,) * 3
-        assert (split.left.shape, split.right.shape) == ((shape[0], rank), (rank, shape[1]))
+        k = min(shape) if methods()[method].full_rank else rank
+        assert (split.left.shape, split.right.shape) == ((shape[0], k), (k, shape[1]))
+        assert split.core is None if method in PAIRS else split.core.shape == (k, k)
         assert split.scale == (alpha_per_rank or 1.0)
         assert relative_error(split.rebuild(), weight.to(compute)) < REBUILD_TOLERANCE[dtype]
         # Not vacuous: what a started method trains is a visible part of the weight.
         taken = float(split.product().norm() / weight.to(compute).norm())
-        assert taken == 0.0 if methods()[method].zero_start else taken > 0.02
+        assert taken == 0.0 if methods()[method].zero_start else taken > 0.01
 
 
 @every_method
@@ -80,10 +124,10 @@ def test_split_rebuilds_the_weight_at_the_start(method, dtype, shape, alpha_per_
 def test_same_seed_and_name_give_the_same_bits_in_any_order(method, svd):
     weights = {f"layer.{i}": matrix(130, 100, torch.float32, seed=i) for i in range(3)}
     options = {"method": method, "rank": 4, "svd": svd, "seed": 3}
-    forwards = {name: pissa.split(weights[name], name=name, **options) for name in weights}
+    forwards = {name: split_of(weights[name], name=name, **options) for name in weights}
     torch.manual_seed(99)
     torch.randn(7)
-    backwards = {name: pissa.split(weights[name], name=name, **options) for name in reversed(weights)}
+    backwards = {name: split_of(weights[name], name=name, **options) for name in reversed(weights)}
     assert all(same_bits(forwards[name], backwards[name]) for name in weights)
 
 
@@ -93,10 +137,11 @@ def test_splitting_neither_reads_nor_moves_the_global_random_state(method, svd):
     weight = matrix(130, 100, torch.float32)
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first = pissa.split(weight, method, 4, svd=svd)
+    seen = observed(method, weight)
+    first = pissa.split(weight, method, 4, svd=svd, observed=seen)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(8)
-    assert same_bits(first, pissa.split(weight, method, 4, svd=svd))
+    assert same_bits(first, pissa.split(weight, method, 4, svd=svd, observed=seen))
 
 
 def test_another_name_or_seed_draws_another_random_start():
@@ -113,7 +158,7 @@ def test_another_name_or_seed_draws_another_random_start():
 def test_splitting_leaves_the_given_weight_alone(method):
     weight = matrix(12, 40, torch.float32)
     before = weight.clone()
-    split = pissa.split(weight, method, 3)
+    split = split_of(weight, method, 3)
     split.left.add_(1)
     split.right.add_(1)
     assert torch.equal(weight, before)
@@ -127,7 +172,7 @@ def error_of(weight: Tensor, *parts: Tensor) -> float:
 @every_started_method
 def test_stored_factors_are_rounded_before_the_residual_is_taken(method):
     weight = matrix(96, 128, torch.float32)
-    split = pissa.split(weight, method, 24)
+    split = split_of(weight, method, 24)
     good = store("w", split, torch.bfloat16, torch.bfloat16)
     for factor in (good.split.left, good.split.right):
         assert torch.equal(factor, factor.bfloat16().float())
@@ -156,44 +201,55 @@ def test_a_frozen_part_that_overflows_its_dtype_is_refused_by_name():
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("alpha", [None, 11.0])
 def test_export_is_the_change_of_the_rebuilt_weight(method, shape, alpha):
-    weight = matrix(*shape)
-    for seed, rank in enumerate((1, 4, min(shape))):
-        split = pissa.split(weight, method, rank, alpha=alpha)
-        drift = drifts(split, seed=seed)
-        change = moved(split, *drift) - split.rebuild()
-        lora = split.as_lora(*drift)
+    weight, chosen = matrix(*shape), methods()[method]
+    for seed, rank in enumerate((1, 4, most(method, shape))):
+        split = split_of(weight, method, rank, alpha=alpha)
+        drift = drifts(split, seed=seed, parts=chosen.parts)
+        change = moved(split, drift) - split.rebuild()
+        lora = exported(split, drift)
         assert change.norm() > 0.01 * weight.norm()
         assert relative_error(lora.delta(), change) < 1e-12
-        assert lora.rank == (rank if methods()[method].zero_start else 2 * rank)
+        own_rank = chosen.zero_start or chosen.has_core
+        assert lora.rank == (split.rank if own_rank else 2 * rank)
+        assert ("2r" not in chosen.exports) == own_rank
 
 
 @every_method
 def test_export_of_an_untrained_split_changes_nothing(method):
-    assert not pissa.split(matrix(12, 40), method, 4).as_lora().delta().any()
+    assert not split_of(matrix(12, 40), method, 4).as_lora().delta().any()
 
 
 @every_started_method
 def test_exported_change_has_rank_two_r(method):
-    split = pissa.split(matrix(24, 24), method, 4)
-    singular_values = torch.linalg.svdvals(split.as_lora(*drifts(split)).delta())
+    split = split_of(matrix(24, 24), method, 4)
+    singular_values = torch.linalg.svdvals(exported(split, drifts(split)).delta())
     assert singular_values[7] > 1e-4 * singular_values[0]
     assert singular_values[8] < 1e-12 * singular_values[0]
+
+
+@every_core
+def test_a_core_exports_at_its_own_rank_and_leaves_the_right_factor_alone(method):
+    split = split_of(matrix(24, 24), method, 4)
+    lora = exported(split, drifts(split, parts=methods()[method].parts))
+    assert torch.equal(lora.A, split.right)
+    with pytest.raises(InputError, match="does not train its right factor"):
+        split.as_lora(drift_right=split.right)
 
 
 def test_a_start_with_a_zero_right_factor_exports_at_its_own_rank():
     left, drift_right = matrix(12, 3), matrix(3, 10)
     split = Split(matrix(12, 10), left, torch.zeros(3, 10, dtype=torch.float64), scale=2.0)
-    drift = (0.1 * left, drift_right)
-    assert split.as_lora(*drift).rank == 3
-    change = moved(split, *drift) - split.rebuild()
-    assert relative_error(split.as_lora(*drift).delta(), change) < 1e-12
+    drift = Factors(0.1 * left, drift_right)
+    assert exported(split, drift).rank == 3
+    change = moved(split, drift) - split.rebuild()
+    assert relative_error(exported(split, drift).delta(), change) < 1e-12
 
 
 @every_started_method
 @pytest.mark.parametrize("size", [1e-2, 1e-3])
 def test_change_stored_in_bf16_is_within_half_a_percent_where_the_usual_pair_is_not(method, size):
-    split = pissa.split(matrix(256, 256, torch.float32), method, 16)
-    drift_left, drift_right = drifts(split, size)
+    split = split_of(matrix(256, 256, torch.float32), method, 16)
+    drift_left, drift_right = drifts(split, size).pair
     exact = Split(*(part.double() for part in (split.weight, split.left, split.right)))
     change = exact.as_lora(drift_left.double(), drift_right.double()).delta()
     ours = split.as_lora(drift_left, drift_right)
@@ -212,17 +268,18 @@ def test_change_stored_in_bf16_is_within_half_a_percent_where_the_usual_pair_is_
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_random_control_keeps_the_weight_and_the_norms_and_nothing_else(method, shape):
     W = matrix(*shape)
-    studied = pissa.split(W, method, rank=4, alpha=2)
-    control = pissa.split(W, f"{method}-control", rank=4, alpha=2)
+    studied = split_of(W, method, rank=4, alpha=2)
+    control = split_of(W, f"{method}-control", rank=4, alpha=2)
+    k = studied.rank
     assert relative_error(control.rebuild(), W) < 1e-12
     assert torch.allclose(control.left.norm(dim=0), studied.left.norm(dim=0))
     assert torch.allclose(control.right.norm(dim=1), studied.right.norm(dim=1))
     right = control.right / control.right.norm(dim=1, keepdim=True)
-    assert torch.allclose(right @ right.T, torch.eye(4, dtype=right.dtype))
-    shared = torch.linalg.svdvals(torch.linalg.qr(studied.right.T)[0].T @ right.T)
-    assert shared.square().sum() < 3  # of 4: chance leaves 4 * 4 / columns, the same space 4
-    assert same_bits(control, pissa.split(W, f"{method}-control", rank=4, alpha=2))
-    assert not same_bits(control, pissa.split(W, f"{method}-control", rank=4, alpha=2, seed=1))
+    assert torch.allclose(right @ right.T, torch.eye(k, dtype=right.dtype))
+    cosines = (studied.right / studied.right.norm(dim=1, keepdim=True) * right).sum(dim=1)
+    assert cosines.abs().mean() < 0.6  # row by row; chance leaves about 1 / sqrt(columns), the same rows 1
+    assert same_bits(control, split_of(W, f"{method}-control", rank=4, alpha=2))
+    assert not same_bits(control, split_of(W, f"{method}-control", rank=4, alpha=2, seed=1))
 
 
 def test_the_control_of_a_singular_start_keeps_the_singular_values():

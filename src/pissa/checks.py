@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import typing
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,3 +74,26 @@ def check_rank(rank: int, shape: torch.Size | tuple[int, ...], name: str) -> Non
             f"rank {rank} is larger than min(out, in) = {min(shape)} of `{name}` {list(shape)}: "
             f"use --rank {min(shape)} or leave it out of --targets"
         )
+
+
+def typed(kind: Any, value: Any, what: str) -> Any:
+    """`value` as an annotation says, also from the words of a command line.
+
+    Args:
+        kind: a Literal, or one of bool, int, float and str.
+        value: what was given.
+        what: its name, for the message.
+    """
+    choices = typing.get_args(kind)
+    if choices:
+        if value not in choices:
+            raise InputError(f"{what} is {value!r}, expected one of {', '.join(map(str, choices))}")
+        return value
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    try:
+        if kind is bool or isinstance(value, bool):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} is {value!r}, expected {kind.__name__}") from error

@@ -35,6 +35,12 @@ def choose(method: str, quant: str | None = None, iterations: int | None = None,
     """
     method, preset_quant = PRESETS.get(method, (method, None))
     quant, alternates = quant or preset_quant, get(method).alternates
+    if quant and get(method).full_rank:
+        raise InputError(
+            f"quant is {quant} with {method}, whose bases are larger in 32 bits than the weight in 16: leave it out"
+        )
+    if quant and not get(method).parts:
+        raise InputError(f"quant is {quant} with {method}, which has a format of its own: leave it out")
     if quant is None and double_quant:
         raise InputError("double_quant has a meaning only with a quantiser: add --quant nf4")
     if quant is None and iterations is not None:

@@ -34,6 +34,14 @@ class Recipe:
     double_quant: bool = False
     iterations: int = 1
     """Rounds of alternation between the low-rank part and the quantised rest."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The method's own settings."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Module path to rank, where layers have ranks of their own; else empty."""
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one target."""
+        return self.ranks.get(module, self.rank)
 
     @property
     def needs_residual(self) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa.checks import check_rank, check_scale, check_weight, tolerance_of
+from pissa.checks import check_rank, check_scale, check_weight, tolerance_of, typed
 from pissa.errors import InputError, did_you_mean
 from pissa.randomness import random_control, tensor_seed
 from pissa.splits import Quantised, Split, is_finite
@@ -77,11 +77,24 @@ class Method:
     needs: str = WEIGHT
     full_rank: bool = False
     allotment: Allotment | None = None
+    entries: Callable[..., int] | None = None
 
     @property
     def has_core(self) -> bool:
         """Whether a core between the factors trains, and the right factor does not."""
         return "core" in self.parts
+
+    @property
+    def exports(self) -> str:
+        """What a trained adapter becomes for other tools, in words."""
+        if not self.parts:
+            return "merged weights"
+        if self.needs == QUANTISER:
+            return "plain LoRA of rank r for its own residual"
+        if self.full_rank:
+            return "merged weights, or the best LoRA of a rank"
+        own_rank = self.zero_start or "right" not in self.parts
+        return f"plain LoRA of rank {'r' if own_rank else '2r'}, exact"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -101,7 +114,27 @@ class Method:
             if name not in own:
                 known = ", ".join(own) or "none"
                 raise InputError(f"{self.name} has no option {name!r}.{did_you_mean(name, list(own))} Known: {known}")
-        return own | {name: _as(hints[name], value, f"{self.name}: {name}") for name, value in (options or {}).items()}
+        return own | {
+            name: typed(hints[name], value, f"{self.name}: {name}") for name, value in (options or {}).items()
+        }
+
+    def start_shapes(self, rank: int, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes of what a start consists of, by part, for a weight [out, in] of `shape`."""
+        shapes: dict[str, tuple[int, ...]] = {"left": (shape[0], rank), "right": (rank, shape[1])}
+        if self.has_core and not self.zero_start:
+            shapes["core"] = (rank, rank)
+        if self.entries:
+            shapes["pattern"] = (2, self.entries(rank, **options))
+        return shapes
+
+    def required(self, observed: Any, name: str) -> Any:
+        """What was observed, or an error where nothing was."""
+        if observed is None:
+            raise InputError(
+                f"{self.name} needs the {self.needs} of `{name}`, seen while the model reads calibration rows: "
+                "give --calibration DATA, or observations from pissa.observe"
+            )
+        return observed
 
     def split(
         self,
@@ -143,12 +176,7 @@ class Method:
             )
         settings = {"scale": scale, "svd": svd, "seed": seed, "name": name, **self.checked(options)}
         if self.needs in OBSERVED:
-            if observed is None:
-                raise InputError(
-                    f"{self.name} needs the {self.needs} of `{name}`, seen while the model reads calibration rows: "
-                    "give --calibration DATA, or observations from pissa.observe"
-                )
-            settings[self.needs] = observed
+            settings[self.needs] = self.required(observed, name)
         with torch.no_grad():
             if self.alternates:
                 split = self.start(weight, rank, **settings, quantisation=quantisation)
@@ -180,6 +208,7 @@ def method(
     needs: str = WEIGHT,
     full_rank: bool = False,
     allotment: Allotment | None = None,
+    entries: Callable[..., int] | None = None,
 ) -> Callable[[Callable[..., Split]], Callable[..., Split]]:
     """Register the decorated function ``f(weight, rank, *, scale, svd, seed, name) -> Split`` as a method.
 
@@ -199,11 +228,24 @@ def method(
             or one of `OBSERVED`, which the function then takes under that name.
         full_rank: whether the factors always have min(out, in) columns and rows, whatever rank is asked.
         allotment: where layers get ranks of their own.
+        entries: ``(k, **options)`` to how many entries of a core [k, k] train; None for all.
     """
 
     def register(start: Callable[..., Split]) -> Callable[..., Split]:
         _METHODS[name] = Method(
-            name, title, paper, trains, verdict, start, parts, zero_start, alternates, needs, full_rank, allotment
+            name,
+            title,
+            paper,
+            trains,
+            verdict,
+            start,
+            parts,
+            zero_start,
+            alternates,
+            needs,
+            full_rank,
+            allotment,
+            entries,
         )
         return start
 
@@ -249,20 +291,3 @@ def _control(studied: Method) -> Method:
         start=start,
         alternates=False,
     )
-
-
-def _as(kind: Any, value: Any, what: str) -> Any:
-    """`value` as an option's annotation says; words from a command line are read as YAML would."""
-    choices = typing.get_args(kind)
-    if choices:
-        if value not in choices:
-            raise InputError(f"{what} is {value!r}, expected one of {', '.join(map(str, choices))}")
-        return value
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    try:
-        if kind is bool or isinstance(value, bool):
-            raise ValueError
-        return kind(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{what} is {value!r}, expected {kind.__name__}") from error

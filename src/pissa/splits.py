@@ -2,12 +2,14 @@
 
     W [out, in]  =  frozen [out, in]  +  scale * left [out, k] @ core [k, k] @ right [k, in]
 
-`core` is absent (the identity) for all LoRA-shaped methods. What follows from a split (rebuilding, the change
+`core` is absent (the identity) for all LoRA-shaped methods. Where it is there, it trains and `right` does not; it may
+be held to a pattern of entries, the others staying what they are. What follows from a split (rebuilding, the change
 since the start, the export to a plain LoRA) is written here once and holds for every method.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -71,21 +73,75 @@ class Lora:
         return best, error
 
 
-def drift_as_lora(left: Tensor, right: Tensor, drift_left: Tensor, drift_right: Tensor, scale: float = 1.0) -> Lora:
-    """The change of a trained split as a plain LoRA, with an error relative to the change itself.
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The parts of a low-rank product, or their drift since the start.
 
-        (L + dL)(R + dR) - L R  =  [L + dL, dL] @ [dR; R]
+    Attributes:
+        left: [out, k]; None for a drift of a part that does not train.
+        right: [k, in]; None likewise.
+        core: [k, k] or, along a pattern, the values [n] of its entries. None for the identity, and for a start's core
+            that is zero.
+        pattern: rows and columns [2, n] of the entries of the core that train; None for all.
+    """
 
-    The usual form ``[L', -L] @ [R'; R]`` is a difference of two large products and loses the change to rounding
-    when it is stored in 16 bits. A start with a zero factor (LoRA) needs only its own rank k, others 2k.
+    left: Tensor | None = None
+    right: Tensor | None = None
+    core: Tensor | None = None
+    pattern: Tensor | None = None
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(left, right), which are there."""
+        assert self.left is not None and self.right is not None
+        return self.left, self.right
+
+    def named(self) -> dict[str, Tensor]:
+        """The parts that are there, by name."""
+        parts = {"left": self.left, "right": self.right, "core": self.core, "pattern": self.pattern}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """All parts but the pattern in another dtype."""
+        return Factors(**{name: part if name == "pattern" else part.to(dtype) for name, part in self.named().items()})
+
+
+def whole_core(values: Tensor, pattern: Tensor | None, rank: int) -> Tensor:
+    """A core [k, k] from its values along a pattern; values of a whole core as they are.
 
     Args:
-        left: start of the left factor, [out, k].
-        right: start of the right factor, [k, in].
-        drift_left: its change since, [out, k].
-        drift_right: its change since, [k, in].
+        values: [n], or [k, k] without a pattern.
+        pattern: [2, n].
+        rank: k.
+    """
+    if pattern is None:
+        return values
+    return values.new_zeros(rank, rank).index_put((pattern[0], pattern[1]), values.flatten())
+
+
+def drift_as_lora(start: Factors, drift: Factors, scale: float = 1.0) -> Lora:
+    """The change of a trained split as a plain LoRA, with an error relative to the change itself.
+
+        (L + dL)(R + dR) - L R          =  [L + dL, dL] @ [dR; R]
+        (L + dL)(C + dC) R - L C R      =  ((L + dL) dC + dL C) @ R
+
+    The usual form ``[L', -L] @ [R'; R]`` is a difference of two large products and loses the change to rounding
+    when it is stored in 16 bits. A start with a zero factor (LoRA) and one with a core need only their own rank k,
+    others 2k.
+
+    Args:
+        start: the factors at the start.
+        drift: their change since; None for what does not train.
         scale: alpha / rank; folded into B.
     """
+    left, right = start.pair
+    if drift.core is not None:
+        moved = left if drift.left is None else left + drift.left
+        B = moved @ whole_core(drift.core, start.pattern, right.shape[0])
+        if drift.left is not None and start.core is not None:
+            B = B + drift.left @ start.core
+        return Lora(right, scale * B)
+    drift_left, drift_right = drift.pair
     if not left.any():
         return Lora(right + drift_right, scale * drift_left)
     if not right.any():
@@ -120,6 +176,7 @@ class Split:
         left: [out, k], float32 (float64 for a float64 weight), as all that is computed from the split.
         right: [k, in], same dtype.
         core: [k, k], or None for the identity.
+        pattern: [2, n], rows and columns of the entries of the core that train; None for all.
         scale: alpha / rank, the factor an adapter's product carries.
         quantised: the frozen part in few bits; then W is only nearly the sum.
     """
@@ -129,6 +186,7 @@ class Split:
     right: Tensor
     core: Tensor | None = None
     scale: float = 1.0
+    pattern: Tensor | None = None
     quantised: Quantised | None = None
 
     @property
@@ -161,17 +219,32 @@ class Split:
         compute = self.left.dtype
         left, right = (factor.to(dtype).to(compute) for factor in (self.left, self.right))
         core = None if self.core is None else self.core.to(dtype).to(compute)
-        return Split(self.weight, left, right, core, self.scale, self.quantised)
+        return dataclasses.replace(self, left=left, right=right, core=core)
 
-    def as_lora(self, drift_left: Tensor | None = None, drift_right: Tensor | None = None) -> Lora:
+    @property
+    def start(self) -> Factors:
+        """What an adapter starts from; a core that is zero is left out."""
+        core = self.core if self.core is not None and self.core.any() else None
+        return Factors(self.left, self.right, core, self.pattern)
+
+    def as_lora(
+        self, drift_left: Tensor | None = None, drift_right: Tensor | None = None, drift_core: Tensor | None = None
+    ) -> Lora:
         """The change since this start as a plain LoRA for the original weight; zero drifts when none are given.
 
         Args:
             drift_left: trained left minus start, [out, k].
             drift_right: trained right minus start, [k, in].
+            drift_core: trained core minus start, [k, k] or its values [n] along the pattern.
         """
-        if self.core is not None:
-            raise InputError("a split with a core exports through the core's own change: not supported yet")
-        zero_left = torch.zeros_like(self.left) if drift_left is None else drift_left
-        zero_right = torch.zeros_like(self.right) if drift_right is None else drift_right
-        return drift_as_lora(self.left, self.right, zero_left, zero_right, self.scale)
+        if self.core is None:
+            zero_left, zero_right = torch.zeros_like(self.left), torch.zeros_like(self.right)
+            drift = Factors(
+                zero_left if drift_left is None else drift_left, zero_right if drift_right is None else drift_right
+            )
+        elif drift_right is not None:
+            raise InputError("a split with a core does not train its right factor: leave drift_right out")
+        else:
+            values = self.left.new_zeros(self.core.shape if self.pattern is None else self.pattern.shape[1])
+            drift = Factors(drift_left, None, values if drift_core is None else drift_core)
+        return drift_as_lora(self.start, drift, self.scale)

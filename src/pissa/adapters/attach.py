@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +12,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from pissa.adapters import drift, factors, quantised, twins
-from pissa.adapters.factors import Factors
+from pissa.adapters import cores, drift, factors, quantised, twins
+from pissa.adapters.factors import Starts
 from pissa.adapters.plain import whole
+from pissa.adapters.splitting import allotted, refuse_unfit_targets, seen_of, split_by
 from pissa.adapters.state import trains_drift
 from pissa.adapters.storing import describe, store
-from pissa.checkpoint.fingerprint import combined, fingerprint, model_tensors
+from pissa.checkpoint.fingerprint import canonical, combined, fingerprint, model_tensors
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
 from pissa.checks import scale_of
 from pissa.errors import InputError, WrongBaseError
+from pissa.observe import Observations
 from pissa.presets import choose
 from pissa.records import Base, Layer, Recipe, Record, versions
 from pissa.registry import get
+from pissa.splits import Factors
 
 
 @dataclass
@@ -51,6 +55,8 @@ def attach(
     seed: int = 0,
     modules_to_save: Iterable[str] | None = None,
     adapter_name: str = "default",
+    observations: Observations | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> PeftModel:
     """Split a model's weights and return it as a `peft.PeftModel`, ready to train.
 
@@ -67,10 +73,12 @@ def attach(
         seed: fixes every random number together with the tensors' names.
         modules_to_save: modules that train whole; by default the head of a classification model.
         adapter_name: peft's name for the adapter.
+        observations: what was seen of this model on calibration rows, for the methods that need it.
+        options: the method's own settings by name.
 
     Raises:
         InputError: anything that cannot be right, naming the tensor; the model is untouched then.
-        WrongBaseError: the model is a residual already.
+        WrongBaseError: the model is a residual already, or the observations are of another model.
     """
     if base not in ("keep", "residual"):
         raise InputError(f"base is {base!r}, expected 'keep' or 'residual'")
@@ -91,34 +99,56 @@ def attach(
         seed=seed,
         base_form=base,
         targets={target.module: target.kind for target in found},
+        options=get(method).checked(options),
     )
-    starts, layers = split_model(inner, found, recipe)
+    scale_of(alpha, rank)
+    refuse_unfit_targets(get(method), found)
+    if observations:
+        observations.check(model_tensors(inner))
+    recipe, starts, layers = split_model(inner, found, recipe, observations)
     digests = fingerprint(model_tensors(inner, skip=heads))
-    record = Record("state", recipe, base_of(inner, digests), layers, versions=versions())
+    notes = {"observed": observations.facts} if observations else {}
+    record = Record("state", recipe, base_of(inner, digests), layers, notes=notes, versions=versions())
+    found = [target for target in found if target.module in recipe.targets]
     return wrap(model, Attachment(record, found), starts, heads, adapter_name)
 
 
 def split_model(
-    model: nn.Module, targets: list[Target], recipe: Recipe
-) -> tuple[dict[str, tuple[Tensor, Tensor]], list[Layer]]:
-    """The start of every target and what it keeps; the model is only read."""
+    model: nn.Module, targets: list[Target], recipe: Recipe, observations: Observations | None = None
+) -> tuple[Recipe, dict[str, Factors], list[Layer]]:
+    """The start of every target and what it keeps; the model is only read.
+
+    Returns:
+        The recipe with the layers' own ranks, starts by module, and a line for each split.
+    """
     modules: dict[str, Any] = plain_modules(model)  # type: ignore[assignment]
-    chosen, scale = get(recipe.method), scale_of(recipe.alpha, recipe.rank)
+    prefix = getattr(model, "base_model_prefix", "")
+
+    def matrix(target: Target) -> Tensor:
+        return target.to_matrix(modules[target.module].weight.data)
+
+    def seen(target: Target) -> Any:
+        return seen_of(observations, recipe.method, canonical(target.weight, prefix))
+
+    recipe = allotted(recipe, ((target, matrix(target)) for target in targets), seen)
     starts, layers = {}, []
     for target in targets:
-        weight = modules[target.module].weight.data
-        matrix, name = target.to_matrix(weight), target.weight
-        split = chosen.split(matrix, recipe.rank, scale=scale, svd=recipe.svd, seed=recipe.seed, name=name)
-        starts[target.module] = split.left, split.right
+        if target.module not in recipe.targets:
+            continue
+        weight, name, rank = matrix(target), target.weight, recipe.rank_of(target.module)
+        split = split_by(recipe, weight, name, weight.dtype, rank=rank, observed=seen(target))
+        starts[target.module] = split.start
         kept = recipe.base_form == "keep"
         layers.append(describe(name, split) if kept else store(name, split, split.left.dtype, weight.dtype).layer)
-    return starts, layers
+    if get(recipe.method).full_rank:
+        recipe = dataclasses.replace(recipe, ranks={module: start.pair[1].shape[0] for module, start in starts.items()})
+    return recipe, starts, layers
 
 
 def wrap(
     model: nn.Module,
     attachment: Attachment,
-    starts: Factors,
+    starts: Starts,
     modules_to_save: list[str],
     adapter: str,
     *,
@@ -131,11 +161,14 @@ def wrap(
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=whole(recipe.alpha),  # type: ignore[arg-type]
+        rank_pattern=dict(recipe.ranks),
+        alpha_pattern={module: whole(recipe.scale * rank) for module, rank in recipe.ranks.items()},
         target_modules=short_names(attachment.targets, inner),
         modules_to_save=modules_to_save or None,
         fan_in_fan_out=any(target.kind == "conv1d" for target in attachment.targets),
         task_type=_task_type(inner),
     )
+    chosen = get(recipe.method)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft draws a start that is overwritten here, and warns of mixed Conv1D and Linear targets.
         warnings.simplefilter("ignore")
@@ -145,23 +178,22 @@ def wrap(
         else:
             wrapped = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
     quantised.keep_precision(wrapped)
-    zero_start = get(recipe.method).zero_start
     layers = adapter_layers(wrapped, attachment.targets)
     for target in attachment.targets:
-        left, right = starts[target.module]
-        layer = layers[target.module]
+        start, layer = starts[target.module], layers[target.module]
         quantised.keep_codes(layer)
-        if zero_start:
-            factors.assign(layer, adapter, left, right)
+        taken = None if recipe.base_form == "keep" or recipe.needs_residual else on_residual
+        if chosen.has_core:
+            cores.install(layer, adapter, start, chosen.parts, on_residual=taken, few_bits=recipe.needs_residual)
+        elif chosen.zero_start:
+            factors.assign(layer, adapter, *start.pair)
         elif recipe.needs_residual:
-            quantised.install(layer, adapter, left, right)
-        elif recipe.base_form == "keep":
-            drift.install(layer, adapter, left, right)
+            quantised.install(layer, adapter, start)
         else:
-            drift.install_residual(layer, adapter, left, right, on_residual=on_residual)
+            drift.install(layer, adapter, start, on_residual=taken)
     if trains_drift(recipe):
         _tell_stock_tools(wrapped, adapter, recipe)
-    if not zero_start:
+    if chosen.has_core or not chosen.zero_start:
         twins.offer(wrapped)
     attachments_of(wrapped)[adapter] = attachment
     return wrapped
@@ -188,10 +220,13 @@ def base_of(model: nn.Module, digests: dict[str, dict[str, str]]) -> Base:
 
 
 def _tell_stock_tools(model: PeftModel, adapter: str, recipe: Recipe) -> None:
-    """What stock `save_pretrained` writes is the rank-2r pair, so its config must say 2r at the same scale."""
+    """What stock `save_pretrained` writes is a pair of its own rank, which its config must say at the same scale."""
     config: Any = model.peft_config[adapter]
-    config.r = 2 * recipe.rank
-    config.lora_alpha = whole(2 * recipe.alpha)
+    chosen = get(recipe.method)
+    times = 1 if chosen.has_core and (chosen.zero_start or recipe.needs_residual) else 2
+    config.r, config.lora_alpha = times * recipe.rank, whole(times * recipe.alpha)
+    config.rank_pattern = {module: times * rank for module, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {module: times * alpha for module, alpha in config.alpha_pattern.items()}
     tuner: Any = model.base_model
 
     def refuse(*args: Any, **kwargs: Any) -> None:

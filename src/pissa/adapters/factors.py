@@ -9,16 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from pissa.checkpoint.targets import Target
+from pissa.splits import Factors
 
-Factors = Mapping[str, tuple[Tensor, Tensor]]
-"""Module path to (left [out, r], right [r, in])."""
+Starts = Mapping[str, Factors]
+"""Module path to factors."""
+
+
+def parameters(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """The adapter's own parameters, left and right, as peft stores them."""
+    if isinstance(layer.get_base_layer(), nn.Embedding):
+        return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
+    return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
 
 
 def trained(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """(left [out, r], right [r, in]): views of the adapter's own parameters as matrices."""
-    if isinstance(layer.get_base_layer(), nn.Embedding):
-        return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
-    left, right = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+    left, right = parameters(layer, adapter)
     return left.flatten(1), right.flatten(1)
 
 

@@ -19,6 +19,8 @@ from pissa.checkpoint.output import read_json
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules
 from pissa.errors import CheckpointError, WrongBaseError
 from pissa.records import Base, Recipe, Record
+from pissa.registry import get
+from pissa.splits import Factors
 
 
 def read_pairs(folder: Path, targets: dict[str, Target]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -40,6 +42,30 @@ def read_pairs(folder: Path, targets: dict[str, Target]) -> dict[str, tuple[Tens
             if missing:
                 raise CheckpointError(f"{folder / plain.WEIGHTS} lacks `{sorted(missing)[0]}`")
             found[target.module] = tuple(file.get_tensor(key).flatten(1) for key in (key_left, key_right))  # type: ignore[assignment]
+    return found
+
+
+def read_starts(folder: Path, targets: dict[str, Target], recipe: Recipe) -> dict[str, Factors]:
+    """The start of each target by its module: the stock pair, or for a core the parts that lie beside it.
+
+    Args:
+        folder: `pissa_init/`.
+        targets: by the module's name in the files.
+        recipe: of the start.
+
+    Raises:
+        CheckpointError: a part that is not there, naming the key.
+    """
+    if not get(recipe.method).has_core:
+        return {module: Factors(*pair) for module, pair in read_pairs(folder, targets).items()}
+    found = {}
+    with safe_open(folder / plain.START, framework="pt") as file:
+        names = set(file.keys())
+        for name_there, target in targets.items():
+            parts = [part for part in ("left", "right", "core", "pattern") if f"{name_there}.{part}" in names]
+            if not {"left", "right"} <= set(parts):
+                raise CheckpointError(f"{folder / plain.START} lacks a factor of `{name_there}`: decompose again")
+            found[target.module] = Factors(**{part: file.get_tensor(f"{name_there}.{part}") for part in parts})
     return found
 
 
@@ -67,12 +93,17 @@ def load_initial(
     names = _names_here(model, record.recipe.targets)
     targets = find_targets(model, list(names.values()), quantised=record.recipe.needs_residual)
     by_module = {target.module: target for target in targets}
-    starts = read_pairs(initial, {there: by_module[here] for there, here in names.items()})
+    starts = read_starts(initial, {there: by_module[here] for there, here in names.items()}, record.recipe)
     kinds = {names[module]: kind for module, kind in record.recipe.targets.items()}
     record = dataclasses.replace(
         record,
         kind="state",
-        recipe=dataclasses.replace(record.recipe, base_form="residual", targets=kinds),
+        recipe=dataclasses.replace(
+            record.recipe,
+            base_form="residual",
+            targets=kinds,
+            ranks={names[module]: rank for module, rank in record.recipe.ranks.items()},
+        ),
         notes={**record.notes, "residual": str(folder.resolve())},
     )
     return wrap(model, Attachment(record, targets), starts, heads, adapter, on_residual=True)

@@ -19,6 +19,8 @@ from pissa.splits import Lora
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "pissa.json"
 INIT = "pissa_init"
 """The folder beside a residual that holds its start."""
+START = "start.safetensors"
+"""In that folder: the factors, core and pattern of a start with a core, of which the stock pair is the product."""
 
 
 def adapter_config(
@@ -31,6 +33,7 @@ def adapter_config(
     transposed: bool,
     task_type: str | None = None,
     modules_to_save: list[str] | None = None,
+    ranks: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """The keys of adapter_config.json that all versions of peft and the serving engines understand."""
     return {
@@ -49,8 +52,8 @@ def adapter_config(
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": ranks or {},
+        "alpha_pattern": {module: whole(alpha / rank * own) for module, own in (ranks or {}).items()},
     }
 
 

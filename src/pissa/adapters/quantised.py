@@ -11,32 +11,35 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from torch import Tensor
-
-from pissa.adapters import drift, factors
+from pissa.adapters import factors, starts
 from pissa.errors import InputError
+from pissa.splits import Factors
 
 
-def install(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
+def install(layer: Any, adapter: str, start: Factors) -> None:
     """Give one adapter of a peft layer its start.
 
     Args:
         layer: a peft layer over the quantised part; it must hold no other adapter.
         adapter: its name.
-        left: L0 [out, r].
-        right: R0 [r, in].
+        start: L0 [out, r] and R0 [r, in].
     """
-    drift.hold_starts(layer)
-    start(layer, adapter, left, right)
-    layer.register_forward_hook(drift.give_back_principal)
+    starts.hold(layer)
+    begin(layer, adapter, start)
+    layer.register_forward_hook(starts.give_back_principal)
+    refuse_merging(layer)
+
+
+def refuse_merging(layer: Any) -> None:
+    """Let a peft layer over a quantised part refuse what would lose what was trained, and a second adapter."""
     for name, override in _OVERRIDES.items():
         setattr(layer, name, MethodType(override, layer))
 
 
-def start(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
+def begin(layer: Any, adapter: str, start: Factors) -> None:
     """Put an adapter of the layer at its start, and keep the start."""
-    factors.assign(layer, adapter, left, right)
-    layer.start_left[adapter], layer.start_right[adapter] = left, right
+    factors.assign(layer, adapter, *start.pair)
+    starts.put(layer, adapter, start, like=factors.trained(layer, adapter)[0])
 
 
 def keep_codes(layer: Any) -> None:
@@ -67,7 +70,7 @@ def _refuse(*args: Any, **kwargs: Any) -> None:
 
 
 def _delete(layer: Any, adapter: str) -> None:
-    if set(drift.starts(layer)) <= {adapter}:
+    if set(starts.of(layer)) <= {adapter}:
         _refuse()
     type(layer).delete_adapter(layer, adapter)
 
@@ -76,6 +79,6 @@ _OVERRIDES: dict[str, Callable[..., Any]] = {
     "merge": _refuse,
     "unload_and_optionally_merge_module": _refuse,
     "delete_adapter": _delete,
-    "update_layer": drift.refuse_second_adapter,
-    "_mixed_batch_forward": drift.refuse_mixed,
+    "update_layer": starts.refuse_second_adapter,
+    "_mixed_batch_forward": starts.refuse_mixed,
 }

@@ -14,16 +14,25 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from pissa.adapters import drift, factors, plain, sharding
+from pissa.adapters import cores, factors, plain, sharding, starts
 from pissa.adapters.attach import Attachment, adapter_layers, attachments_of, wrap
 from pissa.adapters.initial import check_base, load_initial
 from pissa.adapters.plain import INIT
-from pissa.adapters.state import RECORD, STATE, State, check_finished, read_state, write_adapter, write_state
+from pissa.adapters.state import (
+    RECORD,
+    STATE,
+    State,
+    check_finished,
+    keeps_start,
+    read_state,
+    write_adapter,
+    write_state,
+)
 from pissa.checkpoint.output import read_json, staged_output
 from pissa.checkpoint.targets import short_names
 from pissa.errors import CheckpointError, InputError, OutputError
 from pissa.records import Record
-from pissa.registry import get
+from pissa.splits import Factors
 
 
 def save(model: PeftModel, run: str | Path, *, adapter_name: str | None = None) -> Path:
@@ -52,13 +61,12 @@ def state_of(model: PeftModel, *, adapter_name: str | None = None) -> State:
     """
     name, attachment = _attachment(model, adapter_name)
     layers = adapter_layers(model, attachment.targets)
-    starts, trained = {}, {}
-    zero_start = get(attachment.recipe.method).zero_start
+    begun, trained = {}, {}
     for target in attachment.targets:
         layer = layers[target.module]
-        left, right = (sharding.whole(factor).detach().clone() for factor in factors.trained(layer, name))
-        trained[target.module] = left, right
-        starts[target.module] = (left.new_zeros(left.shape), right) if zero_start else drift.starts(layer)[name]
+        trained[target.module] = _trained(layer, name)
+        there = starts.of(layer)
+        begun[target.module] = there[name] if name in there else _zero_start(trained[target.module])
     # Without "False" peft adds the whole weight of an embedding that is a target.
     saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     extras = {key: sharding.whole(value) for key, value in saved.items() if ".lora_" not in key}
@@ -75,7 +83,7 @@ def state_of(model: PeftModel, *, adapter_name: str | None = None) -> State:
             "model_config": _model_config(model.get_base_model()) if extras else None,
         },
     )
-    return State(record, starts, trained, extras, record.notes["shapes"])
+    return State(record, begun, trained, extras, record.notes["shapes"])
 
 
 def write(state: State, run: str | Path) -> Path:
@@ -139,18 +147,38 @@ def restart(model: nn.Module, state: str | Path, *, adapter_name: str = "default
 
 def _load_state(model: nn.Module, folder: Path, adapter: str, *, from_start: bool) -> PeftModel:
     state = read_state(folder)
-    record, zero_start = state.record, get(state.record.recipe.method).zero_start  # type: ignore[union-attr]
+    record, recipe = state.record, state.record.recipe
+    assert recipe is not None
     on_residual = check_base(record, model, f"the state in {folder}")
-    starts = state.trained if zero_start else state.starts
+    begun = state.starts if keeps_start(recipe) else state.trained
     heads = record.notes["modules_to_save"]
-    wrapped = wrap(model, Attachment(record, state.targets), starts, heads, adapter, on_residual=on_residual)
-    if not zero_start and not from_start:
+    wrapped = wrap(model, Attachment(record, state.targets), begun, heads, adapter, on_residual=on_residual)
+    if keeps_start(recipe) and not from_start:
         for target in state.targets:
-            layer = wrapped.get_base_model().get_submodule(target.module)
-            factors.assign(layer, adapter, *state.trained[target.module])
+            _assign(wrapped.get_base_model().get_submodule(target.module), adapter, state.trained[target.module])
     if state.extras:
         set_peft_model_state_dict(wrapped, state.extras, adapter_name=adapter)
     return wrapped
+
+
+def _trained(layer: Any, adapter: str) -> Factors:
+    """What trains, whole and apart from the layer's own."""
+    is_core = cores.is_core(layer, adapter)
+    own = cores.trained(layer, adapter) if is_core else Factors(*factors.trained(layer, adapter))
+    return Factors(**{part: sharding.whole(tensor).detach().clone() for part, tensor in own.named().items()})
+
+
+def _zero_start(trained: Factors) -> Factors:
+    """What is kept of a start whose product is zero: its right factor is what trains."""
+    left, right = trained.pair
+    return Factors(left.new_zeros(left.shape), right)
+
+
+def _assign(layer: Any, adapter: str, trained: Factors) -> None:
+    if cores.is_core(layer, adapter):
+        cores.assign(layer, adapter, trained)
+    else:
+        factors.assign(layer, adapter, *trained.pair)
 
 
 def _load_plain(model: nn.Module, folder: Path, adapter: str, trainable: bool) -> PeftModel:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pissa.checkpoint.targets import Target
 from pissa.checks import check_rank, check_weight, scale_of
 from pissa.errors import InputError
+from pissa.observe import Observations
 from pissa.presets import choose
 from pissa.quant import Quantiser, quantiser
 from pissa.records import Recipe
-from pissa.registry import Quantisation, get
+from pissa.registry import OBSERVED, Method, Quantisation, get
 from pissa.splits import Quantised, Split
 
 
@@ -26,6 +32,8 @@ def split(
     quant: str | None = None,
     iterations: int | None = None,
     double_quant: bool = False,
+    observed: Any = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Split:
     """Split one weight.
 
@@ -40,6 +48,9 @@ def split(
         quant: nf4, fp4 or int8 for the frozen part; None to leave it as it is.
         iterations: rounds of alternation between the low-rank part and the quantised rest (pissa, loftq); 5 by default.
         double_quant: quantise the scales of the blocks too.
+        observed: what the method needs to have been seen of the layer (`pissa methods` says which): a covariance
+            [in, in], a gradient [out, in], rows of inputs [n, in], or `pissa.linalg.Components`.
+        options: the method's own, by name.
 
     Raises:
         InputError: naming the tensor.
@@ -53,7 +64,7 @@ def split(
     choice = choose(method, quant, iterations, double_quant)
     scale_of(alpha, rank)
     check_weight(weight, name)
-    check_rank(rank, weight.shape, name)
+    check_rank(1 if get(choice.method).full_rank else rank, weight.shape, name)
     recipe = Recipe(
         choice.method,
         rank,
@@ -63,11 +74,14 @@ def split(
         quant=choice.quant,
         double_quant=double_quant,
         iterations=choice.iterations,
+        options=get(choice.method).checked(options),
     )
-    return split_by(recipe, weight, name, weight.dtype)
+    return split_by(recipe, weight, name, weight.dtype, observed=observed)
 
 
-def split_by(recipe: Recipe, weight: Tensor, name: str, dtype: torch.dtype) -> Split:
+def split_by(
+    recipe: Recipe, weight: Tensor, name: str, dtype: torch.dtype, *, rank: int | None = None, observed: Any = None
+) -> Split:
     """Split a weight [out, in] as the recipe says.
 
     Args:
@@ -75,6 +89,8 @@ def split_by(recipe: Recipe, weight: Tensor, name: str, dtype: torch.dtype) -> S
         weight: in its own dtype.
         name: of the tensor.
         dtype: that a quantised frozen part is unpacked in.
+        rank: of this weight; the recipe's by default.
+        observed: what the method needs to have been seen of the layer.
     """
     quantisation = None
     packer = quantiser_of(recipe)
@@ -90,13 +106,67 @@ def split_by(recipe: Recipe, weight: Tensor, name: str, dtype: torch.dtype) -> S
         quantisation = Quantisation(quantise, recipe.iterations)
     return get(recipe.method).split(
         weight,
-        recipe.rank,
+        rank or recipe.rank,
         scale=recipe.scale,
         svd=recipe.svd,
         seed=recipe.seed,
         name=name,
         quantisation=quantisation,
+        observed=observed,
+        options=recipe.options,
     )
+
+
+def allotted(recipe: Recipe, weights: Iterable[tuple[Target, Tensor]], seen: Callable[[Target], Any]) -> Recipe:
+    """The recipe with a rank for each target where its method gives layers ranks of their own.
+
+    Args:
+        recipe: with its targets.
+        weights: each target with its weight [out, in]; read once, and only where the method looks at all layers.
+        seen: what the method needs to have been seen of a target, see `Method.needs`.
+
+    Returns:
+        The recipe; targets that got no rank are left out of it.
+
+    Raises:
+        InputError: no target got a rank.
+    """
+    chosen = get(recipe.method)
+    if chosen.allotment is None:
+        return recipe
+    modules, scores = {}, {}
+    for target, weight in weights:
+        modules[target.weight] = target.module
+        scores[target.weight] = chosen.allotment.score(weight, seen(target), recipe.rank, **recipe.options)
+    given = chosen.allotment.allot(scores, recipe.rank, **recipe.options)
+    ranks = {modules[name]: rank for name, rank in given.items() if rank}
+    if not ranks:
+        raise InputError(f"{recipe.method} gives no layer a rank: use a larger --rank")
+    return dataclasses.replace(
+        recipe, ranks=ranks, targets={module: kind for module, kind in recipe.targets.items() if module in ranks}
+    )
+
+
+def refuse_unfit_targets(chosen: Method, targets: list[Target]) -> None:
+    """Refuse a method that trains nothing, and kinds of layers that a core does not fit in."""
+    if not chosen.parts:
+        raise InputError(
+            f"{chosen.name} trains nothing: it makes a model smaller, see pissa decompose --method {chosen.name}"
+        )
+    odd = next((target for target in targets if target.kind not in ("linear", "conv1d")), None)
+    if chosen.has_core and odd:
+        raise InputError(
+            f"{chosen.name} puts a core into linear layers, and `{odd.module}` is of kind {odd.kind}: leave it out of "
+            "targets"
+        )
+
+
+def seen_of(observations: Observations | None, method: str, name: str) -> Any:
+    """What the method needs to have been seen of a weight, by its canonical name; None where it needs nothing."""
+    chosen = get(method)
+    if chosen.needs not in OBSERVED:
+        return None
+    return chosen.required(observations, name).get(chosen.needs, name)
 
 
 def quantiser_of(recipe: Recipe) -> Quantiser | None:

@@ -9,25 +9,33 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pissa.adapters import plain
-from pissa.adapters.factors import Factors
+from pissa.adapters.factors import Starts
 from pissa.checkpoint.output import read_json, write_json
 from pissa.checkpoint.targets import Target
 from pissa.errors import CheckpointError
 from pissa.records import Recipe, Record
 from pissa.registry import get
-from pissa.splits import Lora, drift_as_lora
+from pissa.splits import Factors, Lora, drift_as_lora
 
 STATE, RECORD = "state.safetensors", "pissa.json"
 
 
 def trains_drift(recipe: Recipe) -> bool:
-    """Whether dL and dR train, the change since the start; else L and R, as where nothing was taken out of a base."""
-    return not (get(recipe.method).zero_start or recipe.needs_residual)
+    """Whether the change since the start trains; else L and R do, as where nothing was taken out of a base."""
+    chosen = get(recipe.method)
+    return chosen.has_core or not (chosen.zero_start or recipe.needs_residual)
+
+
+def keeps_start(recipe: Recipe) -> bool:
+    """Whether a start is written beside what trains: not where L and R train from a zero product."""
+    chosen = get(recipe.method)
+    return chosen.has_core or not chosen.zero_start
 
 
 @dataclass(frozen=True)
@@ -36,15 +44,15 @@ class State:
 
     Attributes:
         record: of kind "state".
-        starts: L0, R0 by module.
-        trained: dL and dR where the drift trains, else L and R, by module.
+        starts: by module.
+        trained: the drift since, where that trains, else L and R, by module.
         extras: tensors of modules that trained whole, under peft's file names.
         shapes: the stored weight's shape by module.
     """
 
     record: Record
-    starts: Factors
-    trained: Factors
+    starts: Starts
+    trained: Starts
     extras: dict[str, Tensor]
     shapes: dict[str, list[int]]
 
@@ -128,16 +136,17 @@ def read_state(folder: Path) -> State:
         tensors = load_file(folder / STATE)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read ({error}): go on from an earlier save") from error
-    zero_start = get(record.recipe.method).zero_start
-    drift = "drift_" if trains_drift(record.recipe) else ""
+    parts = _parts(record.recipe)
     try:
         starts, trained = {}, {}
         for module in record.recipe.targets:
-            left, right = trained[module] = tensors.pop(f"{module}.{drift}left"), tensors.pop(f"{module}.{drift}right")
-            if zero_start:
-                starts[module] = left.new_zeros(left.shape), right
+            trained[module] = Factors(**{part: tensors.pop(f"{module}.{_key(record.recipe, part)}") for part in parts})
+            if keeps_start(record.recipe):
+                kept = ("left", "right", *(part for part in ("core", "pattern") if f"{module}.start_{part}" in tensors))
+                starts[module] = Factors(**{part: tensors.pop(f"{module}.start_{part}") for part in kept})
             else:
-                starts[module] = tensors.pop(f"{module}.start_left"), tensors.pop(f"{module}.start_right")
+                left, right = trained[module].pair
+                starts[module] = Factors(torch.zeros_like(left), right)
     except KeyError as error:
         raise CheckpointError(
             f"{folder / STATE} lacks tensor {error}: the file is damaged, save the run again"
@@ -147,33 +156,54 @@ def read_state(folder: Path) -> State:
     return state
 
 
+def _parts(recipe: Recipe) -> tuple[str, ...]:
+    """What trains."""
+    return get(recipe.method).parts
+
+
+def _key(recipe: Recipe, part: str) -> str:
+    """The name of what trains in the file, after the module's."""
+    return f"drift_{part}" if trains_drift(recipe) else part
+
+
 def _check_shapes(state: State, file: Path) -> None:
     assert state.record.recipe is not None
-    rank = state.record.recipe.rank
     for target in state.targets:
         rows, columns = target.matrix_shape
-        for left, right in (state.starts[target.module], state.trained[target.module]):
-            if (*left.shape, *right.shape) != (rows, rank, rank, columns):
-                raise CheckpointError(
-                    f"{file} holds factors {list(left.shape)} and {list(right.shape)} for `{target.module}`, expected "
-                    f"{[rows, rank]} and {[rank, columns]}: the file is damaged, save the run again"
-                )
+        rank = state.record.recipe.rank_of(target.module)
+        expected: dict[str, tuple[int, ...]] = {"left": (rows, rank), "right": (rank, columns), "core": (rank, rank)}
+        for factors in (state.starts[target.module], state.trained[target.module]):
+            for part, tensor in factors.named().items():
+                along = state.starts[target.module].pattern
+                shape = (1, along.shape[1]) if part == "core" and along is not None else expected.get(part)
+                if shape and tuple(tensor.shape) != shape:
+                    raise CheckpointError(
+                        f"{file} holds a {part} factor {list(tensor.shape)} for `{target.module}`, expected "
+                        f"{list(shape)}: the file is damaged, save the run again"
+                    )
 
 
-def _change(record: Record, start: tuple[Tensor, Tensor], trained: tuple[Tensor, Tensor]) -> Lora:
-    assert record.recipe is not None
-    if not trains_drift(record.recipe):
-        return Lora(trained[1], record.recipe.scale * trained[0])
-    return drift_as_lora(*start, *trained, record.recipe.scale)
+def _change(record: Record, start: Factors, trained: Factors) -> Lora:
+    """The change of the model that the adapter is served on: of a quantised residual all that was taken out is new."""
+    recipe = record.recipe
+    assert recipe is not None
+    if not trains_drift(recipe):
+        left, right = trained.pair
+        return Lora(right, recipe.scale * left)
+    change = drift_as_lora(start, trained, recipe.scale)
+    if recipe.needs_residual and start.core is not None:
+        left, _ = start.pair
+        change = Lora(change.A, change.B + recipe.scale * (left @ start.core))
+    return change
 
 
 def _state_tensors(state: State) -> dict[str, Tensor]:
-    assert state.record.recipe is not None
-    drift = "drift_" if trains_drift(state.record.recipe) else ""
+    recipe = state.record.recipe
+    assert recipe is not None
     tensors = dict(state.extras)
-    for module, (left, right) in state.trained.items():
-        tensors[f"{module}.{drift}left"], tensors[f"{module}.{drift}right"] = left, right
-    if not get(state.record.recipe.method).zero_start:
-        for module, (left, right) in state.starts.items():
-            tensors[f"{module}.start_left"], tensors[f"{module}.start_right"] = left, right
+    for module, trained in state.trained.items():
+        tensors |= {f"{module}.{_key(recipe, part)}": tensor for part, tensor in trained.named().items()}
+    if keeps_start(recipe):
+        for module, start in state.starts.items():
+            tensors |= {f"{module}.start_{part}": tensor for part, tensor in start.named().items()}
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}

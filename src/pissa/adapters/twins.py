@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from pissa.adapters import drift, quantised
+from pissa.adapters import cores, drift, quantised, starts
 from pissa.adapters.plain import whole
 
 
@@ -26,12 +26,12 @@ def offer(model: PeftModel) -> None:
 def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: Any, **options: Any) -> None:
     """peft's `add_adapter`, which also knows a config that is the very one of an attached adapter."""
     source = next((name for name, config in model.peft_config.items() if config is peft_config), "")
-    layers: list[Any] = [layer for layer in model.modules() if source in drift.starts(layer)]
+    layers: list[Any] = [layer for layer in model.modules() if source in starts.of(layer)]
     add = type(model).add_adapter
     if not layers:
         add(model, adapter_name, peft_config, *args, **options)
         return
-    rank = drift.starts(layers[0])[source][1].shape[0]
+    rank = starts.of(layers[0])[source].pair[1].shape[0]
     config = copy.deepcopy(peft_config)
     config.r, config.lora_alpha = rank, whole(layers[0].scaling[source] * rank)
     refusals = {layer: layer.__dict__.pop("update_layer") for layer in layers if "update_layer" in layer.__dict__}
@@ -43,9 +43,12 @@ def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: A
             layer.update_layer = refusal
     config.r, config.lora_alpha = peft_config.r, peft_config.lora_alpha
     for layer in layers:
-        start = drift.starts(layer)[source]
-        if source in layer.lora_variant:
-            drift.install(layer, adapter_name, *start)
-            layer.lora_variant[adapter_name] = layer.lora_variant[source]
+        start, variant = starts.of(layer)[source], layer.lora_variant.get(source)
+        if isinstance(variant, cores.Keep):
+            cores.begin(layer, adapter_name, start, left=cores.trained(layer, source).left is not None)
+        elif variant:
+            drift.install(layer, adapter_name, start)
         else:
-            quantised.start(layer, adapter_name, *start)
+            quantised.begin(layer, adapter_name, start)
+        if variant:
+            layer.lora_variant[adapter_name] = variant

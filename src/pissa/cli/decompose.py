@@ -23,6 +23,9 @@ def decompose(
     quant: options.Quant = None,
     iterations: options.Iterations = None,
     double_quant: options.DoubleQuant = False,
+    settings: options.Settings = None,
+    calibration: options.Calibration = None,
+    calibration_rows: options.CalibrationRows = 64,
     store: options.Store = "packed",
     device: options.Device = "cpu",
     workers: options.Workers = None,
@@ -37,7 +40,15 @@ def decompose(
     A few tensors are in memory at a time, so any size of model fits. Killed, it goes on when it is typed again.
     """
     import pissa
+    from pissa.presets import choose
+    from pissa.registry import OBSERVED, get
 
+    wanted = options.target_list(targets)
+    seen = None
+    if calibration or get(choose(method).method).needs in OBSERVED:
+        from pissa.training.calibration import for_method
+
+        seen = for_method(model, method, calibration, calibration_rows, targets=wanted, rank=rank, revision=revision)
     with show.bytes_progress("decomposing") as progress:
         record = pissa.decompose(
             model,
@@ -45,7 +56,7 @@ def decompose(
             method,
             rank,
             alpha=alpha,
-            targets=options.target_list(targets),
+            targets=wanted,
             svd=svd,
             seed=seed,
             dtype=dtype,
@@ -60,6 +71,8 @@ def decompose(
             trust_remote_code=trust_remote_code,
             force=force,
             progress=progress,
+            observations=seen,
+            options=options.named(settings),
         )
     if as_json:
         show.print_json(record.to_json())

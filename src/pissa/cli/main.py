@@ -20,6 +20,7 @@ from pissa.cli import (
     landscape,
     merge,
     methods,
+    observe,
     plan,
     preview,
     recipes,
@@ -38,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("decompose")(decompose.decompose)
+app.command("observe")(observe.observe)
 app.command("plan", context_settings={"ignore_unknown_options": True})(plan.plan)
 app.command("preview", context_settings={"ignore_unknown_options": True})(preview.preview)
 app.command("train", context_settings={"ignore_unknown_options": True})(train.train)

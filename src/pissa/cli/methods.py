@@ -12,10 +12,18 @@ def methods(as_json: options.Json = False) -> None:
 
     known = registry.methods().values()
     if as_json:
-        keys = ("name", "title", "paper", "trains", "verdict", "zero_start", "alternates", "needs")
+        keys = ("name", "title", "paper", "trains", "needs", "exports", "options", "verdict", "parts", "zero_start")
+        keys += ("alternates", "full_rank")
         show.print_json([{key: getattr(method, key) for key in keys} for method in known])
         return
-    rows = [[method.name, f"arXiv {method.paper}", method.trains, method.verdict] for method in known]
-    show.print_table(["method", "paper", "trains", "verdict"], rows)
+    rows = [[one.name, one.trains, one.needs, one.exports, one.verdict] for one in known]
+    show.print_table(["method", "trains", "needs", "exports", "verdict"], rows)
+    own = [
+        f"{one.name}: {', '.join(f'{key}={value}' for key, value in one.options.items())}"
+        for one in known
+        if one.options
+    ]
+    print(f"Own settings (--option NAME=VALUE): {'; '.join(own)}.")
     presets = ", ".join(f"{name} is {method} with {quant}" for name, (method, quant) in registry.PRESETS.items())
-    print(f"In few bits: {presets}; any other with --quant {', '.join(QUANTISERS)}.")
+    print(f"In few bits: {presets}; others with --quant {', '.join(QUANTISERS)}.")
+    print("NAME-control is the start of NAME along random directions of the same norms. Papers: --json, docs/methods.")

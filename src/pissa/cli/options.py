@@ -6,6 +6,8 @@ from typing import Annotated
 
 from typer import Option
 
+from pissa.errors import InputError
+
 Method = Annotated[str, Option(help="How to split; see `pissa methods`. Presets: qlora, loftq, qpissa.")]
 Rank = Annotated[int, Option(help="Rank of the trainable part, 1 to the smaller side of the narrowest target.")]
 Alpha = Annotated[float | None, Option(help="Strength: the product is scaled by alpha / rank. Default: the rank (1).")]
@@ -24,6 +26,14 @@ Iterations = Annotated[
     int | None, Option(help="Rounds of low-rank part and quantised rest (pissa, loftq). Default: 5.")
 ]
 DoubleQuant = Annotated[bool, Option("--double-quant", help="Quantise the scales of the blocks too (nf4, fp4).")]
+Settings = Annotated[
+    list[str] | None, Option("--option", help="A setting of the method's own, NAME=VALUE; may be given several times.")
+]
+Calibration = Annotated[
+    str | None,
+    Option(help="For methods that observe the model: data (as for training), or a file of pissa observe."),
+]
+CalibrationRows = Annotated[int, Option(help="Use the first so many rows of the calibration data, 1 or more.")]
 Store = Annotated[str, Option(help="packed (few bits, for bitsandbytes) or 16bit (what they stand for, for any tool).")]
 Workers = Annotated[int | None, Option(help="Tensors worked on side by side, 1 or more. Default: one a core, up to 4.")]
 MaxShardBytes = Annotated[str, Option(help="Size of an output file: bytes, 500MB, 5GB.")]
@@ -31,6 +41,15 @@ Revision = Annotated[str | None, Option(help="Commit, tag or branch of a Hub mod
 RemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Force = Annotated[bool, Option("--force", help="Replace the output folder if it is there.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+
+
+def named(settings: list[str] | None) -> dict[str, str]:
+    """`mode=kpm` as a name and a value."""
+    pairs = [setting.partition("=") for setting in settings or ()]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise InputError(f"--option is {name!r}, expected NAME=VALUE, as in --option mode=kpm")
+    return {name: value for name, _, value in pairs}
 
 
 def target_list(text: str) -> str | list[str]:

@@ -64,6 +64,14 @@ class TrainSettings(BaseModel):
     iterations: Whole | None = Field(
         None, ge=1, description="Rounds of low-rank part and quantised rest (pissa, loftq). Default: 5."
     )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="The method's own settings, as {mode: kpm}; `pissa methods` lists them."
+    )
+    calibration: str | None = Field(
+        None,
+        description="Rows that the base is observed on, if the method needs it, or a file of pissa observe. null: `data`.",
+    )
+    calibration_rows: Whole = Field(64, ge=1, description="Use the first so many rows to observe the base on.")
     double_quant: bool = Field(False, description="Quantise the scales of the blocks too (nf4, fp4).")
     task: Literal["language", "classification", "regression"] = Field(
         "language", description="What the model learns: to write, to name a class, or to give a score."
@@ -141,7 +149,7 @@ class TrainSettings(BaseModel):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Read it first.")
     force: bool = Field(False, description="Replace an earlier run in `output`; never other files.")
 
-    @field_validator("model", "data", "eval_data", "old_data", "output")
+    @field_validator("model", "data", "eval_data", "old_data", "calibration", "output")
     @classmethod
     def _at_home(cls, value: str | None) -> str | None:
         """`~/models` is a folder in the home of whoever runs this, in a file too."""

@@ -83,12 +83,12 @@ def _names(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
     return {"modules_to_save": None if names == ["null"] else names}
 
 
-def _columns(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
-    """A flag holds the mapping as text: {instruction: Question}."""
+def _mapping(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
+    """A flag holds a mapping as text: {instruction: Question}."""
     try:
-        return {"fields": yaml.safe_load(value) if isinstance(value, str) else value}
+        return {key: yaml.safe_load(value) if isinstance(value, str) else value}
     except yaml.YAMLError:
-        return {"fields": value}
+        return {key: value}
 
 
 def _warmup(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
@@ -154,9 +154,10 @@ READERS: dict[str, Callable[[str, Any, Mistakes], dict[str, Any]]] = {
     "additional_target": _names,
     "bf16": _bf16,
     "datasets": _data_set,
-    "fields": _columns,
+    "fields": _mapping,
     "lora_modules_to_save": _names,
     "modules_to_save": _names,
+    "options": _mapping,
     PER_DEVICE: _per_device,
     "pissa_iter": _svd,
     "test_datasets": _data_set,

@@ -17,6 +17,7 @@ from torch import nn
 from pissa.adapters import drift, plain
 from pissa.adapters.attach import Attachment, wrap
 from pissa.adapters.plain import INIT
+from pissa.adapters.splitting import refuse_unfit_targets
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.skeleton import parameter_names
 from pissa.checkpoint.targets import Target, find_targets, head_modules
@@ -28,6 +29,7 @@ from pissa.presets import choose
 from pissa.quant import quantiser
 from pissa.records import Recipe, Record
 from pissa.registry import get
+from pissa.splits import Factors
 from pissa.surgery.packing import packed_modules
 from pissa.training import residual
 from pissa.training.run import set_dropout
@@ -90,19 +92,16 @@ def build(source: Source, settings: TrainSettings, classes: int) -> Planned:
             raise config_error([mistake], "the settings")
         return Planned(model.train(), source, sizes)
     recipe, found = _recipe(source, settings, model)
+    refuse_unfit_targets(get(recipe.method), found)
+    if get(recipe.method).full_rank:
+        recipe = dataclasses.replace(recipe, ranks={target.module: min(target.matrix_shape) for target in found})
     for target in found:
-        check_rank(recipe.rank, target.matrix_shape, target.weight)
+        check_rank(recipe.rank_of(target.module), target.matrix_shape, target.weight)
     heads = sorted({*head_modules(model), *(settings.modules_to_save or ())})
     packed: frozenset[str] = frozenset()
     if recipe.quant:
         found, packed = _quantise(model, recipe, found, source.dtype)
-    starts = {
-        target.module: (
-            torch.empty(target.matrix_shape[0], recipe.rank, device=NO_DEVICE),
-            torch.empty(recipe.rank, target.matrix_shape[1], device=NO_DEVICE),
-        )
-        for target in found
-    }
+    starts = {target.module: _start(recipe, target) for target in found}
     # The residual form keeps the originals on the CPU, which what has no values cannot be moved to.
     kept = dataclasses.replace(recipe, base_form="keep")
     with NO_DEVICE:  # peft draws its own start otherwise
@@ -114,6 +113,12 @@ def build(source: Source, settings: TrainSettings, classes: int) -> Planned:
     if settings.dropout:
         set_dropout(attached, settings.dropout)
     return Planned(attached.train(), source, sizes, recipe, tuple(found), packed)
+
+
+def _start(recipe: Recipe, target: Target) -> Factors:
+    """The start of a target without values; layers that get ranks of their own have the asked one here."""
+    shapes = get(recipe.method).start_shapes(recipe.rank_of(target.module), target.matrix_shape, recipe.options)
+    return Factors(**{part: torch.empty(shape, device=NO_DEVICE) for part, shape in shapes.items()})
 
 
 def _recipe(source: Source, settings: TrainSettings, model: nn.Module) -> tuple[Recipe, list[Target]]:

@@ -6,15 +6,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pissa.adapters.state import RECORD, State, read_state, trains_drift
+from pissa.adapters.state import RECORD, State, keeps_start, read_state, trains_drift
 from pissa.checkpoint.fingerprint import canonical, check_tensor
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.errors import PissaError
 from pissa.linalg import effective_rank, frobenius, principal_angles, product_singular_values
 from pissa.records import Record
-from pissa.registry import get
-from pissa.splits import drift_as_lora
+from pissa.splits import Factors, drift_as_lora
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Change:
         singular_values: of the change, descending; at most 2r are not zero.
         weight_norm: Frobenius norm of the weight; None where neither the record nor a base at hand says it.
         left_angles: principal angles in degrees between the left factor's column space and its start, ascending; empty
-            for a start of zero.
+            for a start of zero and for a factor that does not train.
         right_angles: the same for the rows of the right factor.
     """
 
@@ -84,19 +83,22 @@ def changes_of(run: Path) -> list[Change]:
 def _change(state: State, module: str, shape: tuple[int, int], weight_norm: float | None) -> Change:
     recipe = state.record.recipe
     assert recipe is not None
-    (left, right), trained = state.starts[module], state.trained[module]
-    if get(recipe.method).zero_start:
-        values = product_singular_values(trained[0], trained[1], recipe.scale)
+    start, trained = state.starts[module], state.trained[module]
+    if not keeps_start(recipe):
+        values = product_singular_values(*trained.pair, recipe.scale)
         return Change(module, shape, values.tolist(), weight_norm, [], [])
-    drift = trained if trains_drift(recipe) else (trained[0] - left, trained[1] - right)
-    change = drift_as_lora(left, right, *drift, recipe.scale)
+    left, right = start.pair
+    drift = trained if trains_drift(recipe) else Factors(trained.pair[0] - left, trained.pair[1] - right)
+    change = drift_as_lora(start, drift, recipe.scale)
+    if drift.left is None or drift.right is None:
+        return Change(module, shape, product_singular_values(change.B, change.A).tolist(), weight_norm, [], [])
     return Change(
         module,
         shape,
         product_singular_values(change.B, change.A).tolist(),
         weight_norm,
-        principal_angles(left, left + drift[0]).rad2deg().tolist(),
-        principal_angles(right.T, (right + drift[1]).T).rad2deg().tolist(),
+        principal_angles(left, left + drift.left).rad2deg().tolist(),
+        principal_angles(right.T, (right + drift.right).T).rad2deg().tolist(),
     )
 
 

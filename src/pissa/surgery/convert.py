@@ -19,7 +19,8 @@ from pissa.checkpoint.skeleton import build_skeleton, parameter_names
 from pissa.checkpoint.targets import Target
 from pissa.errors import CheckpointError, InputError, WrongBaseError
 from pissa.records import Base, Recipe, Record, versions
-from pissa.splits import Lora, drift_as_lora
+from pissa.registry import get
+from pissa.splits import Factors, Lora, drift_as_lora
 from pissa.surgery import beside_residual
 from pissa.surgery.folders import RESIDUAL, Changes, adapter_scale, adapter_targets, read_changes
 
@@ -62,6 +63,11 @@ def convert(
     )
     if base is not None:
         check_folder(record, Path(base), f"the change in {run}")
+    if rank is None and record.recipe and get(record.recipe.method).full_rank:
+        raise InputError(
+            f"the change in {run} has full rank, and its exact LoRA is larger than the model: use pissa merge for all "
+            "of it, or --rank K for the best of a rank"
+        )
     if record.recipe and record.recipe.needs_residual:
         changes, error = _beside_residual(found, record, rank, base, run)
         record = beside_residual.on_the_base(record)
@@ -120,8 +126,8 @@ def changes_since(adapter: Path, start: Path, base: str | Path | None) -> Change
         if needs_residual:
             changes[target] = Lora(right.float(), scale * left.float())
             continue
-        parts = [part.float() for part in (left0, right0, left - left0, right - right0)]
-        changes[target] = drift_as_lora(parts[0], parts[1], parts[2], parts[3], scale)
+        begin, drift = Factors(left0, right0), Factors(left - left0, right - right0)
+        changes[target] = drift_as_lora(begin.to(torch.float32), drift.to(torch.float32), scale)
     checkpoint = Checkpoint.open(adapter, need_config=False)
     extras = {name: checkpoint.read(name) for name in checkpoint.tensors if ".lora_" not in name}
     return Changes(changes, extras, record, config)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from pissa.adapters.splitting import refuse_unfit_targets
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, find_targets
 from pissa.checkpoint.writer import parse_bytes
 from pissa.checks import check_rank, scale_of, tolerance_of
 from pissa.errors import CheckpointError, InputError, WrongBaseError
+from pissa.observe import Observations
 from pissa.presets import choose
 from pissa.quant import quantiser
 from pissa.records import Recipe, Record
+from pissa.registry import get
 from pissa.surgery.decomposition import Decomposition, Progress
 from pissa.surgery.packing import is_residual, packed_modules
 from pissa.surgery.pipeline import check_workers
@@ -46,6 +50,8 @@ def decompose(
     trust_remote_code: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    observations: Observations | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Record:
     """Split every target of a checkpoint, as many tensors in memory as there are workers.
 
@@ -72,6 +78,8 @@ def decompose(
         trust_remote_code: whether the model's own code may run; off by default.
         force: replace `out` if it exists.
         progress: told after every tensor.
+        observations: what was seen of this model on calibration rows, for the methods that need it.
+        options: the method's own settings by name.
 
     Returns:
         The record that was written as `pissa.json`.
@@ -96,6 +104,8 @@ def decompose(
         max_shard_bytes=max_shard_bytes,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        observations=observations,
+        options=options,
     )
     check_workers(workers)
     return job.into(Path(out), force=force, workers=workers, progress=progress)
@@ -119,9 +129,13 @@ def prepare(
     max_shard_bytes: int | str = "5GB",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    observations: Observations | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Decomposition:
     """All that `decompose` can check before it writes anything; see there for the arguments and errors."""
     choice = choose(method, quant, iterations, double_quant)
+    chosen = get(choice.method)
+    own = chosen.checked(options)
     scale_of(alpha, rank)
     tolerance_of(svd)
     check_dtype(dtype)
@@ -134,8 +148,9 @@ def prepare(
     _refuse_unfit(checkpoint)
     skeleton = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     found = find_targets(skeleton, targets)
+    refuse_unfit_targets(chosen, found)
     for target in found:
-        check_rank(rank, target.matrix_shape, target.weight)
+        check_rank(1 if chosen.full_rank else rank, target.matrix_shape, target.weight)
     packed: frozenset[str] = frozenset()
     if choice.quant and store == "packed":
         packed = frozenset(packed_modules(quantiser(choice.quant, double=double_quant), found))
@@ -154,9 +169,13 @@ def prepare(
         choice.quant,
         double_quant,
         choice.iterations,
+        own,
+        {target.module: min(target.matrix_shape) for target in found} if chosen.full_rank else {},
     )
     dtypes = {name: output_dtype(info.dtype, dtype) for name, info in checkpoint.tensors.items()}
     job = Decomposition(checkpoint, skeleton, parameters, by_tensor, recipe, dtypes, packed, device, shard_bytes)
+    job.observations = observations
+    job.allot()
     job.check()
     return job
 

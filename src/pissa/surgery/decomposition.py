@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pissa.adapters import factors, plain
 from pissa.adapters.plain import INIT
-from pissa.adapters.splitting import quantiser_of, split_by
+from pissa.adapters.splitting import allotted, quantiser_of, seen_of, split_by
 from pissa.adapters.storing import store
 from pissa.checkpoint.fingerprint import Digests, canonical, combined, tensor_digests
 from pissa.checkpoint.layout import Spec, plan_bytes
@@ -30,9 +30,12 @@ from pissa.checkpoint.output import staged_output, write_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.targets import Target, short_names
 from pissa.checkpoint.writer import CheckpointWriter, TensorFile
+from pissa.observe import Observations
 from pissa.quant import Quantiser
-from pissa.records import Base, Layer, Recipe, Record, versions
+from pissa.records import Base, Recipe, Record, versions
+from pissa.registry import get
 from pissa.surgery.packing import packed_names, quantisation_config
+from pissa.surgery.piece import Piece, finished
 from pissa.surgery.pipeline import in_order
 
 FACTOR_DTYPE = torch.float32
@@ -40,42 +43,6 @@ PIECES = "pieces.jsonl"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 Progress = Callable[[str, int, int], None]
 """Called with a tensor's name, the bytes done and the bytes in all."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor of the base on its way into the output.
-
-    Attributes:
-        name: in the base.
-        base: digests of it under its canonical name; empty for a tensor that is no parameter.
-        residual: digests of what takes a target's place, under canonical names.
-        layer: what the split of a target kept and lost.
-        tensors: what is written of it, in the residual and in the start.
-    """
-
-    name: str
-    base: dict[str, Digests] = field(default_factory=dict)
-    residual: dict[str, Digests] = field(default_factory=dict)
-    layer: Layer | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
-
-    def receipt(self, late: set[str]) -> str:
-        """A line that stands for the piece once its tensors are written; `late` ones, which are JSON, are in it."""
-        texts = {name: bytes(tensor.tolist()).decode() for name, tensor in self.tensors.items() if name in late}
-        facts = dataclasses.asdict(dataclasses.replace(self, tensors={}))
-        return json.dumps({**facts, "tensors": texts}) + "\n"
-
-    @classmethod
-    def from_receipt(cls, line: str) -> Piece:
-        """The piece that a line stands for, with its late tensors."""
-        facts = json.loads(line)
-        tensors = {
-            name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-            for name, text in facts.pop("tensors").items()
-        }
-        layer = facts.pop("layer")
-        return cls(**facts, layer=Layer(**layer) if layer else None, tensors=tensors)
 
 
 @dataclass
@@ -92,6 +59,7 @@ class Decomposition:
         packed: modules whose weights are written in few bits.
         device: where the algebra runs.
         shard_bytes: most bytes of tensors in one file.
+        observations: what was seen of the base on calibration rows, where the method needs it.
     """
 
     checkpoint: Checkpoint
@@ -103,6 +71,7 @@ class Decomposition:
     packed: frozenset[str]
     device: str
     shard_bytes: int
+    observations: Observations | None = None
 
     @cached_property
     def weights(self) -> set[str]:
@@ -113,6 +82,21 @@ class Decomposition:
     def packer(self) -> Quantiser | None:
         """The quantiser of the residual, if it has one."""
         return quantiser_of(self.recipe)
+
+    def allot(self) -> None:
+        """Where the method gives layers ranks of their own, look at all of them and settle the ranks."""
+        weights = ((target, self.matrix(name)) for name, target in self.targets.items())
+        self.recipe = allotted(self.recipe, weights, lambda target: self.seen(target.weight))
+        self.targets = {name: target for name, target in self.targets.items() if target.module in self.recipe.targets}
+
+    def matrix(self, name: str) -> Tensor:
+        """A target's weight [out, in]."""
+        return self.targets[name].to_matrix(self.checkpoint.read(name).to(self.device))
+
+    def seen(self, name: str) -> Any:
+        """What the method needs to have been seen of a parameter."""
+        key = canonical(name, getattr(self.skeleton, "base_model_prefix", ""))
+        return seen_of(self.observations, self.recipe.method, key)
 
     def check(self) -> None:
         """Refuse what can be told before anything is written: a quantiser, or names that no config can tell apart."""
@@ -136,9 +120,22 @@ class Decomposition:
         """The tensors of `pissa_init/`."""
         plan: dict[str, Spec] = {}
         for target in self.targets.values():
-            shapes = factors.file_shapes(target, self.recipe.rank)
+            shapes = factors.file_shapes(target, self.recipe.rank_of(target.module))
             plan |= {key: (FACTOR_DTYPE, shape) for key, shape in zip(factors.file_keys(target), shapes, strict=True)}
         return plan
+
+    def core_plan(self) -> dict[str, Spec]:
+        """The tensors of `pissa_init/start.safetensors`; none without a core."""
+        chosen, recipe = get(self.recipe.method), self.recipe
+        if not chosen.has_core:
+            return {}
+        return {
+            f"{target.module}.{part}": (torch.int64 if part == "pattern" else FACTOR_DTYPE, shape)
+            for target in self.targets.values()
+            for part, shape in chosen.start_shapes(
+                recipe.rank_of(target.module), target.matrix_shape, recipe.options
+            ).items()
+        }
 
     def late(self) -> set[str]:
         """Tensors whose length is only known once they are made."""
@@ -155,6 +152,7 @@ class Decomposition:
         files = {info.shard: (folder / info.shard).stat() for info in self.checkpoint.tensors.values()}
         facts = {
             "recipe": dataclasses.asdict(self.recipe),
+            "observed": self.observations.facts if self.observations else None,
             "dtypes": {name: str(dtype) for name, dtype in self.dtypes.items()},
             "packed": sorted(self.packed),
             "device": self.device,
@@ -169,23 +167,31 @@ class Decomposition:
 
     def into(self, out: Path, *, force: bool, workers: int | None = None, progress: Progress | None = None) -> Record:
         """Write it to `out`, on from where a killed run of the same key left it."""
-        needs_bytes = plan_bytes(self.residual_plan()) + plan_bytes(self.start_plan())
+        plans = (self.residual_plan(), self.start_plan(), self.core_plan())
+        needs_bytes = sum(map(plan_bytes, plans))
         inputs = [self.checkpoint.folder]
         with staged_output(out, force=force, needs_bytes=needs_bytes, inputs=inputs, job=self.key) as staging:
             return self.write(staging, out, workers, progress)
 
     def write(self, staging: Path, final: Path, workers: int | None, progress: Progress | None) -> Record:
         """Stream all tensors that a killed run did not finish, then the small files, `pissa.json` last."""
-        init, late, residual_plan = staging / INIT, self.late(), self.residual_plan()
+        init, late = staging / INIT, self.late()
+        residual_plan, start_plan, core_plan = self.residual_plan(), self.start_plan(), self.core_plan()
         init.mkdir(exist_ok=True)
-        pieces = {piece.name: piece for piece in _finished(staging / PIECES)}
+        pieces = {piece.name: piece for piece in finished(staging / PIECES)}
         written = {key for name in pieces for key in self.plan(name)} - late
-        begun = {key for name in pieces if name in self.targets for key in factors.file_keys(self.targets[name])}
+        split = [self.targets[name] for name in pieces if name in self.targets]
+        begun = {key for target in split for key in factors.file_keys(target)}
+        begun_cores = {key for key in core_plan if key.rpartition(".")[0] in {target.module for target in split}}
         total = sum(info.nbytes for info in self.checkpoint.tensors.values())
         done = 0
         with ExitStack() as stack:
             residual = stack.enter_context(CheckpointWriter(staging, residual_plan, self.shard_bytes, late, written))
-            start = stack.enter_context(TensorFile(init / plain.WEIGHTS, self.start_plan(), done=begun))
+            start = stack.enter_context(TensorFile(init / plain.WEIGHTS, start_plan, done=begun))
+            files = dict.fromkeys(start_plan, start)
+            if core_plan:
+                cores = stack.enter_context(TensorFile(init / plain.START, core_plan, done=begun_cores))
+                files |= dict.fromkeys(core_plan, cores)
             receipts = stack.enter_context((staging / PIECES).open("a", encoding="utf-8"))
             for piece in pieces.values():
                 for key, tensor in piece.tensors.items():
@@ -194,7 +200,7 @@ class Decomposition:
             rest = [name for name in self.checkpoint.tensors if name not in pieces]
             for piece in in_order(self.split_tensor, rest, workers):
                 for key, tensor in piece.tensors.items():
-                    (residual if key in residual_plan else start).write(key, tensor)
+                    files.get(key, residual).write(key, tensor)
                 receipts.write(piece.receipt(late))
                 receipts.flush()
                 pieces[piece.name] = dataclasses.replace(piece, tensors={})
@@ -211,14 +217,21 @@ class Decomposition:
         tensor, dtype = self.checkpoint.read(name), self.dtypes[name]
         key = canonical(self.parameters.get(name, name), getattr(self.skeleton, "base_model_prefix", ""))
         base = {key: tensor_digests(tensor)} if self.parameters.get(name) in self.weights else {}
+        if self.observations:
+            self.observations.check({key: tensor})
         target = self.targets.get(name)
         if target is None:
             tensor = tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
             return Piece(name, base, tensors={name: tensor})
         matrix = target.to_matrix(tensor.to(self.device))
-        stored = store(target.weight, split_by(self.recipe, matrix, target.weight, dtype), FACTOR_DTYPE, dtype)
-        pair = factors.file_tensors(target, stored.split.left, stored.split.right)
+        rank, observed = self.recipe.rank_of(target.module), self.seen(self.parameters.get(name, name))
+        split = split_by(self.recipe, matrix, target.weight, dtype, rank=rank, observed=observed)
+        stored = store(target.weight, split, FACTOR_DTYPE, dtype)
+        pair = factors.file_tensors(target, stored.split.left_core, stored.split.right)
         start = {factor_name: factor.to("cpu", FACTOR_DTYPE).contiguous() for factor_name, factor in pair.items()}
+        if stored.split.core is not None:
+            parts = {f"{target.module}.{part}": tensor for part, tensor in stored.split.start.named().items()}
+            start |= {part_name: tensor.cpu().contiguous() for part_name, tensor in parts.items()}
         if target.module in self.packed and stored.split.quantised:
             parts = {part: tensor.cpu() for part, tensor in stored.split.quantised.parts.items()}
         else:
@@ -239,7 +252,8 @@ class Decomposition:
         name = str(source.folder.resolve()) if Path(source.name).is_dir() else source.name
         origin = Base(name, source.revision, combined(base), base)
         layers = [piece.layer for piece in pieces if piece.layer]
-        return Record("residual", self.recipe, origin, layers, residual, versions=versions())
+        notes = {"observed": self.observations.facts} if self.observations else {}
+        return Record("residual", self.recipe, origin, layers, residual, notes, versions())
 
     def write_small_files(self, staging: Path, final: Path, record: Record) -> None:
         """Config, tokenizer, adapter config; the records last."""
@@ -278,13 +292,5 @@ class Decomposition:
             target_modules=short_names(found, self.skeleton),
             transposed="conv1d" in self.recipe.targets.values(),
             task_type="CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None,
+            ranks=self.recipe.ranks,
         )
-
-
-def _finished(path: Path) -> list[Piece]:
-    """The pieces that a killed run finished; a last line that the kill cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        path.write_text("".join(whole), encoding="utf-8")
-    return [Piece.from_receipt(line) for line in whole]

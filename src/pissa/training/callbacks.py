@@ -12,12 +12,14 @@ from typing import Any
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from pissa.adapters import cores
 from pissa.errors import DivergedError
 from pissa.training import distributed
 from pissa.training.folder import WHOLE, checkpoints, read_metrics
 
 LOSSES = ("loss", "eval_loss", "old_loss")
 SCORES = ("eval_accuracy", "eval_f1", "eval_matthews", "eval_pearson", "eval_spearman")
+EXACT = "cores.safetensors"
 MEASURED = (*LOSSES, *SCORES, "learning_rate", "grad_norm")
 
 
@@ -79,17 +81,31 @@ class OldLoss(TrainerCallback):
 
 
 class Checkpoints(TrainerCallback):
-    """Marks a checkpoint as whole, last of all, and only then deletes the oldest ones."""
+    """Marks a checkpoint as whole, last of all, and only then deletes the oldest ones.
 
-    def __init__(self, keep: int):
-        self.keep = keep
+    A core is a part of the plain LoRA that the trainer writes, from which it comes back with rounding; so it is written
+    beside that as it is.
+    """
+
+    def __init__(self, keep: int, model: Any, resumed: Path | None):
+        self.keep, self.resumed = keep, resumed
+        self.exact = cores.parameters(model)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called when the trainer has read a checkpoint."""
+        if self.exact and self.resumed:
+            cores.read(self.exact, self.resumed / EXACT)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called when the trainer has written everything."""
         distributed.wait()
+        folder = Path(str(args.output_dir))
+        if self.exact:
+            cores.write(self.exact, folder / f"checkpoint-{state.global_step}" / EXACT, first=distributed.is_first())
         if not state.is_world_process_zero:
             return
-        folder = Path(str(args.output_dir))
         (folder / f"checkpoint-{state.global_step}" / WHOLE).touch()
         if self.keep:
             for old in checkpoints(folder)[: -self.keep]:

@@ -10,7 +10,7 @@ from pissa.config import TrainSettings, config_error
 from pissa.errors import InputError, require
 from pissa.presets import choose
 from pissa.quant import quantiser
-from pissa.registry import get
+from pissa.registry import OBSERVED, get
 from pissa.training import options, residual
 from pissa.training.arguments import device
 
@@ -35,21 +35,36 @@ def check(settings: TrainSettings, resume: bool) -> None:
             mistakes.append(f"svd: {error}")
         try:
             choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
-            zero_start = get(choice.method).zero_start
+            chosen = get(choice.method)
+            chosen.checked(settings.options)
             if choice.quant:
                 quantiser(choice.quant, double=settings.double_quant)
         except InputError as error:
             mistakes.append(f"method: {error}")
         else:
-            if settings.dropout and not zero_start:
+            if settings.dropout and (chosen.has_core or not chosen.zero_start):
                 mistakes.append(
                     f"dropout: got {settings.dropout:g}, expected 0 with {settings.method}: the adapter starts as a "
                     "part of the weight itself, and dropping its inputs would change the model before the first step"
                 )
+            if not chosen.parts:
+                mistakes.append(f"method: got {settings.method}, which trains nothing: see pissa decompose")
+            if settings.calibration and chosen.needs not in OBSERVED:
+                mistakes.append(
+                    f"calibration: got {settings.calibration}, expected null with {settings.method}, which needs the "
+                    "weights alone"
+                )
     else:
         mistakes += [
             f"{key}: got {getattr(settings, key)}, expected {unset} with full, which has no adapter"
-            for key, unset in (("quant", "null"), ("iterations", "null"), ("double_quant", False), ("dropout", 0))
+            for key, unset in (
+                ("quant", "null"),
+                ("iterations", "null"),
+                ("double_quant", False),
+                ("dropout", 0),
+                ("options", "{}"),
+                ("calibration", "null"),
+            )
             if getattr(settings, key)
         ]
         if residual.is_decomposed(settings.model):

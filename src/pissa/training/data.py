@@ -67,7 +67,7 @@ def load_rows(settings: TrainSettings) -> Rows:
         old, source = read(settings.old_data, settings.old_split)
         old = old[: settings.eval_limit or None]
         sources.append(source | {"rows": len(old)})
-    return Rows(_renamed(train, settings.fields), _renamed(evaluation, settings.fields), sources, old)
+    return Rows(renamed(train, settings.fields), renamed(evaluation, settings.fields), sources, old)
 
 
 def read(data: str, split: str) -> tuple[list[Row], dict[str, Any]]:
@@ -120,7 +120,7 @@ def check_rows(rows: list[Row], problem: Callable[[Row], str | None]) -> None:
         raise DataError(f"{row.where}: {text}{more}")
 
 
-def _renamed(rows: list[Row], names: Mapping[Any, str]) -> list[Row]:
+def renamed(rows: list[Row], names: Mapping[Any, str]) -> list[Row]:
     """Columns under the names that `fields` gives them."""
     if not names:
         return rows

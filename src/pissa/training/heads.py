@@ -76,6 +76,11 @@ def load_with_head(settings: TrainSettings, tokenizer: Any, **head: Any) -> Any:
     return model
 
 
+def collator(tokenizer: Any) -> Any:
+    """Rows to a padded batch."""
+    return transformers.DataCollatorWithPadding(tokenizer)
+
+
 def head_trainer(
     model: Any,
     tokenizer: Any,
@@ -92,7 +97,7 @@ def head_trainer(
     return transformers.Trainer(
         model,
         one_device(transformers.TrainingArguments(**common_arguments(settings, folder, bool(examples.evaluation)))),
-        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        data_collator=collator(tokenizer),
         train_dataset=datasets.Dataset.from_list(examples.train),
         eval_dataset=datasets.Dataset.from_list(examples.evaluation) if examples.evaluation else None,
         processing_class=tokenizer,

@@ -68,6 +68,13 @@ def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> A
     return model
 
 
+def collator(tokenizer: Any) -> packing.PackingCollator:
+    """Rows to a padded batch."""
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # Our own collator keeps TRL from setting pad tokens in the model's config.
+    return packing.PackingCollator(padding or 0)
+
+
 def build_trainer(
     model: Any, tokenizer: Any, examples: Examples, settings: TrainSettings, folder: str, callbacks: list[Any]
 ) -> Any:
@@ -85,13 +92,11 @@ def build_trainer(
         completion_only_loss=False,  # the labels say it already
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rows = datasets.Dataset.from_list(examples.train)
     return trl.SFTTrainer(
         model,
         one_device(arguments),
-        # Our own collator keeps TRL from setting pad tokens in the model's config.
-        data_collator=packing.PackingCollator(padding or 0),
+        data_collator=collator(tokenizer),
         train_dataset=packing.packed(rows, examples.notes["max_length"]) if settings.packing else rows,
         eval_dataset=datasets.Dataset.from_list(examples.evaluation) if examples.evaluation else None,
         processing_class=tokenizer,

@@ -11,6 +11,7 @@ from pissa.config import TrainSettings
 from pissa.errors import require
 from pissa.training.data import Row, Rows, check_rows
 from pissa.training.examples import Examples
+from pissa.training.heads import collator as collator
 from pissa.training.heads import encode_texts, head_trainer, load_with_head, text_columns, text_problem
 from pissa.training.models import position_limit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import nn
 from pissa.checkpoint.output import read_json
 from pissa.config import TrainSettings
 from pissa.errors import CheckpointError
+from pissa.observe import Observations
 from pissa.presets import choose
 from pissa.records import Recipe
+from pissa.registry import get
 from pissa.surgery.decompose import prepare
 from pissa.surgery.decomposition import Decomposition
 from pissa.surgery.folders import RESIDUAL
@@ -24,13 +27,16 @@ logger = logging.getLogger(__name__)
 DEFAULT_SVD = TrainSettings.model_fields["svd"].default
 
 
-def with_quantised_base(settings: TrainSettings, out: Path, before: dict[str, Any] | None) -> TrainSettings:
+def with_quantised_base(
+    settings: TrainSettings, out: Path, before: dict[str, Any] | None, seen: Callable[[], Observations | None]
+) -> TrainSettings:
     """The settings with the model to load: the one they name, or its quantised residual in OUT/residual.
 
     Args:
         settings: of the run.
         out: its folder.
         before: the record of the run to go on with, whose residual is kept as it is; None for a new run.
+        seen: what the method needs to have been seen of the 16-bit base; asked for once, where that is split.
 
     Raises:
         InputError, CheckpointError, OutputError: see `pissa.decompose`.
@@ -43,22 +49,28 @@ def with_quantised_base(settings: TrainSettings, out: Path, before: dict[str, An
         if not target.is_dir():
             raise CheckpointError(f"{target} is gone, and the run cannot go on without it: start it again with --force")
         return settings.model_copy(update={"model": str(target)})
-    job = prepare(
-        settings.model,
-        settings.method,
-        settings.rank,
-        alpha=settings.alpha,
-        targets=settings.targets,
-        svd=settings.svd,
-        seed=settings.seed,
-        dtype=None if settings.dtype == "auto" else settings.dtype,
-        quant=settings.quant,
-        iterations=settings.iterations,
-        double_quant=settings.double_quant,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    distributed.on_first(lambda: _quantise(job, settings.model, out))
+
+    def make() -> None:
+        job = prepare(
+            settings.model,
+            settings.method,
+            settings.rank,
+            alpha=settings.alpha,
+            targets=settings.targets,
+            svd=settings.svd,
+            seed=settings.seed,
+            dtype=None if settings.dtype == "auto" else settings.dtype,
+            quant=settings.quant,
+            iterations=settings.iterations,
+            double_quant=settings.double_quant,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            observations=seen(),
+            options=settings.options,
+        )
+        _quantise(job, settings.model, out)
+
+    distributed.on_first(make)
     return settings.model_copy(update={"model": str(target)})
 
 
@@ -94,6 +106,7 @@ def differences(recipe: Recipe, settings: TrainSettings) -> list[tuple[str, Any,
         "rank": settings.rank,
         "alpha": settings.alpha,
         "iterations": choice.iterations if settings.iterations else recipe.iterations,
+        "options": get(choice.method).checked(settings.options) if settings.options else recipe.options,
         "double_quant": settings.double_quant or recipe.double_quant,
         "svd": recipe.svd if settings.svd == DEFAULT_SVD else settings.svd,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -23,12 +24,16 @@ from pissa.checkpoint.output import write_json
 from pissa.checkpoint.targets import find_targets, head_modules
 from pissa.config import TrainSettings, config_error
 from pissa.errors import BusyError, DivergedError, OutputError, require
+from pissa.observe import Observations
 from pissa.records import versions
+from pissa.registry import get
 from pissa.surgery.folders import RESIDUAL
 from pissa.training import classification, distributed, folder, language, regression, residual
 from pissa.training.arguments import device
+from pissa.training.calibration import observations
 from pissa.training.callbacks import LOSSES, SCORES, Checkpoints, EarlyStop, Metrics, OldLoss, Progress, place_reports
 from pissa.training.checks import check, check_same_data, check_same_settings
+from pissa.training.closing import CloseLeft
 from pissa.training.data import load_rows
 from pissa.training.memory import peak_bytes, reset_peak
 from pissa.training.models import load_tokenizer
@@ -77,7 +82,12 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         distributed.on_first(lambda: stack.enter_context(folder.held(out)))
         if distributed.on_first(lambda: folder.previous_run(out, resume=resume, force=settings.force)) != before:
             raise BusyError(f"another process has written into {out} just now: look at it, then start again")
-        loaded = residual.with_quantised_base(settings, out, before)
+        loaded = residual.with_quantised_base(
+            settings,
+            out,
+            before,
+            lambda: observations(task.load_model(settings, examples, tokenizer), task, examples, tokenizer, settings),
+        )
         model = residual.ready(task.load_model(loaded, examples, tokenizer), settings)
         data = {"sources": rows.sources, **examples.facts()}
         if before:
@@ -85,7 +95,9 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         kept = RESIDUAL if loaded is not settings else ""
         record = before or {}
         with distributed.first_ahead(out):
-            model, base = _start(model, loaded, before, out / "state")
+            model, base = _start(
+                model, loaded, before, out / "state", lambda: observations(model, task, examples, tokenizer, settings)
+            )
             facts = {"data": data, "base": {**base, "name": settings.model}, "labels": examples.names}
             if distributed.is_first():
                 record = before or _open_run(out, settings, {**facts, "processes": distributed.layout()}, kept)
@@ -94,7 +106,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         newest, seconds = distributed.on_first(lambda: folder.where_to_go_on(out))
         metrics = Metrics(out / folder.METRICS, seconds)
         stop = EarlyStop(settings.early_stopping, out / folder.METRICS)
-        callbacks = [metrics, Checkpoints(settings.save_total_limit), stop]
+        callbacks = [metrics, Checkpoints(settings.save_total_limit, model, newest), stop, *_of_the_method(model)]
         trainer = task.build_trainer(model, tokenizer, examples, settings, str(out / "checkpoints"), callbacks)
         if examples.old:
             trainer.add_callback(OldLoss(trainer, require("datasets", "train").Dataset.from_list(examples.old)))
@@ -110,7 +122,11 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
 
 
 def _start(
-    model: nn.Module, settings: TrainSettings, before: dict[str, Any] | None, state: Path
+    model: nn.Module,
+    settings: TrainSettings,
+    before: dict[str, Any] | None,
+    state: Path,
+    observe: Callable[[], Observations | None],
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model ready to train from step 0, and what to record of the base."""
     base: dict[str, Any] = {"name": settings.model, "revision": settings.revision, "dtype": str(model.dtype)}
@@ -139,6 +155,7 @@ def _start(
     elif is_residual(model):
         model = _load_decomposed(model, settings)
     else:
+        seen = observe()
         heads = [*head_modules(model), *(settings.modules_to_save or ())]
         model = attach(
             model,
@@ -150,6 +167,8 @@ def _start(
             svd=settings.svd,
             seed=settings.seed,
             modules_to_save=heads or None,
+            observations=seen,
+            options=settings.options,
         )
     if settings.dropout:
         set_dropout(model, settings.dropout)
@@ -172,6 +191,12 @@ def _load_decomposed(model: nn.Module, settings: TrainSettings) -> PeftModel:
     if mistakes:
         raise config_error(mistakes, "the settings")
     return attached
+
+
+def _of_the_method(model: nn.Module) -> list[Any]:
+    """What a method does beside the steps."""
+    closing = isinstance(model, PeftModel) and get(recipe_of(model).method).parts == ("left", "core")
+    return [CloseLeft(model)] if closing else []
 
 
 def set_dropout(model: nn.Module, share: float) -> None:

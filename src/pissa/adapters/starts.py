@@ -1,0 +1,121 @@
+"""The starts of a peft layer's adapters: buffers on the layer, beside the drift that peft's own parameters hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora.layer import Embedding, _ConvNd
+from torch import Tensor
+
+from pissa.adapters import factors, sharding
+from pissa.errors import InputError, WrongBaseError
+from pissa.splits import Factors
+
+_BUFFERS = {part: f"start_{part}" for part in ("left", "right", "core", "pattern")}
+
+
+def hold(layer: Any) -> None:
+    """Give a layer room for the start of each of its adapters, and let it save and load them as plain LoRA."""
+    if hasattr(layer, "start_left"):
+        return
+    for buffer in _BUFFERS.values():
+        setattr(layer, buffer, BufferDict({}, persistent=False))
+    # In this list an adapter's entry is dropped by peft's delete_adapter.
+    layer.other_param_names = (*layer.other_param_names, *_BUFFERS.values())
+    layer.register_state_dict_post_hook(_emit_plain_lora)
+    layer.register_load_state_dict_pre_hook(_take_plain_lora)
+
+
+def put(layer: Any, adapter: str, start: Factors, like: Tensor) -> None:
+    """Keep an adapter's start on its layer, in the dtype and on the device of `like`."""
+    for part, tensor in start.named().items():
+        # Contiguous, as they come back from a file: another memory order rounds a product differently.
+        ready = tensor.to(like.device if part == "pattern" else like).contiguous()
+        getattr(layer, _BUFFERS[part])[adapter] = ready
+
+
+def of(layer: Any) -> dict[str, Factors]:
+    """The start of each started adapter of a layer."""
+    if not hasattr(layer, "start_left"):
+        return {}
+    held = {part: getattr(layer, buffer) for part, buffer in _BUFFERS.items()}
+    return {
+        name: Factors(**{part: tensors[name] for part, tensors in held.items() if name in tensors})
+        for name in layer.start_left
+    }
+
+
+def _variants(layer: Any) -> dict[str, Any]:
+    """What knows an adapter's parameters; an adapter on a quantised part has none, since it is a plain LoRA there."""
+    return {adapter: layer.lora_variant[adapter] for adapter in of(layer) if adapter in layer.lora_variant}
+
+
+def _emit_plain_lora(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """state_dict hook: what leaves the layer is a plain LoRA."""
+    for adapter, variant in _variants(layer).items():
+        keys = factors.keys(layer, adapter, prefix)
+        if keys[1] in state and not sharding.is_away(state[keys[1]]):
+            variant.emit(layer, adapter, state, keys)
+
+
+def _take_plain_lora(layer: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """load_state_dict hook: the plain LoRA of this very start is taken apart again."""
+    for adapter, variant in _variants(layer).items():
+        keys = factors.keys(layer, adapter, prefix)
+        if keys[1] in state and not sharding.is_away(state[keys[1]]):
+            variant.take(layer, adapter, state, keys)
+
+
+def refuse_foreign(key: str, adapter: str) -> None:
+    """A pair that the attached start cannot give."""
+    raise WrongBaseError(
+        f"`{key}` does not carry the start of the attached adapter {adapter!r}: it was trained from another start. "
+        "Load it on the plain base model, or go on from the run it belongs to"
+    )
+
+
+def product(module: Any, x: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``s left right x`` for each kind of layer."""
+    if isinstance(module, Embedding):
+        after = module._embed(x, right.T) @ left.T
+        embed_scale = module._get_embed_scale()
+        return scale * (after if embed_scale is None else after * embed_scale.to(after.dtype))
+    x = x.to(right.dtype)
+    if isinstance(module, _ConvNd):
+        base: Any = module.get_base_layer()
+        left, right = factors.as_stored(module, left, right)
+        return scale * F.conv2d(F.conv2d(x, right, stride=base.stride, padding=base.padding), left)
+    return scale * F.linear(F.linear(x, right), left)
+
+
+def taken(start: Factors) -> tuple[Tensor, Tensor]:
+    """What was taken out of the weight, as a pair: L0 C0 and R0."""
+    left, right = start.pair
+    return (left if start.core is None else left @ start.core), right
+
+
+def give_back_principal(layer: Any, args: Any, output: Tensor) -> Tensor:
+    """forward hook of the residual form: what was taken out is there once, however many adapters are on."""
+    there = of(layer)
+    active = 0 if layer.disable_adapters else sum(name in there for name in layer.active_adapters)
+    if layer.merged or active == 1:
+        return output
+    adapter, start = next(iter(there.items()))
+    return (output + (1 - active) * product(layer, args[0], *taken(start), layer.scaling[adapter])).to(output.dtype)
+
+
+def refuse_second_adapter(*args: Any, **kwargs: Any) -> None:
+    """In place of peft's method that adds one."""
+    raise InputError(
+        "this model's weights are a residual and carry exactly one adapter: attach with base='keep' for several"
+    )
+
+
+def refuse_mixed(*args: Any, **kwargs: Any) -> None:
+    """In place of peft's method for a batch with several adapters."""
+    raise InputError(
+        "adapter_names (several adapters in one batch) works neither on a split embedding nor on a residual: "
+        "use set_adapter, or attach linear layers with base='keep'"
+    )

@@ -1,0 +1,132 @@
+"""Calibration: what some methods need to have seen of the base, on the rows of a run or on others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pissa.config import TrainSettings, load_settings
+from pissa.errors import InputError
+from pissa.observe import Observations, observe
+from pissa.presets import choose
+from pissa.registry import OBSERVED, get
+from pissa.training import language
+from pissa.training.arguments import device
+from pissa.training.data import Rows, read, renamed
+from pissa.training.examples import Examples
+from pissa.training.models import load_tokenizer
+
+SAVED = ".safetensors"
+COMPONENTS = 4
+"""Principal components kept of a layer for each rank that is asked: EVA may give a layer more than its share."""
+logger = logging.getLogger(__name__)
+
+
+def need_of(settings: TrainSettings) -> str | None:
+    """What the run's method needs to have seen; None where the weights suffice."""
+    if settings.method == "full":
+        return None
+    needs = get(choose(settings.method).method).needs
+    return needs if needs in OBSERVED else None
+
+
+def observations(
+    model: Any, task: Any, examples: Examples, tokenizer: Any, settings: TrainSettings
+) -> Observations | None:
+    """What the method needs, seen by this very model; read from a file where `calibration` names one.
+
+    Args:
+        model: the base, whole.
+        task: the module of the run's task, for its encoding and its batches.
+        examples: the run's own rows, which are read where no others are named.
+        tokenizer: the model's.
+        settings: of the run.
+
+    Raises:
+        InputError, DataError: rows that cannot be read.
+    """
+    need = need_of(settings)
+    if need is None:
+        return None
+    if settings.calibration and settings.calibration.endswith(SAVED):
+        return Observations.load(settings.calibration)
+    rows, source = examples.train, {"name": settings.data}
+    if settings.calibration:
+        others, source = read(settings.calibration, settings.data_split)
+        rows = task.encode(Rows(renamed(others, settings.fields), [], []), tokenizer, settings).train
+    return _observed(model, task, rows[: settings.calibration_rows], source, tokenizer, settings, [need])
+
+
+def for_method(model: str, method: str, calibration: str | None, rows: int, **settings: Any) -> Observations | None:
+    """What a method needs to have seen of a language model on disk or on the Hub.
+
+    Args:
+        model: a folder with its tokenizer, or a Hub id.
+        method: as users name it.
+        calibration: data, or a file of observations; None where the method needs none.
+        rows: of the data, the first so many.
+        settings: further keys of a run: targets, rank, revision.
+
+    Raises:
+        InputError: calibration without a need, or a need without calibration.
+    """
+    needs = get(choose(method).method).needs
+    if needs not in OBSERVED:
+        if calibration:
+            raise InputError(f"calibration is {calibration}, but {method} needs the weights alone: leave it out")
+        return None
+    if calibration is None:
+        raise InputError(f"{method} needs the {needs} of each layer: give --calibration DATA, rows as for training")
+    if calibration.endswith(SAVED):
+        return Observations.load(calibration)
+    return calibrate(model, calibration, rows, [needs], **settings)
+
+
+def calibrate(model: str, data: str, rows: int, needs: list[str], **settings: Any) -> Observations:
+    """Load a language model and observe it on rows of data.
+
+    Args:
+        model: a folder with its tokenizer, or a Hub id.
+        data: rows as for training.
+        rows: the first so many.
+        needs: of `pissa.registry.OBSERVED`.
+        settings: further keys of a run, as `fields`, `template`, `max_length`, `targets`, `rank`.
+    """
+    chosen = {key: value for key, value in settings.items() if value is not None}
+    run = load_settings(None, {"output": "unused", "model": model, "data": data, "calibration_rows": rows, **chosen})
+    read_rows, source = read(run.data, run.data_split)
+    tokenizer = load_tokenizer(run)
+    examples = language.encode(Rows(renamed(read_rows[:rows], run.fields), [], []), tokenizer, run)
+    base = language.load_model(run, examples, tokenizer)
+    return _observed(base, language, examples.train, source, tokenizer, run, needs)
+
+
+def _observed(
+    model: Any,
+    task: Any,
+    rows: list[dict[str, Any]],
+    source: dict[str, Any],
+    tokenizer: Any,
+    settings: TrainSettings,
+    needs: list[str],
+) -> Observations:
+    if not rows:
+        raise InputError("there are no rows to calibrate on: set calibration_rows above 0")
+    where = device(settings)
+    logger.warning("reading %d rows for the %s of each layer", len(rows), " and ".join(needs))
+    model.to(where)
+    collate = task.collator(tokenizer)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for start in range(0, len(rows), settings.micro_batch_size):
+            batch = collate(rows[start : start + settings.micro_batch_size])
+            yield {key: value.to(where) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    seen = observe(
+        model, batches(), needs, targets=settings.targets, components=COMPONENTS * settings.rank, seed=settings.seed
+    )
+    seen.facts["data"] = {**source, "rows_read": len(rows), "micro_batch_size": settings.micro_batch_size}
+    return seen

@@ -1,0 +1,62 @@
+"""LaMDA's schedule: the left factor's columns stop one after another (arXiv 2406.12832).
+
+A column whose gradient is zero still moves, by momentum and decay. Here a closed one is put back after each step of the
+optimiser, so that it keeps its bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pissa.adapters import cores
+from pissa.adapters.attach import adapter_layers, attachments_of
+from pissa.errors import InputError
+
+
+def closed(rank: int, step: int, steps: int, eta: float) -> int:
+    """How many columns are closed when `step` of `steps` have been done: all from the share `eta` on."""
+    return min(rank, int(rank * step / (eta * steps)))
+
+
+class CloseLeft(TrainerCallback):
+    """Closes the left factors of an attached `lamda` or `lamda++` adapter over the first share of the steps.
+
+    Args:
+        model: from `pissa.attach`.
+
+    Raises:
+        InputError: its left factor does not train beside a core.
+    """
+
+    def __init__(self, model: Any):
+        self.factors: list[Tensor] = []
+        for adapter, attachment in attachments_of(model).items():
+            for layer in adapter_layers(model, attachment.targets).values():
+                left = cores.trained(layer, adapter).left if cores.is_core(layer, adapter) else None
+                if left is not None:
+                    self.factors.append(left)
+                    self.eta = float(attachment.recipe.options["eta"])
+        if not self.factors:
+            raise InputError("this model has no left factor beside a core to close: attach lamda or lamda++ first")
+        if not 0 < self.eta <= 1:
+            raise InputError(f"lamda: eta is {self.eta}, expected a share of the steps above 0, up to 1")
+        self.kept: list[Tensor] = []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember what must not move."""
+        counts = [closed(left.shape[1], state.global_step, state.max_steps, self.eta) for left in self.factors]
+        self.kept = [left.detach()[:, :count].clone() for left, count in zip(self.factors, counts, strict=True)]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put it back."""
+        with torch.no_grad():
+            for left, kept in zip(self.factors, self.kept, strict=True):
+                left[:, : kept.shape[1]].copy_(kept)
