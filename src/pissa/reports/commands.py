@@ -8,6 +8,8 @@ from typing import Any
 
 from pissa.adapters import plain
 from pissa.checkpoint.output import read_json
+from pissa.presets import choose
+from pissa.registry import get
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
@@ -39,12 +41,17 @@ def next_commands(run: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
     adapter = read_json(run / "adapter" / plain.CONFIG)
     base = str(adapter["base_model_name_or_path"])
     quantised = (Path(base) / plain.INIT).is_dir()
-    convert = [] if quantised else [("write a plain LoRA of its own", f"pissa convert {here} LORA")]
+    full_rank = get(choose(settings["method"]).method).full_rank
+    convert = f"pissa convert {here} LORA" + (" --rank 16" if full_rank else "")
     serving = f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {served_rank(adapter['r'])}"
     return [
         *chat,
         ("look into it", f"pissa inspect {here}"),
-        *convert,
+        *([] if quantised else [("write a plain LoRA of its own", convert)]),
         ("merge it into one model", f"pissa merge {shlex.quote(base)} {here} MERGED"),
-        *([("serve it", f"{serving} --lora-modules mine={shlex.quote(str(run / 'adapter'))}")] if talks else []),
+        *(
+            [("serve it", f"{serving} --lora-modules mine={shlex.quote(str(run / 'adapter'))}")]
+            if talks and not full_rank
+            else []
+        ),
     ]
