@@ -1,6 +1,8 @@
 """The comparisons of docs/results: full, LoRA, PiSSA, MiLoRA and PiSSA's random control on small real models.
 
     python benchmarks/compare.py SHARED OUT [--case NAME ...] [--lr 3e-4,1e-3,3e-3] [--seeds 3] [--jobs 2]
+    python benchmarks/compare.py SHARED OUT --case family-mixed-8m --methods lora,corda,corda-control --lr 1e-3,3e-3
+    python benchmarks/compare.py SHARED OUT --case family-mixed-8m --methods lora_xs,svft,lamda --lr 1e-2,1e-1
 
 SHARED holds models/ and data/. Each case is an ordinary `pissa compare`, whose settings lie in OUT/NAME/settings.yaml
 afterwards: a call that was stopped goes on, and one with more rates or seeds adds to what is there.
@@ -43,6 +45,16 @@ def cases(shared: Path, texts: Path) -> dict[str, dict[str, Any]]:
         "minilm-mrpc": CLASSIFICATION | {
             "model": minilm(), "data": data / "glue/MRPC/train.tsv", "eval_data": data / "glue/MRPC/dev.tsv",
             "fields": {"label": "Quality", "sentence1": "#1 String", "sentence2": "#2 String"},
+        },
+        # The whole family, shorter, since it is four times as many runs.
+        "family-mixed-8m": LANGUAGE | {
+            "model": models / "mixed-8m", "max_length": 160, "data_limit": 2000, "data": data / "gsm8k/train.jsonl",
+            "eval_data": data / "gsm8k/test.jsonl", "max_steps": 30, "eval_steps": 15, "calibration_rows": 32,
+        },
+        "family-minilm-mrpc": CLASSIFICATION | {
+            "model": minilm(), "data": data / "glue/MRPC/train.tsv", "eval_data": data / "glue/MRPC/dev.tsv",
+            "fields": {"label": "Quality", "sentence1": "#1 String", "sentence2": "#2 String"}, "max_steps": 30,
+            "eval_steps": 30, "calibration_rows": 64,
         },
         "minilm-cola": CLASSIFICATION | {
             "model": minilm(), "data": texts / "cola_train.jsonl", "eval_data": texts / "cola_dev.jsonl",

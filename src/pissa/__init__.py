@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pissa.adapters.runs import load, restart, save
     from pissa.adapters.splitting import split
     from pissa.errors import PissaError
+    from pissa.observe import Observations
     from pissa.splits import Lora, Split
     from pissa.surgery.convert import convert
     from pissa.surgery.decompose import decompose
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Lora": "pissa.splits",
+    "Observations": "pissa.observe",
     "PissaError": "pissa.errors",
     "Split": "pissa.splits",
     "attach": "pissa.adapters.attach",
@@ -40,6 +42,7 @@ _HOMES = {
 
 __all__ = [
     "Lora",
+    "Observations",
     "PissaError",
     "Split",
     "attach",

@@ -14,7 +14,7 @@ from typing import Any
 from pissa.errors import CheckpointError
 
 FORMAT = 1
-KINDS = ("residual", "init", "state", "lora", "merged", "run")
+KINDS = ("residual", "init", "state", "lora", "merged", "run", "w4a4")
 
 
 @dataclass(frozen=True)

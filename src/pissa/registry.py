@@ -134,6 +134,10 @@ class Method:
                 f"{self.name} needs the {self.needs} of `{name}`, seen while the model reads calibration rows: "
                 "give --calibration DATA, or observations from pissa.observe"
             )
+        if isinstance(observed, Tensor) and not is_finite(observed):
+            raise InputError(
+                f"the {self.needs} of `{name}` has non-finite values: look for an overflow in float16, or broken rows"
+            )
         return observed
 
     def split(

@@ -32,6 +32,7 @@ from pissa.checkpoint.output import read_json, staged_output
 from pissa.checkpoint.targets import short_names
 from pissa.errors import CheckpointError, InputError, OutputError
 from pissa.records import Record
+from pissa.registry import OPTIMISER, get
 from pissa.splits import Factors
 
 
@@ -60,6 +61,7 @@ def state_of(model: PeftModel, *, adapter_name: str | None = None) -> State:
         InputError: the model carries no such attachment.
     """
     name, attachment = _attachment(model, adapter_name)
+    _refuse_other_optimiser(model, name, attachment)
     layers = adapter_layers(model, attachment.targets)
     begun, trained = {}, {}
     for target in attachment.targets:
@@ -158,7 +160,22 @@ def _load_state(model: nn.Module, folder: Path, adapter: str, *, from_start: boo
             _assign(wrapped.get_base_model().get_submodule(target.module), adapter, state.trained[target.module])
     if state.extras:
         set_peft_model_state_dict(wrapped, state.extras, adapter_name=adapter)
+    if get(recipe.method).needs == OPTIMISER:
+        wrapped.pissa_optimiser = recipe.method  # type: ignore[assignment]
     return wrapped
+
+
+def _refuse_other_optimiser(model: PeftModel, adapter: str, attachment: Attachment) -> None:
+    """A method that is an optimiser must have been trained by it; a start is as good as any."""
+    method = attachment.recipe.method
+    if get(method).needs != OPTIMISER or hasattr(model, "pissa_optimiser"):
+        return
+    layers = adapter_layers(model, attachment.targets).values()
+    if any(factors.trained(layer, adapter)[0].any() for layer in layers):
+        raise InputError(
+            f"adapter {adapter!r} was attached as {method} and trained by another optimiser, so it is a LoRA: train it "
+            "with pissa.training.lora_pro.LoraPro(model), or attach it as lora"
+        )
 
 
 def _trained(layer: Any, adapter: str) -> Factors:

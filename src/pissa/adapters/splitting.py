@@ -151,7 +151,8 @@ def refuse_unfit_targets(chosen: Method, targets: list[Target]) -> None:
     """Refuse a method that trains nothing, and kinds of layers that a core does not fit in."""
     if not chosen.parts:
         raise InputError(
-            f"{chosen.name} trains nothing: it makes a model smaller, see pissa decompose --method {chosen.name}"
+            f"{chosen.name} trains nothing, it makes a model smaller: use pissa decompose --method {chosen.name}, or "
+            "pissa.w4a4.svdquant"
         )
     odd = next((target for target in targets if target.kind not in ("linear", "conv1d")), None)
     if chosen.has_core and odd:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument
 
 from pissa.cli import options, show
+
+if TYPE_CHECKING:
+    from pissa.observe import Observations
 
 
 def decompose(
@@ -49,6 +52,26 @@ def decompose(
         from pissa.training.calibration import for_method
 
         seen = for_method(model, method, calibration, calibration_rows, targets=wanted, rank=rank, revision=revision)
+    if seen and not get(choose(method).method).parts:
+        _four_bits(
+            model,
+            out,
+            seen,
+            rank,
+            as_json,
+            **{
+                "targets": wanted,
+                "svd": svd,
+                "seed": seed,
+                "options": options.named(settings),
+                "workers": workers,
+                "max_shard_bytes": max_shard_bytes,
+                "revision": revision,
+                "trust_remote_code": trust_remote_code,
+                "force": force,
+            },
+        )
+        return
     with show.bytes_progress("decomposing") as progress:
         record = pissa.decompose(
             model,
@@ -83,3 +106,20 @@ def decompose(
     worst = max(record.layers, key=lambda layer: layer.error)
     show.say(f"energy in the trainable part {energy:.1%} (mean); largest error {worst.error:.1e} in {worst.name}")
     show.say_next(f"pissa inspect {out}", f"pissa train CONFIG.yaml --model {out} --output run")
+
+
+def _four_bits(model: str, out: Path, seen: Observations, rank: int, as_json: bool, **settings: Any) -> None:
+    """A method that trains nothing: a model that computes in 4 bits."""
+    from pissa.w4a4 import svdquant
+
+    with show.bytes_progress("quantising") as progress:
+        record = svdquant(model, out, seen, rank, progress=progress, **settings)
+    if as_json:
+        show.print_json(record.to_json())
+        return
+    errors = record.notes["output_errors"]
+    worst = max(errors, key=errors.__getitem__)
+    show.say(f"{out}: {model} in 4 bits, weights and activations, with branches of rank {rank}: {len(errors)} weights")
+    mean = sum(errors.values()) / len(errors)
+    show.say(f"error of a layer's output on the calibration rows {mean:.1%} (mean), {errors[worst]:.1%} in {worst}")
+    show.say_next(f"pissa inspect {out}", f"pissa merge {model} {out} MERGED")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument
 
@@ -29,7 +29,11 @@ def merge(
     bits only where --quant asks for it.
     """
     import pissa
+    from pissa.surgery.folders import kind_of_folder
 
+    if kind_of_folder(run) == "w4a4":
+        _sixteen_bits(base, run, out, dtype, quant, as_json, max_shard_bytes=max_shard_bytes, force=force)
+        return
     with show.bytes_progress("merging") as progress:
         record = pissa.merge(
             base,
@@ -52,4 +56,27 @@ def merge(
     if quant or "nf4" in errors:
         in_bits = f"; in nf4 they would lose {errors['nf4']:.1%}" if "nf4" in errors else ""
         show.say(f"rounding lost {errors['written']:.2%} of the merged weights{in_bits}")
+    show.say_next(f"pissa inspect {out}", f"vllm serve {out}")
+
+
+def _sixteen_bits(
+    base: str, run: Path, out: Path, dtype: str | None, quant: str | None, as_json: bool, **settings: Any
+) -> None:
+    """What a model in 4 bits stands for; the base is only compared with the one it was made from."""
+    from pissa.checkpoint.output import read_json
+    from pissa.errors import InputError
+    from pissa.records import Record
+    from pissa.surgery.convert import check_folder
+    from pissa.w4a4 import export_dense
+
+    if quant:
+        raise InputError(f"quant is {quant}, but {run} is in few bits already: leave it out for its dense weights")
+    made = Record.from_json(read_json(run / "pissa.json"), str(run / "pissa.json"))
+    check_folder(made, Path(base), f"the model in {run}")
+    with show.bytes_progress("merging") as progress:
+        record = export_dense(run, out, dtype=dtype, progress=progress, **settings)
+    if as_json:
+        show.print_json(record.to_json())
+        return
+    show.say(f"{out}: what the 4-bit weights of {run} stand for; its activations are no longer quantised")
     show.say_next(f"pissa inspect {out}", f"vllm serve {out}")

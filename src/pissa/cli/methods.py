@@ -12,8 +12,8 @@ def methods(as_json: options.Json = False) -> None:
 
     known = registry.methods().values()
     if as_json:
-        keys = ("name", "title", "paper", "trains", "needs", "exports", "options", "verdict", "parts", "zero_start")
-        keys += ("alternates", "full_rank")
+        keys = ["name", "title", "paper", "trains", "needs", "exports", "options", "verdict"]
+        keys += ["parts", "zero_start", "alternates", "full_rank"]
         show.print_json([{key: getattr(method, key) for key in keys} for method in known])
         return
     rows = [[one.name, one.trains, one.needs, one.exports, one.verdict] for one in known]

@@ -10,16 +10,18 @@ from pydantic import ValidationError
 
 from pissa.config import TrainSettings, config_error
 from pissa.errors import ConfigError, InputError
+from pissa.presets import choose
 from pissa.randomness import tensor_seed
+from pissa.registry import OBSERVED, get
 
 CELLS = "cells"
-DIFFER = frozenset({"method", "learning_rate", "seed", "output", "force"})
+DIFFER = frozenset({"method", "options", "calibration", "learning_rate", "seed", "output", "force"})
 """Settings in which the cells of one comparison differ; all others are the same for all."""
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One run of a comparison."""
+    """One run of a comparison; a method may bear options of its own, as corda[mode=kpm]."""
 
     method: str
     learning_rate: float
@@ -31,7 +33,10 @@ class Cell:
 
     def settings(self, common: TrainSettings, out: Path) -> TrainSettings:
         """Those of all cells with this cell's own."""
-        own = {"method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
+        method, options = variant(self.method)
+        own = {"method": method, "options": options, "learning_rate": self.learning_rate, "seed": self.seed}
+        if method == "full" or get(choose(method).method).needs not in OBSERVED:
+            own["calibration"] = None
         try:
             return TrainSettings.model_validate(
                 {**common.model_dump(), **own, "output": str(self.folder(out)), "force": False}
@@ -43,6 +48,21 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.method}, learning rate {self.learning_rate:g}, seed {self.seed}"
+
+
+def variant(name: str) -> tuple[str, dict[str, str]]:
+    """`svft[pattern=banded;width=4]` as a method and its options.
+
+    Raises:
+        InputError: brackets that hold something else.
+    """
+    method, bracket, rest = name.partition("[")
+    if not bracket:
+        return name, {}
+    pairs = [setting.partition("=") for setting in rest.removesuffix("]").split(";")]
+    if not rest.endswith("]") or not all(key and value for key, _, value in pairs):
+        raise InputError(f"method is {name!r}, expected options as in corda[mode=kpm] or svft[pattern=banded;width=4]")
+    return method, {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def cells(methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> list[Cell]:

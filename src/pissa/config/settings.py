@@ -69,7 +69,7 @@ class TrainSettings(BaseModel):
     )
     calibration: str | None = Field(
         None,
-        description="Rows that the base is observed on, if the method needs it, or a file of pissa observe. null: `data`.",
+        description="Rows to observe the base on, if the method needs it, or a file of pissa observe. null: `data`.",
     )
     calibration_rows: Whole = Field(64, ge=1, description="Use the first so many rows to observe the base on.")
     double_quant: bool = Field(False, description="Quantise the scales of the blocks too (nf4, fp4).")

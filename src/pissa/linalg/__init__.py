@@ -1,6 +1,7 @@
 """Linear algebra on one matrix: truncated SVD and measures of it."""
 
 from pissa.linalg.alternate import alternate
+from pissa.linalg.components import Components
 from pissa.linalg.measures import (
     effective_rank,
     frobenius,
@@ -13,6 +14,7 @@ from pissa.linalg.svd import Certificate, LowRank, full_svd, truncated_svd
 
 __all__ = [
     "Certificate",
+    "Components",
     "LowRank",
     "alternate",
     "effective_rank",

@@ -7,10 +7,9 @@ No deviations from the reference start (Kaiming uniform with a = sqrt 5, which e
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from pissa.randomness import tensor_seed
+from pissa.randomness import noise_beside_zero, tensor_seed
 from pissa.registry import method
 from pissa.splits import Split
 
@@ -25,8 +24,4 @@ from pissa.splits import Split
 )
 def lora(weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str) -> Split:
     """Noise on the right, zero on the left."""
-    rows, columns = weight.shape
-    generator = torch.Generator().manual_seed(tensor_seed(seed, name))
-    uniform = torch.rand(rank, columns, generator=generator, dtype=torch.float64)
-    right = ((2 * uniform - 1) / columns**0.5).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    return Split(weight, right.new_zeros(rows, rank), right, scale=scale)
+    return noise_beside_zero(weight, rank, scale, tensor_seed(seed, name))

@@ -45,7 +45,8 @@ class Changes:
 
 
 def kind_of_folder(path: Path) -> str:
-    """One of: run, state, lora, init, raw-adapter, foreign-adapter, decomposed, foreign-decomposed, merged, model.
+    """One of: run, state, lora, init, raw-adapter, foreign-adapter, decomposed, foreign-decomposed, merged, w4a4,
+    model.
 
     "raw" is an adapter that only means something beside its own residual; "foreign" has no pissa.json.
 
@@ -66,8 +67,8 @@ def kind_of_folder(path: Path) -> str:
             return str(record["kind"])
         config = read_json(path / plain.CONFIG)
         return "raw-adapter" if _changes_its_base(config) or _trained_on_residual(config) else "foreign-adapter"
-    if record.get("kind") == "merged":
-        return "merged"
+    if record.get("kind") in ("merged", "w4a4"):
+        return str(record["kind"])
     if (path / "config.json").is_file():
         return "model"
     raise CheckpointError(f"{path} holds no config.json, adapter_config.json or state: it is no model, run or adapter")

@@ -41,6 +41,7 @@ MEANING = {
     "decomposed": ("a residual model with its start in pissa_init/", "only both together"),
     "foreign-decomposed": ("a residual model that another tool made, start in pissa_init/", "only both together"),
     "merged": ("a merged model", "yes, as any model"),
+    "w4a4": ("a model in 4 bits, activations too", "with pissa.w4a4.load_w4a4; pissa merge makes a model of 16 bits"),
     "model": ("a model", "yes, as any model"),
 }
 ON_RESIDUAL = {

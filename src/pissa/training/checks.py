@@ -10,9 +10,10 @@ from pissa.config import TrainSettings, config_error
 from pissa.errors import InputError, require
 from pissa.presets import choose
 from pissa.quant import quantiser
-from pissa.registry import OBSERVED, get
+from pissa.registry import OBSERVED, OPTIMISER, get
 from pissa.training import options, residual
 from pissa.training.arguments import device
+from pissa.training.distributed import layout
 
 NEUTRAL = frozenset(
     {"model", "revision", "data", "data_split", "eval_data", "eval_split", "output", "force", "trust_remote_code"}
@@ -80,6 +81,17 @@ def check(settings: TrainSettings, resume: bool) -> None:
         raise config_error(mistakes, "the settings")
     options.require_packages(settings)
     device(settings)
+
+
+def check_layout(settings: TrainSettings) -> None:
+    """What a method cannot do where a launcher spreads what trains over processes."""
+    sharding = layout()["sharding"]
+    if settings.method != "full" and sharding in ("fsdp", "deepspeed"):
+        if get(choose(settings.method).method).needs == OPTIMISER:
+            mistake = (
+                f"method: got {settings.method} under {sharding}, expected DDP or one process: it needs whole factors"
+            )
+            raise config_error([mistake], "the settings")
 
 
 def check_same_settings(before: dict[str, Any], settings: TrainSettings, out: Path) -> None:

@@ -26,15 +26,16 @@ from pissa.config import TrainSettings, config_error
 from pissa.errors import BusyError, DivergedError, OutputError, require
 from pissa.observe import Observations
 from pissa.records import versions
-from pissa.registry import get
+from pissa.registry import OPTIMISER, get
 from pissa.surgery.folders import RESIDUAL
 from pissa.training import classification, distributed, folder, language, regression, residual
 from pissa.training.arguments import device
 from pissa.training.calibration import observations
 from pissa.training.callbacks import LOSSES, SCORES, Checkpoints, EarlyStop, Metrics, OldLoss, Progress, place_reports
-from pissa.training.checks import check, check_same_data, check_same_settings
+from pissa.training.checks import check, check_layout, check_same_data, check_same_settings
 from pissa.training.closing import CloseLeft
 from pissa.training.data import load_rows
+from pissa.training.lora_pro import LoraPro
 from pissa.training.memory import peak_bytes, reset_peak
 from pissa.training.models import load_tokenizer
 from pissa.training.quiet import quiet
@@ -65,6 +66,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     """
     check(settings, resume)
     settings = distributed.join(settings, device(settings))
+    check_layout(settings)
     out = Path(settings.output).expanduser()
     before = distributed.on_first(lambda: folder.previous_run(out, resume=resume, force=settings.force))
     if before:
@@ -108,6 +110,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         stop = EarlyStop(settings.early_stopping, out / folder.METRICS)
         callbacks = [metrics, Checkpoints(settings.save_total_limit, model, newest), stop, *_of_the_method(model)]
         trainer = task.build_trainer(model, tokenizer, examples, settings, str(out / "checkpoints"), callbacks)
+        trainer.optimizer = _optimiser(model, settings)
         if examples.old:
             trainer.add_callback(OldLoss(trainer, require("datasets", "train").Dataset.from_list(examples.old)))
         try:
@@ -191,6 +194,13 @@ def _load_decomposed(model: nn.Module, settings: TrainSettings) -> PeftModel:
     if mistakes:
         raise config_error(mistakes, "the settings")
     return attached
+
+
+def _optimiser(model: nn.Module, settings: TrainSettings) -> LoraPro | None:
+    """The method's own; None for the trainer's AdamW."""
+    if not isinstance(model, PeftModel) or get(recipe_of(model).method).needs != OPTIMISER:
+        return None
+    return LoraPro(model, settings.learning_rate, weight_decay=settings.weight_decay, **recipe_of(model).options)
 
 
 def _of_the_method(model: nn.Module) -> list[Any]:
