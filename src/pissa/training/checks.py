@@ -86,12 +86,11 @@ def check(settings: TrainSettings, resume: bool) -> None:
 def check_layout(settings: TrainSettings) -> None:
     """What a method cannot do where a launcher spreads what trains over processes."""
     sharding = layout()["sharding"]
-    if settings.method != "full" and sharding in ("fsdp", "deepspeed"):
-        if get(choose(settings.method).method).needs == OPTIMISER:
-            mistake = (
-                f"method: got {settings.method} under {sharding}, expected DDP or one process: it needs whole factors"
-            )
-            raise config_error([mistake], "the settings")
+    if settings.method == "full" or sharding not in ("fsdp", "deepspeed"):
+        return
+    if get(choose(settings.method).method).needs == OPTIMISER:
+        mistake = f"method: got {settings.method} under {sharding}, expected DDP or one process: it needs whole factors"
+        raise config_error([mistake], "the settings")
 
 
 def check_same_settings(before: dict[str, Any], settings: TrainSettings, out: Path) -> None:
