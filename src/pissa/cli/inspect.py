@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ def inspect(
     if report.base.get("fingerprint"):
         facts["fingerprint"] = report.base["fingerprint"][:16]
     if report.recipe:
-        facts["split"] = ", ".join(f"{key} {value}" for key, value in report.recipe.items())
+        facts["split"] = ", ".join(_words(report.recipe))
     if base is not None:
         facts["checked against"] = f"{base}: {report.base_check}"
     for key, value in facts.items():
@@ -67,6 +68,17 @@ def inspect(
         if report.kind == "decomposed" and report.recipe.get("quant"):
             show.say_next(f"pissa inspect {path} --plot errors.png")
     raise Exit(1 if different else 0)
+
+
+def _words(recipe: dict[str, Any]) -> Iterator[str]:
+    """How it was split; options by name, and of layers' own ranks the least and the most."""
+    for key, value in recipe.items():
+        if key == "ranks":
+            yield from [f"ranks {min(value.values())} to {max(value.values())}"] if value else []
+        elif key == "options":
+            yield from (f"{name} {setting}" for name, setting in value.items())
+        else:
+            yield f"{key} {value}"
 
 
 def _print_layers(layers: list[dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from pissa.config import TrainSettings
 from pissa.planning.model import Planned
 from pissa.planning.step import step_bytes
 from pissa.quant import quantiser
-from pissa.registry import get
+from pissa.registry import OPTIMISER, get
 from pissa.surgery.pipeline import MOST_WORKERS, WAITING
 
 FLOAT = 4
@@ -88,9 +88,8 @@ def device_cost(planned: Planned, settings: TrainSettings, length: int, kind: st
         kind: cpu or cuda.
     """
     trained = planned.trained
-    starts = [tensor for name, tensor in planned.model.named_buffers() if ".start_" in name]
-    gradients = _bytes(trained)
-    everything, start_bytes = _bytes([*planned.model.parameters(), *planned.model.buffers()]), _bytes(starts)
+    gradients, start_bytes = _bytes(trained), _start_bytes(planned)
+    everything = _bytes([*planned.model.parameters(), *planned.model.buffers()])
     adapters = 0 if planned.recipe is None else gradients
     # Under autocast the backward pass needs the weights in bfloat16 beside those in float32.
     copies = sum(2 * p.numel() for p in planned.model.parameters() if settings.bf16 and p.dtype == torch.float32)
@@ -106,7 +105,7 @@ def device_cost(planned: Planned, settings: TrainSettings, length: int, kind: st
         weights=everything - adapters - start_bytes,
         adapters=adapters,
         starts=start_bytes,
-        optimizer=2 * gradients,
+        optimizer=_optimizer_bytes(planned),
         gradients=gradients,
         activations=max(working - gradients, 0) + copies,
     )
@@ -139,13 +138,12 @@ def disk_cost(planned: Planned, settings: TrainSettings, steps: int | None) -> D
     if recipe is None:
         result = exported = _bytes(planned.model.parameters())
     else:
-        rank_bytes = FLOAT * recipe.rank * sum(sum(target.matrix_shape) for target in planned.targets)
-        whole = trained - rank_bytes
-        drifts = not get(recipe.method).zero_start
-        pair = rank_bytes if recipe.quant or not drifts else 2 * rank_bytes
-        exported = pair + whole
-        state = (2 if drifts else 1) * rank_bytes + whole
-        result = exported + state
+        chosen, named = get(recipe.method), planned.model.named_parameters()
+        own = _bytes(part for name, part in named if part.requires_grad and ".lora_" in name)
+        rank_bytes = FLOAT * sum(recipe.rank_of(t.module) * sum(t.matrix_shape) for t in planned.targets)
+        own_rank = bool(recipe.quant) or chosen.zero_start or chosen.has_core
+        exported = (1 if own_rank else 2) * rank_bytes + trained - own
+        result = exported + _start_bytes(planned) + trained
         if planned.makes_residual:
             residual = _residual_bytes(planned, rank_bytes)
     saves = 1 if not settings.save_steps or not steps else math.ceil(steps / settings.save_steps)
@@ -153,6 +151,21 @@ def disk_cost(planned: Planned, settings: TrainSettings, steps: int | None) -> D
         most = settings.save_total_limit + 1
         saves = most if steps is None else min(saves, most)
     return Disk(result, residual, exported + 2 * trained, saves)
+
+
+def _start_bytes(planned: Planned) -> int:
+    """What adapters keep of their starts."""
+    return _bytes(tensor for name, tensor in planned.model.named_buffers() if ".start_" in name)
+
+
+def _optimizer_bytes(planned: Planned) -> int:
+    """Two moments of all that trains; LoRA-Pro's are those of the weights themselves, and its SGD form has none."""
+    recipe = planned.recipe
+    if recipe is None or get(recipe.method).needs != OPTIMISER:
+        return 2 * _bytes(planned.trained)
+    others = [part for name, part in planned.model.named_parameters() if part.requires_grad and ".lora_" not in name]
+    weights = sum(math.prod(target.shape) for target in planned.targets) if recipe.options["form"] == "adamw" else 0
+    return 2 * (FLOAT * weights + _bytes(others))
 
 
 def _residual_bytes(planned: Planned, start: int) -> int:

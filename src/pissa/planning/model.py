@@ -147,6 +147,7 @@ def _recipe(source: Source, settings: TrainSettings, model: nn.Module) -> tuple[
         quant=choice.quant,
         double_quant=settings.double_quant,
         iterations=choice.iterations,
+        options=get(choice.method).checked(settings.options),
     )
     return recipe, find_targets(model, settings.targets)
 
