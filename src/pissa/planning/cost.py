@@ -150,7 +150,7 @@ def disk_cost(planned: Planned, settings: TrainSettings, steps: int | None) -> D
     if settings.save_steps and settings.save_total_limit:
         most = settings.save_total_limit + 1
         saves = most if steps is None else min(saves, most)
-    return Disk(result, residual, exported + 2 * trained, saves)
+    return Disk(result, residual, exported + _optimizer_bytes(planned), saves)
 
 
 def _start_bytes(planned: Planned) -> int:
