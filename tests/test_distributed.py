@@ -133,6 +133,34 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sharding", "method"),
+    [("ddp", "lamda"), ("ddp", "corda"), ("ddp", "lora_pro"), ("fsdp2", "lamda"), ("fsdp2", "eva")],
+)
+def test_the_family_trains_in_two_processes_as_in_one(place: Path, sharding: str, method: str) -> None:
+    own = {"method": method, "calibration_rows": 8}
+    expected, run = place / f"{method}-alone", f"{method}-{sharding}"
+    if not expected.is_dir():
+        train(settings_for(place, "base", expected.name, **own))
+    done = launch(settings_for(place, "base", run, **own), sharding)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torch.allclose(losses(place / run), losses(expected), rtol=0, atol=1e-4)
+    one, two = (stock_logits(place / "base", place / name / "adapter") for name in (run, expected.name))
+    assert gap(one, two) < 1e-4
+    broken = interrupted(place / run, place / f"{run}-broken")
+    resumed = launch(settings_for(place, "base", broken.name, **own), sharding, "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert gap(stock_logits(place / "base", broken / "adapter"), one) < 1e-6
+
+
+@pytest.mark.slow
+def test_lora_pro_is_refused_where_factors_are_spread(place: Path) -> None:
+    done = launch(settings_for(place, "base", "spread", method="lora_pro"), "fsdp2")
+    assert done.returncode != 0 and "it needs whole factors" in done.stderr
+    assert not (place / "spread" / "state").exists()
+
+
 @pytest.mark.parametrize(("sharding", "model"), CASES)
 def test_two_processes_train_as_one_does(place: Path, sharding: str, model: str) -> None:
     settings = settings_for(place, model, f"{model}-{sharding}")

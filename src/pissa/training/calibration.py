@@ -11,9 +11,10 @@ import torch
 from pissa.config import TrainSettings, load_settings
 from pissa.errors import InputError
 from pissa.observe import Observations, observe
+from pissa.observe.processes import process
 from pissa.presets import choose
 from pissa.registry import OBSERVED, get
-from pissa.training import language
+from pissa.training import distributed, language
 from pissa.training.arguments import device
 from pissa.training.data import Rows, read, renamed
 from pissa.training.examples import Examples
@@ -115,7 +116,10 @@ def _observed(
 ) -> Observations:
     if not rows:
         raise InputError("there are no rows to calibrate on: set calibration_rows above 0")
-    where = device(settings)
+    count, index, total = distributed.processes(), process(), len(rows)
+    rows, where = rows[index::count], device(settings)
+    if not rows:
+        raise InputError(f"there are fewer rows to calibrate on than processes, {count}: raise calibration_rows")
     logger.warning("reading %d rows for the %s of each layer", len(rows), " and ".join(needs))
     model.to(where)
     collate = task.collator(tokenizer)
@@ -128,5 +132,6 @@ def _observed(
     seen = observe(
         model, batches(), needs, targets=settings.targets, components=COMPONENTS * settings.rank, seed=settings.seed
     )
-    seen.facts["data"] = {**source, "rows_read": len(rows), "micro_batch_size": settings.micro_batch_size}
+    read_here = {"rows_read": total, "micro_batch_size": settings.micro_batch_size}
+    seen.facts["data"] = {**source, **read_here, "processes": count}
     return seen

@@ -88,22 +88,23 @@ class Checkpoints(TrainerCallback):
     """
 
     def __init__(self, keep: int, model: Any, resumed: Path | None):
-        self.keep, self.resumed = keep, resumed
-        self.exact = cores.parameters(model)
+        self.keep, self.resumed, self.model = keep, resumed, model
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Called when the trainer has read a checkpoint."""
-        if self.exact and self.resumed:
-            cores.read(self.exact, self.resumed / EXACT)
+        exact = cores.parameters(self.model)
+        if exact and self.resumed:
+            cores.read(exact, self.resumed / EXACT)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called when the trainer has written everything."""
         distributed.wait()
         folder = Path(str(args.output_dir))
-        if self.exact:
-            cores.write(self.exact, folder / f"checkpoint-{state.global_step}" / EXACT, first=distributed.is_first())
+        exact = cores.parameters(self.model)
+        if exact:
+            cores.write(exact, folder / f"checkpoint-{state.global_step}" / EXACT, first=distributed.is_first())
         if not state.is_world_process_zero:
             return
         (folder / f"checkpoint-{state.global_step}" / WHOLE).touch()

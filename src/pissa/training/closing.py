@@ -33,18 +33,23 @@ class CloseLeft(TrainerCallback):
     """
 
     def __init__(self, model: Any):
-        self.factors: list[Tensor] = []
+        self.layers: list[tuple[Any, str]] = []
         for adapter, attachment in attachments_of(model).items():
             for layer in adapter_layers(model, attachment.targets).values():
-                left = cores.trained(layer, adapter).left if cores.is_core(layer, adapter) else None
-                if left is not None:
-                    self.factors.append(left)
+                if cores.is_core(layer, adapter) and cores.trained(layer, adapter).left is not None:
+                    self.layers.append((layer, adapter))
                     self.eta = float(attachment.recipe.options["eta"])
-        if not self.factors:
+        if not self.layers:
             raise InputError("this model has no left factor beside a core to close: attach lamda or lamda++ first")
         if not 0 < self.eta <= 1:
             raise InputError(f"lamda: eta is {self.eta}, expected a share of the steps above 0, up to 1")
         self.kept: list[Tensor] = []
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """What may be closed, asked anew: FSDP2 puts other parameters into the layers."""
+        found = (cores.trained(layer, adapter).left for layer, adapter in self.layers)
+        return [left for left in found if left is not None]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

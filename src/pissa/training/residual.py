@@ -36,7 +36,7 @@ def with_quantised_base(
         settings: of the run.
         out: its folder.
         before: the record of the run to go on with, whose residual is kept as it is; None for a new run.
-        seen: what the method needs to have been seen of the 16-bit base; asked for once, where that is split.
+        seen: what the method needs to have been seen of the 16-bit base; all processes ask, where that is split.
 
     Raises:
         InputError, CheckpointError, OutputError: see `pissa.decompose`.
@@ -49,6 +49,8 @@ def with_quantised_base(
         if not target.is_dir():
             raise CheckpointError(f"{target} is gone, and the run cannot go on without it: start it again with --force")
         return settings.model_copy(update={"model": str(target)})
+
+    observations = seen()
 
     def make() -> None:
         job = prepare(
@@ -65,7 +67,7 @@ def with_quantised_base(
             double_quant=settings.double_quant,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
-            observations=seen(),
+            observations=observations,
             options=settings.options,
         )
         _quantise(job, settings.model, out)

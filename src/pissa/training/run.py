@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -96,10 +95,10 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
             check_same_data(before["data"], data, out)
         kept = RESIDUAL if loaded is not settings else ""
         record = before or {}
+        fresh = not (before or is_residual(model))
+        seen = observations(model, task, examples, tokenizer, settings) if fresh else None  # all processes look
         with distributed.first_ahead(out):
-            model, base = _start(
-                model, loaded, before, out / "state", lambda: observations(model, task, examples, tokenizer, settings)
-            )
+            model, base = _start(model, loaded, before, out / "state", seen)
             facts = {"data": data, "base": {**base, "name": settings.model}, "labels": examples.names}
             if distributed.is_first():
                 record = before or _open_run(out, settings, {**facts, "processes": distributed.layout()}, kept)
@@ -129,7 +128,7 @@ def _start(
     settings: TrainSettings,
     before: dict[str, Any] | None,
     state: Path,
-    observe: Callable[[], Observations | None],
+    seen: Observations | None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model ready to train from step 0, and what to record of the base."""
     base: dict[str, Any] = {"name": settings.model, "revision": settings.revision, "dtype": str(model.dtype)}
@@ -158,7 +157,6 @@ def _start(
     elif is_residual(model):
         model = _load_decomposed(model, settings)
     else:
-        seen = observe()
         heads = [*head_modules(model), *(settings.modules_to_save or ())]
         model = attach(
             model,
