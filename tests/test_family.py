@@ -13,10 +13,14 @@ from torch import Tensor
 
 import pissa
 from conftest import PACKABLE, TOKENS, build_pico
+from pissa.adapters.attach import recipe_of
+from pissa.checkpoint.output import read_json
 from pissa.errors import InputError, WrongBaseError
 from pissa.observe import Observations, observe
 from pissa.records import Record
-from pissa.registry import OBSERVED, get, methods
+from pissa.registry import OBSERVED, OPTIMISER, get, methods
+from pissa.surgery.decompose import prepare
+from pissa.training.lora_pro import LoraPro
 
 TRAINABLE = sorted(name for name, method in methods().items() if method.parts and method.needs != "quantiser")
 CORED = [name for name in TRAINABLE if get(name).has_core]
@@ -50,8 +54,11 @@ def away(one: torch.nn.Module, other: Tensor) -> float:
 
 
 def trained(model: PeftModel, steps: int = 3) -> PeftModel:
-    """Moved by a few steps of AdamW on the tokens themselves."""
-    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-2)
+    """Moved by a few steps on the tokens themselves, of AdamW or of the method's own optimiser."""
+    if get(recipe_of(model, model.active_adapter).method).needs == OPTIMISER:
+        optimizer = LoraPro(model, lr=1e-2)
+    else:
+        optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-2)
     for _ in range(steps):
         model(TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
@@ -169,7 +176,7 @@ def test_two_adapters_of_different_kinds_live_on_one_base(method, tmp_path):
 def test_ranks_of_eva_are_its_own_and_are_recorded(observations, tmp_path):
     model = pissa.attach(build(), "eva", RANK, alpha=ALPHA, observations=observations)
     pissa.save(model, tmp_path / "run")
-    record = Record.from_json(pissa.adapters.state.read_json(tmp_path / "run/state/pissa.json"), "")
+    record = Record.from_json(read_json(tmp_path / "run/state/pissa.json"), "")
     ranks = record.recipe.ranks
     assert len(set(ranks.values())) > 1 and sum(ranks.values()) == RANK * 14
     layers = [module for module in model.modules() if hasattr(module, "lora_A")]
@@ -187,6 +194,15 @@ def test_an_unprepared_method_is_an_error(method, observations, tmp_path):
     with pytest.raises(WrongBaseError):
         pissa.decompose(tmp_path / "other", tmp_path / "out", method, RANK, observations=observations)
     assert not (tmp_path / "out").exists()
+
+
+def test_lora_pro_trained_by_another_optimiser_is_not_saved_under_its_name(tmp_path):
+    model = pissa.attach(build(), "lora_pro", RANK)
+    pissa.save(model, tmp_path / "start")
+    with torch.no_grad():
+        next(part for name, part in model.named_parameters() if "lora_B" in name).add_(1)
+    with pytest.raises(InputError, match="trained by another optimiser, so it is a LoRA"):
+        pissa.save(model, tmp_path / "run")
 
 
 def test_options_are_checked_and_recorded(tmp_path):
@@ -219,3 +235,54 @@ def test_cores_do_not_fit_into_embeddings():
 def test_a_method_that_trains_nothing_is_not_attached():
     with pytest.raises(InputError, match="svdquant trains nothing"):
         pissa.attach(build(), "svdquant", RANK)
+
+
+@pytest.mark.parametrize("method", ["lora_xs", "svft", "lamda", "lamda++", "eva", "corda"])
+def test_what_stock_peft_trained_from_a_start_comes_back_to_the_base(method, observations, tmp_path):
+    build().save_pretrained(tmp_path / "base")
+    pissa.decompose(tmp_path / "base", tmp_path / "out", method, RANK, observations=seen(method, observations))
+    residual = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = PeftModel.from_pretrained(residual, tmp_path / "out" / "pissa_init", is_trainable=True)
+    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = logits(model)
+    model.save_pretrained(tmp_path / "stock")
+    rank = 64 if get(method).full_rank else None  # all that there is
+    pissa.convert(tmp_path / "stock", tmp_path / "lora", rank, start=tmp_path / "out" / "pissa_init")
+    assert away(PeftModel.from_pretrained(build(), tmp_path / "lora"), after) < NEAR
+
+
+def test_layers_without_a_rank_stay_as_they_are_in_four_bits(tmp_path):
+    """A layer of whose input no direction explains much gets no adapter."""
+    build().save_pretrained(tmp_path / "base")
+    flat = observe(build(), [{"input_ids": TOKENS}], "components")
+    flat.seen["components"]["layers.0.mlp.down_proj.weight"].values.mul_(1e-3)
+    pissa.decompose(tmp_path / "base", tmp_path / "out", "eva", 1, observations=flat, quant="nf4", options={"rho": 4})
+    record = Record.from_json(read_json(tmp_path / "out" / "pissa.json"), "")
+    assert "model.layers.0.mlp.down_proj" not in record.recipe.targets and len(record.recipe.targets) > 3
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert away(pissa.load(model, tmp_path / "out"), logits(build())) < 0.2
+
+
+def test_a_float64_model_is_decomposed_around_a_core(tmp_path):
+    build().double().save_pretrained(tmp_path / "base")
+    pissa.decompose(tmp_path / "base", tmp_path / "out", "lamda", RANK)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    assert away(pissa.load(model, tmp_path / "out"), logits(build().double())) < NEAR
+
+
+def test_a_killed_decomposition_goes_on_only_with_the_same_observations(observations, tmp_path):
+    build().save_pretrained(tmp_path / "base")
+    other = observe(
+        build(), [{"input_ids": TOKENS + 1, "labels": TOKENS + 1}], ("covariance", "components", "gradient")
+    )
+    jobs = [
+        prepare(tmp_path / "base", "corda", RANK, observations=given) for given in (observations, observations, other)
+    ]
+    assert jobs[0].key == jobs[1].key != jobs[2].key
+    observations.save(tmp_path / "seen.safetensors")
+    again = Observations.load(tmp_path / "seen.safetensors")
+    assert again.digest() == observations.digest() != other.digest()

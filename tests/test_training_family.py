@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from conftest import PACKABLE
 from pissa.adapters import cores
 from pissa.checkpoint.output import read_json
 from pissa.errors import CheckpointError, ConfigError, InputError
-from pissa.training import train
+from pissa.training import run, train
 from pissa.training.calibration import calibrate, for_method
 from pissa.training.closing import CloseLeft, closed
 from pissa.training.folder import read_metrics
-from test_training import train_up_to
+from test_training import Stopped, stop, train_up_to
 from training_runs import STEPS, assert_same_run, save_tokenizer
 
 Settings = Callable[..., Any]
@@ -123,7 +124,7 @@ def test_one_pass_serves_many_methods(settings: Settings, base: Path, words: Pat
         one, two = map(load_file, folders)
         starts = [name for name in one if ".start_" in name]
         assert starts and all(torch.allclose(one[name], two[name], atol=1e-4) for name in starts)
-    with pytest.raises(InputError, match="components of .* was not observed"):
+    with pytest.raises(InputError, match="not for components: observe that too"):
         train(settings("eva", method="eva", calibration=str(saved)))
 
 
@@ -161,3 +162,68 @@ def test_parameters_of_cores_are_found_by_name(pico: torch.nn.Module) -> None:
     model = pissa.attach(pico, "lamda", 4)
     found = cores.parameters(model)
     assert len(found) == 2 * 14 and {tuple(part.shape) for name, part in found.items() if ".core." in name} == {(4, 4)}
+
+
+@pytest.mark.parametrize("method", ["lora_xs", "lamda"])
+def test_a_run_broken_off_after_its_last_checkpoint_ends_with_the_same_bits(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    train(settings("whole", method=method))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_save", stop)
+        with pytest.raises(Stopped):
+            train(settings("broken", method=method))
+    train(settings("broken", method=method), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_run_killed_before_it_had_a_start_observes_again(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"method": "corda", "calibration_rows": 8}
+    train(settings("whole", **own))
+    with monkeypatch.context() as patch:
+        patch.setattr(run.runs, "save", stop)
+        with pytest.raises(Stopped):
+            train(settings("broken", **own))
+    train(settings("broken", **own), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_model_that_need_not_be_observed_is_loaded_once(
+    settings: Settings, pico_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pico_folder("packable", vocab_size=260, **PACKABLE)
+    save_tokenizer(folder)
+    loaded: list[str] = []
+    load = run.language.load_model
+
+    def watched(settings: Any, *args: Any) -> Any:
+        loaded.append(Path(settings.model).name)
+        return load(settings, *args)
+
+    monkeypatch.setattr(run.language, "load_model", watched)
+    train(settings(method="qpissa", model=str(folder)))
+    assert loaded == ["residual"]
+
+
+def test_a_run_from_before_there_were_options_goes_on(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_up_to(5, settings(), monkeypatch)
+    record = read_json(tmp_path / "out" / "run.json")
+    for key in ("options", "calibration", "calibration_rows"):
+        del record["settings"][key]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    assert train(settings(), resume=True)["status"] == "finished"
+
+
+def test_options_are_checked_before_anything_is_written(settings: Settings, tmp_path: Path) -> None:
+    for method, options, message in (
+        ("lamda", {"eta": 7}, "eta is 7"),
+        ("lora_pro", {"cap": -1}, "cap is -1"),
+        ("svft", {"width": 2.9}, "width is 2.9, expected a whole number"),
+    ):
+        with pytest.raises((ConfigError, InputError), match=message):
+            train(settings(method=method, options=options))
+        assert not (tmp_path / "out" / "state").exists()

@@ -14,6 +14,7 @@ from pissa.splits import is_finite
 
 EXACT, LEAST_TOLERANCE = 1e-5, 5e-6
 """What svd="exact" certifies, for singular values and energy; and the least that float32 can."""
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,6 +68,8 @@ def check_weight(weight: Tensor, name: str) -> None:
 
 def check_rank(rank: int, shape: torch.Size | tuple[int, ...], name: str) -> None:
     """Refuse a rank that is not from 1 to min(shape)."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise InputError(f"rank is {rank!r} for `{name}`, expected a whole number")
     if rank < 1:
         raise InputError(f"rank {rank} is below 1 for `{name}`: use --rank 1 or more")
     if rank > min(shape):
@@ -92,8 +95,11 @@ def typed(kind: Any, value: Any, what: str) -> Any:
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     try:
-        if kind is bool or isinstance(value, bool):
+        if kind is bool or isinstance(value, bool) or (kind is int and int(value) != float(value)):
             raise ValueError
-        return kind(value)
+        found = kind(value)
+        if kind is float and not math.isfinite(found):
+            raise ValueError
+        return found
     except (TypeError, ValueError) as error:
-        raise InputError(f"{what} is {value!r}, expected {kind.__name__}") from error
+        raise InputError(f"{what} is {value!r}, expected {_KINDS.get(kind, kind.__name__)}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pissa.errors import InputError
-from pissa.registry import PRESETS, get, methods
+from pissa.registry import OBSERVED, PRESETS, get, methods
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,12 @@ class Choice:
     method: str
     quant: str | None = None
     iterations: int = 1
+
+
+def observed(method: str) -> str | None:
+    """What a method or preset needs to have seen of each layer; None where weights suffice, as for `full`."""
+    needs = "" if method == "full" else get(PRESETS.get(method, (method,))[0]).needs
+    return needs if needs in OBSERVED else None
 
 
 ITERATIONS = 5

@@ -41,7 +41,7 @@ def random_control(split: Split, seed: int) -> Split:
     split the frozen part is ``W - scale * left @ right``, so the model starts where it was.
 
     Args:
-        split: of a method, not quantised, without a core.
+        split: of a method, not quantised; a core stays as it is.
         seed: see `tensor_seed`; drawn on the CPU, so equal on every device.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -110,6 +110,8 @@ class Method:
             InputError: an unknown name or value, with those that are known.
         """
         own, hints = self.options, typing.get_type_hints(self.start)
+        if options is not None and not isinstance(options, Mapping):
+            raise InputError(f"options are {options!r}, expected names with values, as {{'mode': 'kpm'}}")
         for name in options or {}:
             if name not in own:
                 known = ", ".join(own) or "none"
@@ -277,7 +279,7 @@ def get(name: str) -> Method:
 
 def _control(studied: Method) -> Method:
     """The method whose start is `studied`'s along random directions, see `pissa.randomness.random_control`."""
-    if studied.needs == QUANTISER:
+    if studied.needs == QUANTISER or not studied.parts:
         raise InputError(f"{studied.name} starts from the error of a quantised weight and has no random control")
 
     @functools.wraps(studied.start)

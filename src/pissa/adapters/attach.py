@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from pissa.adapters import cores, drift, factors, quantised, twins
 from pissa.adapters.factors import Starts
 from pissa.adapters.plain import whole
-from pissa.adapters.splitting import allotted, refuse_unfit_targets, seen_of, split_by
-from pissa.adapters.state import trains_drift
+from pissa.adapters.splitting import allotted, given_observations, refuse_unfit_targets, seen_of, split_by
+from pissa.adapters.state import keeps_start, trains_drift
 from pissa.adapters.storing import describe, store
 from pissa.checkpoint.fingerprint import canonical, combined, fingerprint, model_tensors
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
@@ -55,7 +56,7 @@ def attach(
     seed: int = 0,
     modules_to_save: Iterable[str] | None = None,
     adapter_name: str = "default",
-    observations: Observations | None = None,
+    observations: Observations | str | Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> PeftModel:
     """Split a model's weights and return it as a `peft.PeftModel`, ready to train.
@@ -73,7 +74,7 @@ def attach(
         seed: fixes every random number together with the tensors' names.
         modules_to_save: modules that train whole; by default the head of a classification model.
         adapter_name: peft's name for the adapter.
-        observations: what was seen of this model on calibration rows, for the methods that need it.
+        observations: what was seen of this model on calibration rows, for the methods that need it; or the file of it.
         options: the method's own settings by name.
 
     Raises:
@@ -82,6 +83,7 @@ def attach(
     """
     if base not in ("keep", "residual"):
         raise InputError(f"base is {base!r}, expected 'keep' or 'residual'")
+    observations = given_observations(method, observations)
     if choose(method).quant:
         raise InputError(
             f"{method} quantises what does not train, which is done on files: pissa.decompose(MODEL, OUT, {method!r}), "
@@ -193,7 +195,7 @@ def wrap(
             drift.install(layer, adapter, start, on_residual=taken)
     if trains_drift(recipe):
         _tell_stock_tools(wrapped, adapter, recipe)
-    if chosen.has_core or not chosen.zero_start:
+    if keeps_start(recipe):
         twins.offer(wrapped)
     attachments_of(wrapped)[adapter] = attachment
     return wrapped

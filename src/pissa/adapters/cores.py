@@ -30,7 +30,15 @@ FITS = 1e-3
 
 
 class Keep(drift.Keep):
-    """The base keeps W, the adapter adds the change."""
+    """The base keeps W, the adapter adds the change.
+
+    Attributes:
+        diagonal: whether the core's pattern is its diagonal, which is never made a matrix.
+    """
+
+    def __init__(self, start: Factors) -> None:
+        pattern = start.pattern
+        self.diagonal = pattern is not None and pattern.shape[1] == start.pair[1].shape[0] and _same(*pattern)
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -38,7 +46,10 @@ class Keep(drift.Keep):
         start, moved = starts.of(module)[active_adapter], trained(module, active_adapter)
         left, right = start.pair
         hidden = F.linear(x.to(right.dtype), right)
-        change = F.linear(_through_core(hidden, moved.core, start), left if moved.left is None else left + moved.left)
+        diagonal = module.lora_variant[active_adapter].diagonal
+        change = F.linear(
+            _through_core(hidden, moved.core, start, diagonal), left if moved.left is None else left + moved.left
+        )
         if moved.left is not None and start.core is not None:
             change = change + F.linear(F.linear(hidden, start.core), moved.left)
         return result + module.scaling[active_adapter] * change
@@ -97,7 +108,7 @@ class Product(Keep):
         start, moved = starts.of(module)[active_adapter], trained(module, active_adapter)
         left, right = start.pair
         hidden = F.linear(x.to(right.dtype), right)
-        inner = _through_core(hidden, moved.core, start)
+        inner = _through_core(hidden, moved.core, start, module.lora_variant[active_adapter].diagonal)
         if start.core is not None:
             inner = inner + F.linear(hidden, start.core)
         return result + module.scaling[active_adapter] * F.linear(
@@ -163,7 +174,8 @@ def install(
     starts.hold(layer)
     begin(layer, adapter, start, left="left" in parts)
     taken = start.core is not None and (few_bits or on_residual is not None)
-    layer.lora_variant[adapter] = (OnQuantised() if few_bits else Product()) if taken else Keep()
+    kind = (OnQuantised if few_bits else Product) if taken else Keep
+    layer.lora_variant[adapter] = kind(start)
     if few_bits:
         quantised.refuse_merging(layer)
     if taken and few_bits:
@@ -236,13 +248,16 @@ def read(parameters: dict[str, nn.Parameter], file: Path) -> None:
         raise CheckpointError(f"{file} cannot be read ({error}): go on from another checkpoint") from error
 
 
-def _through_core(hidden: Tensor, values: Tensor | None, start: Factors) -> Tensor:
-    """``dC h``; a diagonal core is never made a matrix."""
+def _through_core(hidden: Tensor, values: Tensor | None, start: Factors, diagonal: bool) -> Tensor:
+    """``dC h``."""
     assert values is not None
-    pattern = start.pattern
-    if pattern is not None and pattern.shape[1] == hidden.shape[-1] and torch.equal(pattern[0], pattern[1]):
+    if diagonal:
         return hidden * values.flatten()
-    return F.linear(hidden, whole_core(values, pattern, hidden.shape[-1]))
+    return F.linear(hidden, whole_core(values, start.pattern, hidden.shape[-1]))
+
+
+def _same(rows: Tensor, columns: Tensor) -> bool:
+    return not rows.is_meta and torch.equal(rows, columns)
 
 
 def _wide(layer: Any, adapter: str) -> tuple[Factors, Factors]:

@@ -19,8 +19,9 @@ from pissa.splits import Lora
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "pissa.json"
 INIT = "pissa_init"
 """The folder beside a residual that holds its start."""
-START = "start.safetensors"
-"""In that folder: the factors, core and pattern of a start with a core, of which the stock pair is the product."""
+START = "core/start.safetensors"
+"""In that folder: the factors, core and pattern of a start with a core, of which the stock pair is the product. In a
+folder of its own, because an adapter's folder holds one file of tensors."""
 
 
 def adapter_config(

@@ -43,8 +43,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of what trains, whole and on the CPU; started adapters as their plain LoRA."""
-    names = {name for name, part in model.named_parameters() if part.requires_grad}
+    """The state dict of what trains, whole and on the CPU; started adapters as their plain LoRA.
+
+    A frozen factor of a core is none of the parameters, but a part of that LoRA.
+    """
+    parameters = dict(model.named_parameters())
+    names = {name for name, part in parameters.items() if part.requires_grad}
+    names |= {name for name in model.state_dict() if ".lora_B." in name and name not in parameters}
     with gathered(model):
         state = model.state_dict()
         return {name: whole(state[name]).detach().cpu().clone() for name in state if name in names}
@@ -55,7 +60,9 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     # A started adapter's pair is of another shape: its layer takes it apart and spreads it.
     ready = {
-        name: spread(tensor, parameters[name]) if tensor.shape == parameters[name].shape else tensor
+        name: spread(tensor, parameters[name])
+        if name in parameters and tensor.shape == parameters[name].shape
+        else tensor
         for name, tensor in state.items()
     }
     model.load_state_dict(ready, strict=False)

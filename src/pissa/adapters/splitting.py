@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from pissa.checkpoint.targets import Target
 from pissa.checks import check_rank, check_weight, scale_of
 from pissa.errors import InputError
 from pissa.observe import Observations
-from pissa.presets import choose
+from pissa.presets import choose, observed
 from pissa.quant import Quantiser, quantiser
 from pissa.records import Recipe
 from pissa.registry import OBSERVED, Method, Quantisation, get
@@ -160,6 +161,17 @@ def refuse_unfit_targets(chosen: Method, targets: list[Target]) -> None:
             f"{chosen.name} puts a core into linear layers, and `{odd.module}` is of kind {odd.kind}: leave it out of "
             "targets"
         )
+
+
+def given_observations(method: str, observations: Observations | str | Path | None) -> Observations | None:
+    """What was given, from its file if it is one.
+
+    Raises:
+        InputError: given to a method that needs none.
+    """
+    if observations is not None and observed(method) is None:
+        raise InputError(f"observations were given, but {method} needs the weights alone: leave them out")
+    return Observations.load(observations) if isinstance(observations, str | Path) else observations
 
 
 def seen_of(observations: Observations | None, method: str, name: str) -> Any:

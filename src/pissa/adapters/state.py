@@ -136,7 +136,7 @@ def read_state(folder: Path) -> State:
         tensors = load_file(folder / STATE)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read ({error}): go on from an earlier save") from error
-    parts = _parts(record.recipe)
+    parts = get(record.recipe.method).parts
     try:
         starts, trained = {}, {}
         for module in record.recipe.targets:
@@ -154,11 +154,6 @@ def read_state(folder: Path) -> State:
     state = State(record, starts, trained, tensors, record.notes["shapes"])
     _check_shapes(state, folder / STATE)
     return state
-
-
-def _parts(recipe: Recipe) -> tuple[str, ...]:
-    """What trains."""
-    return get(recipe.method).parts
 
 
 def _key(recipe: Recipe, part: str) -> str:

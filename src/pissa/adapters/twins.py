@@ -33,6 +33,7 @@ def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: A
         return
     rank = starts.of(layers[0])[source].pair[1].shape[0]
     config = copy.deepcopy(peft_config)
+    config.rank_pattern, config.alpha_pattern = {}, {}  # every layer is given its start below, whatever its rank
     config.r, config.lora_alpha = rank, whole(layers[0].scaling[source] * rank)
     refusals = {layer: layer.__dict__.pop("update_layer") for layer in layers if "update_layer" in layer.__dict__}
     try:
@@ -42,6 +43,7 @@ def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: A
         for layer, refusal in refusals.items():
             layer.update_layer = refusal
     config.r, config.lora_alpha = peft_config.r, peft_config.lora_alpha
+    config.rank_pattern, config.alpha_pattern = dict(peft_config.rank_pattern), dict(peft_config.alpha_pattern)
     for layer in layers:
         start, variant = starts.of(layer)[source], layer.lora_variant.get(source)
         if isinstance(variant, cores.Keep):

@@ -114,6 +114,15 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def check_target(target: str | Path, *, force: bool = False) -> None:
+    """What `staged_output` asks of its target, for work that takes long before it comes to write.
+
+    Raises:
+        OutputError: it must not be written.
+    """
+    _refuse_target(Path(target).expanduser().resolve(), force)
+
+
 def _refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
     for source in inputs:
         resolved = Path(source).resolve()

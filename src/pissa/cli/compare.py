@@ -16,9 +16,10 @@ def compare(
         list[str] | None,
         Argument(metavar="[CONFIG.yaml] [--KEY VALUE]...", help="As for train: what all runs share."),
     ] = None,
-    methods: Annotated[str, Option(help="Names separated by commas; NAME-control is NAME's random control.")] = (
-        "full,lora,pissa,pissa-control"
-    ),
+    methods: Annotated[
+        str,
+        Option(help="Names with commas; options as corda[mode=kpm]; NAME-control is the random control."),
+    ] = ("full,lora,pissa,pissa-control"),
     lr: Annotated[str, Option(help="Learning rates separated by commas, for every method.")] = "1e-4,3e-4,1e-3",
     seeds: Annotated[str, Option(help="How many, counted from 0, or a list such as 3,4,5,.")] = "3",
     jobs: Annotated[int, Option(help="Runs side by side, 1 or more, sharing the cores or the GPUs.")] = 1,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument
 
 from pissa.cli import options, show
+from pissa.errors import InputError
 
 if TYPE_CHECKING:
     from pissa.observe import Observations
@@ -43,33 +44,46 @@ def decompose(
     A few tensors are in memory at a time, so any size of model fits. Killed, it goes on when it is typed again.
     """
     import pissa
-    from pissa.presets import choose
-    from pissa.registry import OBSERVED, get
+    from pissa.presets import PRESETS, choose, observed
+    from pissa.registry import OPTIMISER, get
 
-    wanted = options.target_list(targets)
+    wanted, own = options.target_list(targets), options.named(settings)
+    choose(method, quant, iterations, double_quant)
+    get(PRESETS.get(method, (method,))[0]).checked(own)
     seen = None
-    if calibration or get(choose(method).method).needs in OBSERVED:
+    if calibration or observed(method):
+        from pissa.checkpoint.output import check_target
         from pissa.training.calibration import for_method
 
-        seen = for_method(model, method, calibration, calibration_rows, targets=wanted, rank=rank, revision=revision)
-    if seen and not get(choose(method).method).parts:
+        check_target(out, force=force)  # before a model is loaded and read with
+        seen = for_method(
+            model,
+            method,
+            calibration,
+            calibration_rows,
+            targets=wanted,
+            rank=rank,
+            seed=seed,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    if seen and not get(method).parts:
+        _refuse_unused(method, alpha=alpha, dtype=dtype, store=None if store == "packed" else store, device=device)
         _four_bits(
             model,
             out,
             seen,
             rank,
             as_json,
-            **{
-                "targets": wanted,
-                "svd": svd,
-                "seed": seed,
-                "options": options.named(settings),
-                "workers": workers,
-                "max_shard_bytes": max_shard_bytes,
-                "revision": revision,
-                "trust_remote_code": trust_remote_code,
-                "force": force,
-            },
+            targets=wanted,
+            svd=svd,
+            seed=seed,
+            options=own,
+            workers=workers,
+            max_shard_bytes=max_shard_bytes,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            force=force,
         )
         return
     with show.bytes_progress("decomposing") as progress:
@@ -95,17 +109,28 @@ def decompose(
             force=force,
             progress=progress,
             observations=seen,
-            options=options.named(settings),
+            options=own,
         )
     if as_json:
         show.print_json(record.to_json())
         return
     in_bits = f" in {record.recipe.quant}" if record.recipe and record.recipe.quant else ""
     show.say(f"{out}: residual of {model}{in_bits} and its start ({method}, rank {rank}), {len(record.layers)} weights")
+    chosen = get(choose(method).method)
+    if chosen.has_core or chosen.needs == OPTIMISER:
+        show.say(f"it trains as {method} with pissa train and pissa.load; stock peft trains the pair as a LoRA")
     energy = sum(layer.energy for layer in record.layers) / len(record.layers)
     worst = max(record.layers, key=lambda layer: layer.error)
     show.say(f"energy in the trainable part {energy:.1%} (mean); largest error {worst.error:.1e} in {worst.name}")
     show.say_next(f"pissa inspect {out}", f"pissa train CONFIG.yaml --model {out} --output run")
+
+
+def _refuse_unused(method: str, device: str, **given: Any) -> None:
+    """Flags that mean nothing to a method which trains nothing."""
+    unused = [f"--{name} {value}" for name, value in given.items() if value is not None]
+    unused += [f"--device {device}"] if device != "cpu" else []
+    if unused:
+        raise InputError(f"got {', '.join(unused)} with {method}, which has no use for it: leave it out")
 
 
 def _four_bits(model: str, out: Path, seen: Observations, rank: int, as_json: bool, **settings: Any) -> None:

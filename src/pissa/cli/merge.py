@@ -32,7 +32,8 @@ def merge(
     from pissa.surgery.folders import kind_of_folder
 
     if kind_of_folder(run) == "w4a4":
-        _sixteen_bits(base, run, out, dtype, quant, as_json, max_shard_bytes=max_shard_bytes, force=force)
+        shape = {"max_shard_bytes": max_shard_bytes, "trust_remote_code": trust_remote_code, "force": force}
+        _sixteen_bits(base, run, out, dtype, quant, as_json, **shape)
         return
     with show.bytes_progress("merging") as progress:
         record = pissa.merge(

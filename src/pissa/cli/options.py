@@ -48,7 +48,9 @@ def named(settings: list[str] | None) -> dict[str, str]:
     pairs = [setting.partition("=") for setting in settings or ()]
     for name, equals, _ in pairs:
         if not (name and equals):
-            raise InputError(f"--option is {name!r}, expected NAME=VALUE, as in --option mode=kpm")
+            raise InputError(f"--option is {name + equals!r}, expected NAME=VALUE, as in --option mode=kpm")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise InputError(f"--option is given twice for one name: {', '.join(settings or ())}")
     return {name: value for name, _, value in pairs}
 
 

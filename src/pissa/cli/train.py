@@ -61,11 +61,12 @@ def _course(record: dict[str, Any]) -> str:
     return "; ".join(part for part in (f"steps: {record['steps']}", losses, evaluated, record.get("stopped")) if part)
 
 
-def split_words(words: list[str]) -> tuple[Path | None, dict[str, str | bool]]:
+def split_words(words: list[str]) -> tuple[Path | None, dict[str, Any]]:
     """The file, if the first word is one, and `--key value`, `--key=value` or a bare `--flag` as settings."""
     rest = list(words)
     config = Path(rest.pop(0)) if rest and not rest[0].startswith("--") else None
-    flags: dict[str, str | bool] = {}
+    flags: dict[str, Any] = {}
+    own: list[str] = []
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -73,7 +74,12 @@ def split_words(words: list[str]) -> tuple[Path | None, dict[str, str | bool]]:
         key, equals, value = word[2:].partition("=")
         if not equals and rest and not rest[0].startswith("--"):
             value, equals = rest.pop(0), "="
-        flags[key.replace("-", "_")] = value if equals else True
+        if key == "option" and equals:  # as in `pissa decompose`; may be given several times
+            own.append(value)
+        else:
+            flags[key.replace("-", "_")] = value if equals else True
+    if own:
+        flags["options"] = options.named(own)
     return config, flags
 
 

@@ -140,6 +140,11 @@ def _common(settings: TrainSettings) -> TrainSettings:
         raise config_error(["eval_data: got nothing, expected it, or eval_size, to compare by"], "the settings")
     if settings.force:
         raise config_error(["force: got true, expected false: name another output"], "the settings")
+    if settings.options:
+        raise config_error(
+            [f"options: got {settings.options}, expected them behind the method they are for, as corda[mode=kpm]"],
+            "the settings",
+        )
     if settings.early_stopping:
         raise config_error(["early_stopping: got it, expected 0: all cells have the same budget"], "the settings")
     if not (settings.eval_steps or settings.max_steps):

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pissa.config import TrainSettings, config_error
+from pissa.config import TrainSettings, config_error, default_of
 from pissa.errors import ConfigError, InputError
-from pissa.presets import choose
+from pissa.presets import observed
 from pissa.randomness import tensor_seed
-from pissa.registry import OBSERVED, get
 
 CELLS = "cells"
 DIFFER = frozenset({"method", "options", "calibration", "learning_rate", "seed", "output", "force"})
@@ -35,7 +34,7 @@ class Cell:
         """Those of all cells with this cell's own."""
         method, options = variant(self.method)
         own = {"method": method, "options": options, "learning_rate": self.learning_rate, "seed": self.seed}
-        if method == "full" or get(choose(method).method).needs not in OBSERVED:
+        if observed(method) is None:
             own["calibration"] = None
         try:
             return TrainSettings.model_validate(
@@ -104,9 +103,9 @@ def check_common(before: dict[str, object], now: TrainSettings, out: Path) -> No
     """
     current = now.model_dump(mode="json")
     mistakes = [
-        f"{key}: got {current[key]!r}, expected {before.get(key)!r} as in the cells that are there"
+        f"{key}: got {current[key]!r}, expected {before.get(key, default_of(key))!r} as in the cells that are there"
         for key in current
-        if key not in DIFFER and current[key] != before.get(key)
+        if key not in DIFFER and current[key] != before.get(key, default_of(key))
     ]
     if mistakes:
         raise config_error(mistakes, f"the settings to add to {out} with; another folder takes other settings")

@@ -188,6 +188,12 @@ class TrainSettings(BaseModel):
         return value
 
 
+def default_of(key: str) -> Any:
+    """What a record that was written before there was such a key stands for; None where other keys decide."""
+    field = TrainSettings.model_fields[key]
+    return field.get_default() if field.default_factory is None else {} if key == "options" else None
+
+
 KEYS = tuple(TrainSettings.model_fields)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pissa.errors import InputError
 from pissa.linalg import frobenius, truncated_svd
 from pissa.registry import Allotment, method
 from pissa.splits import Split
@@ -32,9 +33,9 @@ def energy(weight: Tensor, observed: None, rank: int, *, eta: float) -> Tensor:
 
 
 def by_energy(scores: dict[str, Tensor], rank: int, *, eta: float) -> dict[str, int]:
-    """Ranks from half to twice the asked one, on a line from most to least energy, that add up to it on average.
+    """Ranks from half to twice the asked one that add up to it on average.
 
-    The budget is counted in ranks: the layer with the least energy that still may grow gets the next one.
+    The next one goes to the layer that misses most energy for each rank that it has.
     """
     least, budget = max(1, int(LEAST * rank)), rank * len(scores)
     most = {name: min(max(rank, int(MOST * rank)), int(score[1])) for name, score in scores.items()}
@@ -48,7 +49,9 @@ def by_energy(scores: dict[str, Tensor], rank: int, *, eta: float) -> dict[str, 
     return ranks
 
 
-def _split(weight: Tensor, rank: int, scale: float, svd: str | float, seed: int, name: str) -> Split:
+def _split(weight: Tensor, rank: int, scale: float, svd: str | float, seed: int, name: str, eta: float) -> Split:
+    if not 0 < eta <= 1:
+        raise InputError(f"lamda: eta is {eta}, expected a share of the steps above 0, up to 1")
     top = truncated_svd(weight, rank, svd, seed=seed, name=name)
     return Split(weight, top.U, top.Vh, torch.diag(top.S / scale), scale)
 
@@ -65,7 +68,7 @@ def lamda(
     weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str, eta: float = 0.3
 ) -> Split:
     """The top singular triplets with the singular values in the core; `eta` is for the training that follows."""
-    return _split(weight, rank, scale, svd, seed, name)
+    return _split(weight, rank, scale, svd, seed, name, eta)
 
 
 @method(
@@ -81,4 +84,4 @@ def lamda_plus(
     weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str, eta: float = 0.3
 ) -> Split:
     """The same split at the layer's own rank."""
-    return _split(weight, rank, scale, svd, seed, name)
+    return _split(weight, rank, scale, svd, seed, name, eta)

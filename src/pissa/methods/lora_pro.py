@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from pissa.errors import InputError
 from pissa.randomness import noise_beside_zero, tensor_seed
 from pissa.registry import OPTIMISER, method
 from pissa.splits import Split
@@ -39,4 +40,6 @@ def lora_pro(
     damping: float = 0.0,
 ) -> Split:
     """Noise on the right, zero on the left, as LoRA begins; the options are the optimiser's."""
+    if not cap > 0 or not damping >= 0:
+        raise InputError(f"lora_pro: cap is {cap} and damping {damping}, expected above 0, and 0 or more")
     return noise_beside_zero(weight, rank, scale, tensor_seed(seed, name))

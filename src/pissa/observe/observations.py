@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -13,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from pissa.checkpoint.fingerprint import Digests, check_tensor
+from pissa.checkpoint.fingerprint import Digests, check_tensor, tensor_digest
 from pissa.checkpoint.layout import Spec, read_header
 from pissa.checkpoint.writer import TensorFile
 from pissa.errors import CheckpointError, InputError, OutputError
@@ -76,6 +77,14 @@ class Observations:
                 advice = "Observe the model at hand, or take the one that was observed"
                 check_tensor(name, self.base[name], tensor, what="the observation", advice=advice)
 
+    def digest(self) -> str:
+        """SHA-256 of all that was seen, a layer at a time."""
+        total = hashlib.sha256(json.dumps([self.facts, dict(self.same)], sort_keys=True).encode())
+        for key, value in self._entries():
+            for name, part in _tensors(key, value).items():
+                total.update(f"{name} {tensor_digest(part)}".encode())
+        return total.hexdigest()
+
     def save(self, file: str | Path, *, force: bool = False) -> None:
         """Write one safetensors file, a tensor at a time; it appears whole or not at all.
 
@@ -122,6 +131,8 @@ class Observations:
             CheckpointError: the file is damaged, or holds something else.
         """
         path = Path(file).expanduser()
+        if not path.is_file():
+            raise InputError(f"{path} is not there: write it with pissa observe")
         read_header(path)
         with safe_open(path, "pt") as tensors:
             text = (tensors.metadata() or {}).get(KEY)

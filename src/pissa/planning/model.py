@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from pissa.adapters import drift, plain
+from pissa.adapters import cores, drift, plain
 from pissa.adapters.attach import Attachment, wrap
 from pissa.adapters.plain import INIT
 from pissa.adapters.splitting import refuse_unfit_targets
@@ -109,7 +109,9 @@ def build(source: Source, settings: TrainSettings, classes: int) -> Planned:
     if recipe.base_form == "residual" and not recipe.quant and not get(recipe.method).zero_start:
         for target in found:
             layer: Any = attached.get_base_model().get_submodule(target.module)
-            layer.lora_variant["default"] = drift.Residual()
+            layer.lora_variant["default"] = (
+                cores.Product(starts[target.module]) if get(recipe.method).has_core else drift.Residual()
+            )
     if settings.dropout:
         set_dropout(attached, settings.dropout)
     return Planned(attached.train(), source, sizes, recipe, tuple(found), packed)
@@ -118,7 +120,10 @@ def build(source: Source, settings: TrainSettings, classes: int) -> Planned:
 def _start(recipe: Recipe, target: Target) -> Factors:
     """The start of a target without values; layers that get ranks of their own have the asked one here."""
     shapes = get(recipe.method).start_shapes(recipe.rank_of(target.module), target.matrix_shape, recipe.options)
-    return Factors(**{part: torch.empty(shape, device=NO_DEVICE) for part, shape in shapes.items()})
+    kinds = {"pattern": torch.int64}
+    return Factors(
+        **{part: torch.empty(shape, dtype=kinds.get(part), device=NO_DEVICE) for part, shape in shapes.items()}
+    )
 
 
 def _recipe(source: Source, settings: TrainSettings, model: nn.Module) -> tuple[Recipe, list[Target]]:
@@ -135,7 +140,8 @@ def _recipe(source: Source, settings: TrainSettings, model: nn.Module) -> tuple[
             raise config_error(mistakes, "the settings")
         weights = parameter_names(model, [f"{module}.weight" for module in recipe.targets])
         names = [name.removesuffix(".weight") for name in weights.values()]
-        return dataclasses.replace(recipe, base_form="residual"), find_targets(model, names)
+        ranks = {weights[f"{module}.weight"].removesuffix(".weight"): rank for module, rank in recipe.ranks.items()}
+        return dataclasses.replace(recipe, base_form="residual", ranks=ranks), find_targets(model, names)
     choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
     recipe = Recipe(
         choice.method,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pissa.adapters.splitting import refuse_unfit_targets
+from pissa.adapters.splitting import given_observations, refuse_unfit_targets
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, find_targets
@@ -50,7 +50,7 @@ def decompose(
     trust_remote_code: bool = False,
     force: bool = False,
     progress: Progress | None = None,
-    observations: Observations | None = None,
+    observations: Observations | str | Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Record:
     """Split every target of a checkpoint, as many tensors in memory as there are workers.
@@ -78,7 +78,7 @@ def decompose(
         trust_remote_code: whether the model's own code may run; off by default.
         force: replace `out` if it exists.
         progress: told after every tensor.
-        observations: what was seen of this model on calibration rows, for the methods that need it.
+        observations: what was seen of this model on calibration rows, for the methods that need it; or the file of it.
         options: the method's own settings by name.
 
     Returns:
@@ -129,7 +129,7 @@ def prepare(
     max_shard_bytes: int | str = "5GB",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    observations: Observations | None = None,
+    observations: Observations | str | Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Decomposition:
     """All that `decompose` can check before it writes anything; see there for the arguments and errors."""
@@ -149,7 +149,7 @@ def prepare(
     skeleton = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     found = find_targets(skeleton, targets)
     refuse_unfit_targets(chosen, found)
-    for target in found:
+    for target in sorted(found, key=lambda target: min(target.matrix_shape)):  # the narrowest says what fits all
         check_rank(1 if chosen.full_rank else rank, target.matrix_shape, target.weight)
     packed: frozenset[str] = frozenset()
     if choice.quant and store == "packed":
@@ -174,7 +174,7 @@ def prepare(
     )
     dtypes = {name: output_dtype(info.dtype, dtype) for name, info in checkpoint.tensors.items()}
     job = Decomposition(checkpoint, skeleton, parameters, by_tensor, recipe, dtypes, packed, device, shard_bytes)
-    job.observations = observations
+    job.observations = given_observations(method, observations)
     job.allot()
     job.check()
     return job

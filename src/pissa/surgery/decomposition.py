@@ -88,6 +88,7 @@ class Decomposition:
         weights = ((target, self.matrix(name)) for name, target in self.targets.items())
         self.recipe = allotted(self.recipe, weights, lambda target: self.seen(target.weight))
         self.targets = {name: target for name, target in self.targets.items() if target.module in self.recipe.targets}
+        self.packed &= frozenset(self.recipe.targets)
 
     def matrix(self, name: str) -> Tensor:
         """A target's weight [out, in]."""
@@ -152,7 +153,7 @@ class Decomposition:
         files = {info.shard: (folder / info.shard).stat() for info in self.checkpoint.tensors.values()}
         facts = {
             "recipe": dataclasses.asdict(self.recipe),
-            "observed": self.observations.facts if self.observations else None,
+            "observed": self.observations.digest() if self.observations else None,
             "dtypes": {name: str(dtype) for name, dtype in self.dtypes.items()},
             "packed": sorted(self.packed),
             "device": self.device,
@@ -167,8 +168,7 @@ class Decomposition:
 
     def into(self, out: Path, *, force: bool, workers: int | None = None, progress: Progress | None = None) -> Record:
         """Write it to `out`, on from where a killed run of the same key left it."""
-        plans = (self.residual_plan(), self.start_plan(), self.core_plan())
-        needs_bytes = sum(map(plan_bytes, plans))
+        needs_bytes = sum(map(plan_bytes, (self.residual_plan(), self.start_plan(), self.core_plan())))
         inputs = [self.checkpoint.folder]
         with staged_output(out, force=force, needs_bytes=needs_bytes, inputs=inputs, job=self.key) as staging:
             return self.write(staging, out, workers, progress)
@@ -190,6 +190,7 @@ class Decomposition:
             start = stack.enter_context(TensorFile(init / plain.WEIGHTS, start_plan, done=begun))
             files = dict.fromkeys(start_plan, start)
             if core_plan:
+                (init / plain.START).parent.mkdir(exist_ok=True)
                 cores = stack.enter_context(TensorFile(init / plain.START, core_plan, done=begun_cores))
                 files |= dict.fromkeys(core_plan, cores)
             receipts = stack.enter_context((staging / PIECES).open("a", encoding="utf-8"))
@@ -230,7 +231,10 @@ class Decomposition:
         pair = factors.file_tensors(target, stored.split.left_core, stored.split.right)
         start = {factor_name: factor.to("cpu", FACTOR_DTYPE).contiguous() for factor_name, factor in pair.items()}
         if stored.split.core is not None:
-            parts = {f"{target.module}.{part}": tensor for part, tensor in stored.split.start.named().items()}
+            parts = {
+                f"{target.module}.{part}": tensor
+                for part, tensor in stored.split.start.to(FACTOR_DTYPE).named().items()
+            }
             start |= {part_name: tensor.cpu().contiguous() for part_name, tensor in parts.items()}
         if target.module in self.packed and stored.split.quantised:
             parts = {part: tensor.cpu() for part, tensor in stored.split.quantised.parts.items()}

@@ -97,6 +97,10 @@ def read_changes(path: Path, *, on_residual: bool = False) -> Changes:
             f"{path} is only right beside the residual it was made with, and wrong on the original model. If it was "
             f"trained: pissa convert {path} OUT --start PISSA_INIT_DIR, with the start it was trained from"
         )
+    if kind == "w4a4":
+        raise CheckpointError(
+            f"{path} is a model in 4 bits, which no adapter holds: pissa merge BASE {path} OUT writes it in 16 bits"
+        )
     raise CheckpointError(f"{path} is a {kind} folder, expected a run, its state/ or a LoRA adapter")
 
 
@@ -125,7 +129,13 @@ def adapter_targets(config: dict[str, Any], checkpoint: Checkpoint) -> dict[Targ
 
 def adapter_scale(config: dict[str, Any], where: Path) -> float:
     """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; refuses what a plain pair does not say."""
-    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if config.get(key)]
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    one_scale = not config.get("use_rslora") and ranks.keys() == alphas.keys()
+    scale = config["lora_alpha"] / config["r"]
+    if one_scale and all(abs(alphas[layer] / rank - scale) < 1e-9 * scale for layer, rank in ranks.items()):
+        ranks = alphas = {}  # ranks of their own, as the shapes say, and one scale everywhere
+    unsupported = [key for key in ("use_dora", "lora_bias") if config.get(key)]
+    unsupported += [key for key, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)) if pattern]
     if unsupported:
         raise CheckpointError(
             f"{where / plain.CONFIG} sets {', '.join(unsupported)}, which is not plain LoRA: merge it with peft instead"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +13,7 @@ from pissa.config import TrainSettings, load_settings
 from pissa.errors import InputError
 from pissa.observe import Observations, observe
 from pissa.observe.processes import process
-from pissa.presets import choose
-from pissa.registry import OBSERVED, get
+from pissa.presets import observed
 from pissa.training import distributed, language
 from pissa.training.arguments import device
 from pissa.training.data import Rows, read, renamed
@@ -26,21 +26,13 @@ COMPONENTS = 4
 logger = logging.getLogger(__name__)
 
 
-def need_of(settings: TrainSettings) -> str | None:
-    """What the run's method needs to have seen; None where the weights suffice."""
-    if settings.method == "full":
-        return None
-    needs = get(choose(settings.method).method).needs
-    return needs if needs in OBSERVED else None
-
-
 def observations(
-    model: Any, task: Any, examples: Examples, tokenizer: Any, settings: TrainSettings
+    load: Callable[[], Any], task: Any, examples: Examples, tokenizer: Any, settings: TrainSettings
 ) -> Observations | None:
-    """What the method needs, seen by this very model; read from a file where `calibration` names one.
+    """What the method needs, seen by the base; read from a file where `calibration` names one.
 
     Args:
-        model: the base, whole.
+        load: gives the base, whole; called only where it is observed.
         task: the module of the run's task, for its encoding and its batches.
         examples: the run's own rows, which are read where no others are named.
         tokenizer: the model's.
@@ -49,7 +41,7 @@ def observations(
     Raises:
         InputError, DataError: rows that cannot be read.
     """
-    need = need_of(settings)
+    need = observed(settings.method)
     if need is None:
         return None
     if settings.calibration and settings.calibration.endswith(SAVED):
@@ -58,7 +50,7 @@ def observations(
     if settings.calibration:
         others, source = read(settings.calibration, settings.data_split)
         rows = task.encode(Rows(renamed(others, settings.fields), [], []), tokenizer, settings).train
-    return _observed(model, task, rows[: settings.calibration_rows], source, tokenizer, settings, [need])
+    return _observed(load(), task, rows[: settings.calibration_rows], source, tokenizer, settings, [need])
 
 
 def for_method(model: str, method: str, calibration: str | None, rows: int, **settings: Any) -> Observations | None:
@@ -74,8 +66,8 @@ def for_method(model: str, method: str, calibration: str | None, rows: int, **se
     Raises:
         InputError: calibration without a need, or a need without calibration.
     """
-    needs = get(choose(method).method).needs
-    if needs not in OBSERVED:
+    needs = observed(method)
+    if needs is None:
         if calibration:
             raise InputError(f"calibration is {calibration}, but {method} needs the weights alone: leave it out")
         return None
@@ -114,12 +106,12 @@ def _observed(
     settings: TrainSettings,
     needs: list[str],
 ) -> Observations:
-    if not rows:
-        raise InputError("there are no rows to calibrate on: set calibration_rows above 0")
     count, index, total = distributed.processes(), process(), len(rows)
+    if total < count:
+        raise InputError(
+            f"got {total} rows to observe the base on, expected at least one for each of {count} processes"
+        )
     rows, where = rows[index::count], device(settings)
-    if not rows:
-        raise InputError(f"there are fewer rows to calibrate on than processes, {count}: raise calibration_rows")
     logger.warning("reading %d rows for the %s of each layer", len(rows), " and ".join(needs))
     model.to(where)
     collate = task.collator(tokenizer)
@@ -129,9 +121,8 @@ def _observed(
             batch = collate(rows[start : start + settings.micro_batch_size])
             yield {key: value.to(where) for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
-    seen = observe(
-        model, batches(), needs, targets=settings.targets, components=COMPONENTS * settings.rank, seed=settings.seed
-    )
+    most = max(COMPONENTS, math.ceil(float(settings.options.get("rho", 0)))) * settings.rank
+    seen = observe(model, batches(), needs, targets=settings.targets, components=most, seed=settings.seed)
     read_here = {"rows_read": total, "micro_batch_size": settings.micro_batch_size}
     seen.facts["data"] = {**source, **read_here, "processes": count}
     return seen

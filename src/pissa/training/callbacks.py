@@ -94,9 +94,8 @@ class Checkpoints(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Called when the trainer has read a checkpoint."""
-        exact = cores.parameters(self.model)
-        if exact and self.resumed:
-            cores.read(exact, self.resumed / EXACT)
+        if self.resumed:
+            read_exact(self.model, self.resumed)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called when the trainer has written everything."""
@@ -112,6 +111,13 @@ class Checkpoints(TrainerCallback):
             for old in checkpoints(folder)[: -self.keep]:
                 (old / WHOLE).unlink()  # first, so that half a deletion is no checkpoint
                 shutil.rmtree(old)
+
+
+def read_exact(model: Any, checkpoint: Path) -> None:
+    """Put the bits of cores back, which a checkpoint's plain LoRA gives only nearly."""
+    exact = cores.parameters(model)
+    if exact:
+        cores.read(exact, checkpoint / EXACT)
 
 
 class EarlyStop(TrainerCallback):

@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from pissa.checks import tolerance_of
-from pissa.config import TrainSettings, config_error
+from pissa.config import TrainSettings, config_error, default_of
 from pissa.errors import InputError, require
 from pissa.presets import choose
 from pissa.quant import quantiser
 from pissa.registry import OBSERVED, OPTIMISER, get
 from pissa.training import options, residual
 from pissa.training.arguments import device
+from pissa.training.calibration import SAVED
 from pissa.training.distributed import layout
 
 NEUTRAL = frozenset(
     {"model", "revision", "data", "data_split", "eval_data", "eval_split", "output", "force", "trust_remote_code"}
-    | {"logging_steps", "report_to", "save_steps", "save_total_limit"}
+    | {"logging_steps", "report_to", "save_steps", "save_total_limit", "calibration"}
 )
 """What may differ on resuming: where things lie (their content is compared) and what does not touch a weight."""
 
@@ -43,18 +44,18 @@ def check(settings: TrainSettings, resume: bool) -> None:
         except InputError as error:
             mistakes.append(f"method: {error}")
         else:
-            if settings.dropout and (chosen.has_core or not chosen.zero_start):
+            if settings.dropout and chosen.has_core:
+                mistakes.append(
+                    f"dropout: got {settings.dropout:g}, expected 0 with {settings.method}, whose core reads all inputs"
+                )
+            elif settings.dropout and not chosen.zero_start:
                 mistakes.append(
                     f"dropout: got {settings.dropout:g}, expected 0 with {settings.method}: the adapter starts as a "
                     "part of the weight itself, and dropping its inputs would change the model before the first step"
                 )
             if not chosen.parts:
                 mistakes.append(f"method: got {settings.method}, which trains nothing: see pissa decompose")
-            if settings.calibration and chosen.needs not in OBSERVED:
-                mistakes.append(
-                    f"calibration: got {settings.calibration}, expected null with {settings.method}, which needs the "
-                    "weights alone"
-                )
+            mistakes += _about_calibration(settings, chosen.needs)
     else:
         mistakes += [
             f"{key}: got {getattr(settings, key)}, expected {unset} with full, which has no adapter"
@@ -83,12 +84,28 @@ def check(settings: TrainSettings, resume: bool) -> None:
     device(settings)
 
 
+def _about_calibration(settings: TrainSettings, needs: str) -> list[str]:
+    """Where calibration would be passed over, or read as something that it is not."""
+    if not settings.calibration:
+        return []
+    got = f"calibration: got {settings.calibration}, expected"
+    if needs not in OBSERVED:
+        return [f"{got} null with {settings.method}, which needs the weights alone"]
+    if residual.is_decomposed(settings.model):
+        return [f"{got} null with {settings.model}, which was decomposed with what was seen then"]
+    if settings.task != "language" and not settings.calibration.endswith(SAVED):
+        return [f"{got} null or a file of observations with task {settings.task}: a class of other rows is another one"]
+    return []
+
+
 def check_layout(settings: TrainSettings) -> None:
     """What a method cannot do where a launcher spreads what trains over processes."""
     sharding = layout()["sharding"]
     if settings.method == "full" or sharding not in ("fsdp", "deepspeed"):
         return
-    if get(choose(settings.method).method).needs == OPTIMISER:
+    chosen = get(choose(settings.method).method)
+    # DeepSpeed steps inside the backward pass, on weights of its own, where nothing can be put back.
+    if chosen.needs == OPTIMISER or (chosen.has_core and sharding == "deepspeed"):
         mistake = f"method: got {settings.method} under {sharding}, expected DDP or one process: it needs whole factors"
         raise config_error([mistake], "the settings")
 
@@ -99,7 +116,7 @@ def check_same_settings(before: dict[str, Any], settings: TrainSettings, out: Pa
     mistakes = [
         f"{key}: got {now[key]!r}, expected {before['settings'].get(key)!r} as the run began"
         for key in now
-        if key not in NEUTRAL and now[key] != before["settings"].get(key)
+        if key not in NEUTRAL and now[key] != before["settings"].get(key, default_of(key))
     ]
     if mistakes:
         raise config_error(mistakes, f"the settings to resume {out} with")

@@ -41,8 +41,6 @@ class CloseLeft(TrainerCallback):
                     self.eta = float(attachment.recipe.options["eta"])
         if not self.layers:
             raise InputError("this model has no left factor beside a core to close: attach lamda or lamda++ first")
-        if not 0 < self.eta <= 1:
-            raise InputError(f"lamda: eta is {self.eta}, expected a share of the steps above 0, up to 1")
         self.kept: list[Tensor] = []
 
     @property

@@ -179,7 +179,10 @@ def _load_checkpoint(model: PeftModel, folder: Path) -> None:
         for name, part in model.named_parameters()
         if part.requires_grad
     }
-    load_trained_state(model, {names[name]: tensor for name, tensor in load_file(folder / WEIGHTS).items()})
+    tensors = load_file(folder / WEIGHTS)
+    # A frozen factor beside a core is no parameter, but its layer knows it by the same name.
+    own = {name: names.get(name, name.replace(".weight", f".{adapter}.weight")) for name in tensors}
+    load_trained_state(model, {own[name]: tensor for name, tensor in tensors.items()})
 
 
 def partition(trainer: Any) -> None:

@@ -47,7 +47,7 @@ class LoraPro(Optimizer):
         eps: added to the root of Adam's second moment.
         weight_decay: decoupled, on all that trains.
         form: "adamw", or "sgd" without moments and without any [out, in].
-        cap: most that a step may change A, as a share of its norm; infinity for no bound.
+        cap: most that a step may change A, as a share of its norm; a large number for no bound.
         damping: see `pissa.linalg.tangent.Tangent`.
 
     Raises:

@@ -30,7 +30,17 @@ from pissa.surgery.folders import RESIDUAL
 from pissa.training import classification, distributed, folder, language, regression, residual
 from pissa.training.arguments import device
 from pissa.training.calibration import observations
-from pissa.training.callbacks import LOSSES, SCORES, Checkpoints, EarlyStop, Metrics, OldLoss, Progress, place_reports
+from pissa.training.callbacks import (
+    LOSSES,
+    SCORES,
+    Checkpoints,
+    EarlyStop,
+    Metrics,
+    OldLoss,
+    Progress,
+    place_reports,
+    read_exact,
+)
 from pissa.training.checks import check, check_layout, check_same_data, check_same_settings
 from pissa.training.closing import CloseLeft
 from pissa.training.data import load_rows
@@ -87,7 +97,9 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
             settings,
             out,
             before,
-            lambda: observations(task.load_model(settings, examples, tokenizer), task, examples, tokenizer, settings),
+            lambda: observations(
+                lambda: task.load_model(settings, examples, tokenizer), task, examples, tokenizer, settings
+            ),
         )
         model = residual.ready(task.load_model(loaded, examples, tokenizer), settings)
         data = {"sources": rows.sources, **examples.facts()}
@@ -95,8 +107,9 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
             check_same_data(before["data"], data, out)
         kept = RESIDUAL if loaded is not settings else ""
         record = before or {}
-        fresh = not (before or is_residual(model))
-        seen = observations(model, task, examples, tokenizer, settings) if fresh else None  # all processes look
+        started = is_residual(model) or (before and (out / "state").is_dir())
+        # All processes look, each at rows of its own.
+        seen = None if started else observations(lambda: model, task, examples, tokenizer, settings)
         with distributed.first_ahead(out):
             model, base = _start(model, loaded, before, out / "state", seen)
             facts = {"data": data, "base": {**base, "name": settings.model}, "labels": examples.names}
@@ -236,6 +249,7 @@ def _run(trainer: Any, newest: Path | None, stop: EarlyStop) -> None:
     if newest and (stop.reason() or folder.step_of(newest) >= folder.all_steps(newest)):
         # Killed between the last step and the end. The trainer's own resume would train one step more here.
         trainer._load_from_checkpoint(str(newest))
+        read_exact(trainer.model, newest)
         trainer.state.global_step, trainer.state.max_steps = folder.step_of(newest), folder.all_steps(newest)
         return
     distributed.partition(trainer)

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint
@@ -30,8 +32,6 @@ def load_w4a4(folder: str | Path, *, device: str = "cpu", trust_remote_code: boo
     Raises:
         CheckpointError: not such a folder, or one that lacks a tensor.
     """
-    from accelerate import init_empty_weights
-
     folder = Path(folder)
     note = w4a4_note(folder)
     skeleton: Any = build_skeleton(folder, trust_remote_code=trust_remote_code)
@@ -44,6 +44,8 @@ def load_w4a4(folder: str | Path, *, device: str = "cpu", trust_remote_code: boo
     stored = Checkpoint.open(folder / WEIGHTS, need_config=False)
     model.load_state_dict({name: stored.read(name) for name in stored.tensors}, strict=False, assign=True)
     model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     absent = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
     if absent:
         raise CheckpointError(f"{folder / WEIGHTS} lacks `{absent[0]}` of {len(absent)}: write the folder again")
