@@ -32,7 +32,7 @@ from pissa.registry import get
 from pissa.splits import Factors
 from pissa.surgery.packing import packed_modules
 from pissa.training import residual
-from pissa.training.run import set_dropout
+from pissa.training.starting import set_dropout
 
 NO_DEVICE = torch.device("meta")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ from pissa.adapters.splitting import allotted, quantiser_of, seen_of, split_by
 from pissa.adapters.storing import store
 from pissa.checkpoint.fingerprint import Digests, canonical, combined, tensor_digests
 from pissa.checkpoint.layout import Spec, plan_bytes
-from pissa.checkpoint.output import staged_output, write_json
+from pissa.checkpoint.output import staged_output
 from pissa.checkpoint.reader import Checkpoint
-from pissa.checkpoint.targets import Target, short_names
+from pissa.checkpoint.targets import Target
 from pissa.checkpoint.writer import CheckpointWriter, TensorFile
 from pissa.observe import Observations
 from pissa.quant import Quantiser
@@ -37,6 +36,7 @@ from pissa.registry import get
 from pissa.surgery.packing import packed_names, quantisation_config
 from pissa.surgery.piece import Piece, finished
 from pissa.surgery.pipeline import in_order
+from pissa.surgery.small_files import write_small_files
 
 FACTOR_DTYPE = torch.float32
 PIECES = "pieces.jsonl"
@@ -209,7 +209,7 @@ class Decomposition:
                 if progress:
                     progress(piece.name, done, total)
         record = self.record([pieces[name] for name in self.checkpoint.tensors])
-        self.write_small_files(staging, final, record)
+        write_small_files(self, staging, final, record)
         (staging / PIECES).unlink()
         return record
 
@@ -258,43 +258,3 @@ class Decomposition:
         layers = [piece.layer for piece in pieces if piece.layer]
         notes = {"observed": self.observations.facts} if self.observations else {}
         return Record("residual", self.recipe, origin, layers, residual, notes, versions())
-
-    def write_small_files(self, staging: Path, final: Path, record: Record) -> None:
-        """Config, tokenizer, adapter config; the records last."""
-        for file in self.checkpoint.companions():
-            shutil.copyfile(file, staging / file.name)
-        config = json.loads((staging / "config.json").read_text())
-        assert record.base is not None
-        # transformers carries unknown keys along, so the residual says what it is wherever it is saved again.
-        config["pissa"] = {
-            "kind": "residual",
-            "base": record.base.name,
-            "method": self.recipe.method,
-            "rank": self.recipe.rank,
-            "quant": self.recipe.quant,
-            "fingerprint": record.base.fingerprint,
-        }
-        dtype = next(self.dtypes[name] for name in self.targets)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        config.pop("torch_dtype", None)
-        if self.packed and self.packer:
-            config["quantization_config"] = quantisation_config(self.packer, self.skeleton, self.packed, dtype)
-        write_json(staging / "config.json", config)
-        write_json(staging / INIT / plain.CONFIG, self.init_config(final))
-        write_json(staging / INIT / plain.RECORD, dataclasses.replace(record, kind="init").to_json())
-        write_json(staging / plain.RECORD, record.to_json())
-
-    def init_config(self, final: Path) -> dict[str, Any]:
-        """The adapter config of the start: it names the residual's folder, where alone it is right."""
-        found = list(self.targets.values())
-        name = type(self.skeleton).__name__
-        return plain.adapter_config(
-            rank=self.recipe.rank,
-            alpha=self.recipe.alpha,
-            base=str(final.resolve()),
-            revision=None,
-            target_modules=short_names(found, self.skeleton),
-            transposed="conv1d" in self.recipe.targets.values(),
-            task_type="CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None,
-            ranks=self.recipe.ranks,
-        )

@@ -9,25 +9,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 import yaml
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import nn
 from transformers import PrinterCallback, ProgressCallback
 
 from pissa.adapters import runs, sharding
-from pissa.adapters.attach import attach, is_residual, recipe_of
-from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
+from pissa.adapters.attach import is_residual
 from pissa.checkpoint.output import write_json
-from pissa.checkpoint.targets import find_targets, head_modules
-from pissa.config import TrainSettings, config_error
-from pissa.errors import BusyError, DivergedError, OutputError, require
-from pissa.observe import Observations
+from pissa.config import TrainSettings
+from pissa.errors import BusyError, DivergedError, require
 from pissa.records import versions
-from pissa.registry import OPTIMISER, get
 from pissa.surgery.folders import RESIDUAL
-from pissa.training import classification, distributed, folder, language, regression, residual
+from pissa.training import classification, distributed, folder, language, regression, residual, starting
 from pissa.training.arguments import device
 from pissa.training.calibration import observations
 from pissa.training.callbacks import (
@@ -42,9 +35,7 @@ from pissa.training.callbacks import (
     read_exact,
 )
 from pissa.training.checks import check, check_layout, check_same_data, check_same_settings
-from pissa.training.closing import CloseLeft
 from pissa.training.data import load_rows
-from pissa.training.lora_pro import LoraPro
 from pissa.training.memory import peak_bytes, reset_peak
 from pissa.training.models import load_tokenizer
 from pissa.training.quiet import quiet
@@ -111,7 +102,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         # All processes look, each at rows of its own.
         seen = None if started else observations(lambda: model, task, examples, tokenizer, settings)
         with distributed.first_ahead(out):
-            model, base = _start(model, loaded, before, out / "state", seen)
+            model, base = starting.start(model, loaded, before, out / "state", seen)
             facts = {"data": data, "base": {**base, "name": settings.model}, "labels": examples.names}
             if distributed.is_first():
                 record = before or _open_run(out, settings, {**facts, "processes": distributed.layout()}, kept)
@@ -120,9 +111,9 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         newest, seconds = distributed.on_first(lambda: folder.where_to_go_on(out))
         metrics = Metrics(out / folder.METRICS, seconds)
         stop = EarlyStop(settings.early_stopping, out / folder.METRICS)
-        callbacks = [metrics, Checkpoints(settings.save_total_limit, model, newest), stop, *_of_the_method(model)]
+        callbacks = [metrics, Checkpoints(settings.save_total_limit, model, newest), stop, *starting.callbacks(model)]
         trainer = task.build_trainer(model, tokenizer, examples, settings, str(out / "checkpoints"), callbacks)
-        trainer.optimizer = _optimiser(model, settings)
+        trainer.optimizer = starting.optimiser(model, settings)
         if examples.old:
             trainer.add_callback(OldLoss(trainer, require("datasets", "train").Dataset.from_list(examples.old)))
         try:
@@ -134,98 +125,6 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
             raise
         _save(trainer, tokenizer, out)
         return distributed.on_first(lambda: _close_run(out, record, trainer, metrics, stop))
-
-
-def _start(
-    model: nn.Module,
-    settings: TrainSettings,
-    before: dict[str, Any] | None,
-    state: Path,
-    seen: Observations | None,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model ready to train from step 0, and what to record of the base."""
-    base: dict[str, Any] = {"name": settings.model, "revision": settings.revision, "dtype": str(model.dtype)}
-    if settings.method == "full":
-        if model.dtype == torch.float16:
-            mistake = (
-                "dtype: got float16, expected bfloat16 or float32 with full: AdamW's small steps vanish in float16"
-            )
-            raise config_error([mistake], "the settings")
-        tensors = model_tensors(model, skip=head_modules(model))
-        if before:
-            check_same(
-                before["base"]["tensors"],
-                tensors.get,
-                what=f"the run in {state.parent}",
-                advice="Use the base it began with",
-            )
-            return model, before["base"]
-        return model, base | {"tensors": fingerprint(tensors)}
-    if not distributed.is_first() and not state.is_dir():
-        raise OutputError(
-            f"{state} is not to be seen here, though the first process wrote it: use a shared file system"
-        )
-    if (before or not distributed.is_first()) and state.is_dir():
-        model = runs.restart(model, state)
-    elif is_residual(model):
-        model = _load_decomposed(model, settings)
-    else:
-        heads = [*head_modules(model), *(settings.modules_to_save or ())]
-        model = attach(
-            model,
-            settings.method,
-            settings.rank,
-            alpha=settings.alpha,
-            targets=settings.targets,
-            base=settings.base,
-            svd=settings.svd,
-            seed=settings.seed,
-            modules_to_save=heads or None,
-            observations=seen,
-            options=settings.options,
-        )
-    if settings.dropout:
-        set_dropout(model, settings.dropout)
-    return model, base
-
-
-def _load_decomposed(model: nn.Module, settings: TrainSettings) -> PeftModel:
-    """The start that lies beside a residual, which the settings must not contradict."""
-    heads = [*head_modules(model), *(settings.modules_to_save or ())]
-    attached = runs.load(model, settings.model, modules_to_save=heads)
-    recipe = recipe_of(attached)
-    mistakes = [
-        f"{key}: got {got!r}, expected {expected!r}, as {settings.model} was decomposed"
-        for key, got, expected in residual.differences(recipe, settings)
-    ]
-    if settings.targets != "all-linear":
-        asked = find_targets(attached.get_base_model(), settings.targets, quantised=recipe.needs_residual)
-        if {target.module for target in asked} != set(recipe.targets):
-            mistakes.append(f"targets: got {settings.targets!r}, expected those of {settings.model}, or all-linear")
-    if mistakes:
-        raise config_error(mistakes, "the settings")
-    return attached
-
-
-def _optimiser(model: nn.Module, settings: TrainSettings) -> LoraPro | None:
-    """The method's own; None for the trainer's AdamW."""
-    if not isinstance(model, PeftModel) or get(recipe_of(model).method).needs != OPTIMISER:
-        return None
-    return LoraPro(model, settings.learning_rate, weight_decay=settings.weight_decay, **recipe_of(model).options)
-
-
-def _of_the_method(model: nn.Module) -> list[Any]:
-    """What a method does beside the steps."""
-    closing = isinstance(model, PeftModel) and get(recipe_of(model).method).parts == ("left", "core")
-    return [CloseLeft(model)] if closing else []
-
-
-def set_dropout(model: nn.Module, share: float) -> None:
-    """Peft reads an adapter's dropout from its layers; only methods with a zero start get here."""
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            for name in layer.lora_dropout:
-                layer.lora_dropout[name] = nn.Dropout(share)
 
 
 def _open_run(out: Path, settings: TrainSettings, facts: dict[str, Any], kept: str) -> dict[str, Any]:
