@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pissa.checkpoint.fingerprint import canonical
 from pissa.checkpoint.skeleton import build_skeleton
 from pissa.checkpoint.targets import Target
 from pissa.errors import CheckpointError, InputError
+from pissa.observe import observe
 from pissa.surgery.packing import PACKABLE
 
 TOKENS, WINDOW, FEWEST = 512, 256, 16
@@ -19,7 +20,7 @@ TOKENS, WINDOW, FEWEST = 512, 256, 16
 
 
 def layer_inputs(folder: Path, targets: Iterable[Target], text: Path) -> dict[str, Tensor]:
-    """Rows [tokens, in] that enter each linear target, by module, in the model's dtype. The whole model is loaded.
+    """Rows [tokens, in] that enter each linear target, by module, in float32. The whole model is loaded.
 
     Args:
         folder: a model with its tokenizer.
@@ -35,22 +36,15 @@ def layer_inputs(folder: Path, targets: Iterable[Target], text: Path) -> dict[st
         model = type(build_skeleton(folder)).from_pretrained(folder, dtype="auto", use_safetensors=True).eval()  # type: ignore[attr-defined]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded by transformers ({error})") from error
-    rows: dict[str, list[Tensor]] = {target.module: [] for target in targets if target.kind in PACKABLE}
-
-    def keep(name: str) -> Any:
-        return lambda module, inputs: rows[name].append(inputs[0].detach().flatten(0, -2))
-
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    for name in rows:
-        modules[name].register_forward_pre_hook(keep(name))
+    linear = [target for target in targets if target.kind in PACKABLE]
     window = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+    batches = [{"input_ids": part[None]} for part in tokens.split(window)]
     try:
-        with torch.no_grad():
-            for part in tokens.split(window):
-                model(input_ids=part[None])
+        seen = observe(model, batches, "inputs", targets=[target.module for target in linear], inputs=TOKENS)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot read a text by itself ({error}): leave --text out") from error
-    return {name: torch.cat(parts) for name, parts in rows.items() if parts}
+    prefix = getattr(model, "base_model_prefix", "")
+    return {target.module: seen.get("inputs", canonical(target.weight, prefix)) for target in linear}
 
 
 def _tokens(folder: Path, text: Path) -> Tensor:
