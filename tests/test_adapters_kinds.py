@@ -16,7 +16,7 @@ import pissa
 from conftest import TOKENS, build_pico
 from pissa.errors import WrongBaseError
 from runs import gap
-from test_laws import every_method
+from test_laws import every_pair_of_the_weight
 
 
 class Picture(nn.Module):
@@ -105,7 +105,7 @@ def fit(case: Case, model: nn.Module, steps: int = 5) -> nn.Module:
 
 
 @every_kind
-@every_method
+@every_pair_of_the_weight
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_first_step_equals_the_base_bit_for_bit(case, method, dtype):
     model = case.build().to(dtype)
@@ -116,7 +116,7 @@ def test_first_step_equals_the_base_bit_for_bit(case, method, dtype):
 
 
 @every_kind
-@every_method
+@every_pair_of_the_weight
 @both_forms
 def test_trained_saved_and_loaded_by_stock_peft_and_by_pissa(case, method, base, tmp_path):
     untouched = output(case, case.build())
@@ -138,7 +138,7 @@ def test_trained_saved_and_loaded_by_stock_peft_and_by_pissa(case, method, base,
 
 
 @every_kind
-@every_method
+@every_pair_of_the_weight
 @both_forms
 def test_disabled_it_is_the_base_and_merged_it_is_the_adapter(case, method, base):
     untouched = output(case, case.build())
@@ -156,7 +156,7 @@ def test_disabled_it_is_the_base_and_merged_it_is_the_adapter(case, method, base
 
 
 @every_kind
-@every_method
+@every_pair_of_the_weight
 @both_forms
 def test_unloading_gives_the_weights_back_bit_for_bit(case, method, base):
     model = fit(case, pissa.attach(case.build(), method, case.rank, targets=case.targets, base=base))
@@ -196,7 +196,7 @@ def test_a_head_that_does_not_train_belongs_to_the_base(tmp_path: Path):
     assert torch.equal(output(CASES["classifier"], again), output(CASES["classifier"], bert()))
 
 
-@every_method
+@every_pair_of_the_weight
 @both_forms
 def test_a_stock_checkpoint_of_an_embedding_continues_with_the_same_bits(method, base, tmp_path):
     case = CASES["embedding and head"]

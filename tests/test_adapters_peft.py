@@ -14,7 +14,7 @@ import pissa
 from conftest import TOKENS, build_pico
 from pissa.errors import InputError, WrongBaseError
 from runs import gap, logits, train
-from test_laws import every_method, every_started_method
+from test_laws import every_pair_of_the_weight, every_started_pair_of_the_weight
 
 BASE = logits(build_pico())
 """The base's own output."""
@@ -35,7 +35,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-@every_method
+@every_pair_of_the_weight
 @pytest.mark.parametrize("leave", ["disable_adapter", "unload", "delete_adapter"])
 def test_the_base_comes_back_bit_for_bit(method, leave):
     model = trained(method)
@@ -52,7 +52,7 @@ def test_the_base_comes_back_bit_for_bit(method, leave):
         assert torch.equal(logits(model.base_model.model), BASE)
 
 
-@every_method
+@every_pair_of_the_weight
 @pytest.mark.parametrize("safe", [False, True])
 def test_merged_weights_give_the_adapters_output(method, safe):
     model = trained(method, alpha=6)
@@ -117,7 +117,7 @@ def test_a_stock_lora_lives_beside():
     assert torch.equal(logits(model), first)
 
 
-@every_method
+@every_pair_of_the_weight
 @pytest.mark.parametrize("alpha", [None, 10.0])
 def test_what_stock_peft_saves_is_right_in_stock_peft_on_the_original_base(method, alpha, tmp_path):
     model = trained(method, alpha=alpha)
@@ -127,7 +127,7 @@ def test_what_stock_peft_saves_is_right_in_stock_peft_on_the_original_base(metho
     assert gap(logits(stock), logits(model)) < 1e-5
 
 
-@every_method
+@every_pair_of_the_weight
 def test_a_stock_checkpoint_continues_on_its_own_start_with_the_same_bits(method, tmp_path):
     model = pissa.attach(build_pico(), method, rank=4)
     pissa.save(model, tmp_path / "run")
@@ -153,7 +153,7 @@ def test_a_stock_lora_checkpoint_is_refused_on_a_started_adapter(tmp_path):
         pissa.attach(build_pico(), rank=4).load_adapter(tmp_path, "default")
 
 
-@every_started_method
+@every_started_pair_of_the_weight
 @pytest.mark.parametrize("base", ["keep", "residual"])
 def test_peft_commands_that_would_read_a_plain_pair_are_refused(method, base, tmp_path):
     model = trained(method, base=base)
@@ -185,7 +185,7 @@ def test_rows_of_one_batch_are_refused_on_an_embedding():
         model(TOKENS, adapter_names=["default", "__base__"])
 
 
-@every_method
+@every_pair_of_the_weight
 def test_autocast_trains_in_bf16(method):
     model = trained(method)
     expected = logits(model)
@@ -231,7 +231,7 @@ def test_a_deep_copy_lives_its_own_life(base, tmp_path: Path):
     assert same(weights(model.unload()), weights(build_pico()))
 
 
-@every_method
+@every_pair_of_the_weight
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_a_trained_model_can_be_cast(method, dtype, tolerance):
     model = trained(method)

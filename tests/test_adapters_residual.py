@@ -11,7 +11,7 @@ from conftest import TOKENS, build_pico
 from pissa.errors import InputError
 from runs import gap, logits, train
 from test_adapters_peft import BASE, same, weights
-from test_laws import every_method, every_started_method
+from test_laws import every_pair_of_the_weight, every_started_pair_of_the_weight
 
 # One rounding of each weight to the dtype, seen at the logits (of size 1): about ten times its spacing.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -21,7 +21,7 @@ def residual(method: str = "pissa", **settings: object) -> peft.PeftModel:
     return pissa.attach(build_pico(), method, **{"rank": 4, "base": "residual", **settings})
 
 
-@every_method
+@every_pair_of_the_weight
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("alpha", [None, 9.0])
 def test_starts_within_one_rounding_of_the_base(method, dtype, alpha):
@@ -31,7 +31,7 @@ def test_starts_within_one_rounding_of_the_base(method, dtype, alpha):
     assert gap(logits(attached), base) < ROUNDING[dtype]
 
 
-@every_started_method
+@every_started_pair_of_the_weight
 def test_the_weights_really_are_the_residual_of_the_stored_factors(method):
     model = residual(method, alpha=8)
     layer = model.get_base_model().model.layers[0].mlp.up_proj
@@ -41,7 +41,7 @@ def test_the_weights_really_are_the_residual_of_the_stored_factors(method):
     assert gap(layer.base_layer.weight, original) > 0.01
 
 
-@every_method
+@every_pair_of_the_weight
 def test_switched_off_it_gives_the_bases_output(method):
     model = train(residual(method))
     assert gap(logits(model), BASE) > 0.1
@@ -50,7 +50,7 @@ def test_switched_off_it_gives_the_bases_output(method):
     assert gap(logits(model), BASE) > 0.1
 
 
-@every_method
+@every_pair_of_the_weight
 @pytest.mark.parametrize("leave", ["unload", "delete_adapter"])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_the_original_weights_come_back_bit_for_bit(method, leave, dtype):
@@ -74,14 +74,14 @@ def test_after_deletion_another_adapter_may_come():
     assert gap(logits(train(model)), BASE) > 0.01
 
 
-@every_started_method
+@every_started_pair_of_the_weight
 def test_a_second_adapter_is_refused(method):
     model = residual(method)
     with pytest.raises(InputError, match="exactly one adapter: attach with base='keep'"):
         model.add_adapter("second", peft.LoraConfig(r=2, target_modules="all-linear"))
 
 
-@every_started_method
+@every_started_pair_of_the_weight
 def test_a_second_split_is_refused_before_it_splits_the_residual(method):
     model = residual(method)
     before = weights(model)
@@ -90,7 +90,7 @@ def test_a_second_split_is_refused_before_it_splits_the_residual(method):
     assert same(weights(model), before)
 
 
-@every_started_method
+@every_started_pair_of_the_weight
 def test_a_residual_under_another_adapter_is_refused(method):
     model = train(pissa.attach(build_pico(), method, rank=4))
     expected = logits(model)
@@ -99,13 +99,13 @@ def test_a_residual_under_another_adapter_is_refused(method):
     assert torch.equal(logits(model), expected)
 
 
-@every_started_method
+@every_started_pair_of_the_weight
 def test_rows_of_one_batch_cannot_choose(method):
     with pytest.raises(InputError, match=r"adapter_names .* nor on a residual"):
         residual(method).eval()(TOKENS, adapter_names=["default", "__base__"])
 
 
-@every_method
+@every_pair_of_the_weight
 @pytest.mark.parametrize("alpha", [None, 10.0])
 def test_what_is_saved_is_a_plain_lora_for_the_original_base(method, alpha, tmp_path):
     model = train(residual(method, alpha=alpha))
@@ -122,7 +122,7 @@ def test_what_is_saved_is_a_plain_lora_for_the_original_base(method, alpha, tmp_
     assert torch.equal(logits(again.base_model.model), BASE)
 
 
-@every_method
+@every_pair_of_the_weight
 @pytest.mark.parametrize("safe", [False, True])
 def test_merged_weights_give_the_adapters_output(method, safe):
     model = train(residual(method, alpha=6))

@@ -14,7 +14,7 @@ import pissa
 from conftest import TOKENS, build_pico
 from pissa.adapters.drift import _DriftProduct
 from runs import gap, language_model, logits, train
-from test_laws import METHODS, every_method, every_started_method
+from test_laws import OF_THE_WEIGHT, every_pair_of_the_weight, every_started_pair_of_the_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -33,7 +33,7 @@ def losses(model: nn.Module, steps: int, learning_rate: float = 2e-3) -> Tensor:
     return torch.stack(seen)
 
 
-@every_method
+@every_pair_of_the_weight
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("alpha", [None, 9.0], ids=["alpha=rank", "alpha=9"])
 def test_first_step_equals_the_base_bit_for_bit(method, dtype, alpha):
@@ -51,7 +51,7 @@ def test_first_step_equals_the_base_bit_for_bit(method, dtype, alpha):
 def test_first_step_of_real_models_equals_the_base_bit_for_bit(shared, name, dtype):
     model = language_model(shared / "models" / name, dtype)
     base = logits(model)
-    for method in METHODS:
+    for method in OF_THE_WEIGHT:
         assert torch.equal(logits(pissa.attach(copy.deepcopy(model), method, rank=8)), base), method
 
 
@@ -79,7 +79,7 @@ def optimizer_state(model: nn.Module) -> int:
     return sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim)
 
 
-@every_method
+@every_pair_of_the_weight
 def test_trains_exactly_as_many_parameters_and_as_much_optimizer_state_as_lora(method):
     ours = pissa.attach(build_pico(), method, rank=3)
     lora = get_peft_model(build_pico(), LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -116,7 +116,7 @@ def test_drift_product_passes_gradcheck_and_is_the_plain_formula(scale):
     assert torch.autograd.gradcheck(lambda *trained: _DriftProduct.apply(*trained, L0, R0, scale), (x, dL, dR))
 
 
-@every_started_method
+@every_started_pair_of_the_weight
 def test_gradients_of_the_drift_are_those_of_the_factors(method):
     layer = nn.Linear(12, 9, dtype=torch.float64)
     x = torch.randn(5, 12, dtype=torch.float64)
@@ -132,7 +132,7 @@ def test_gradients_of_the_drift_are_those_of_the_factors(method):
     assert left.grad.norm() > 0.1
 
 
-@every_started_method
+@every_started_pair_of_the_weight
 def test_small_updates_survive_in_a_bf16_adapter(method):
     model = pissa.attach(build_pico().bfloat16(), method, rank=4).bfloat16()
     base = logits(model)
@@ -156,7 +156,7 @@ def test_attach_leaves_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@every_method
+@every_pair_of_the_weight
 @pytest.mark.parametrize("base", ["keep", "residual"])
 def test_a_refused_attachment_leaves_the_model_untouched(method, base):
     model = build_pico()

@@ -15,7 +15,7 @@ import pissa
 from conftest import build_pico
 from pissa.errors import CheckpointError, InputError, OutputError, WrongBaseError
 from runs import gap, logits, train
-from test_laws import every_method
+from test_laws import every_pair_of_the_weight
 
 Q_PROJ = "layers.1.self_attn.q_proj.weight"
 
@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> tuple[Path, Tensor]:
     return pissa.save(model, tmp_path / "run"), logits(model)
 
 
-@every_method
+@every_pair_of_the_weight
 def test_a_run_comes_back_with_its_bits_and_goes_on_with_the_same_bits(method, tmp_path):
     model = train(pissa.attach(build_pico(), method, rank=4))
     pissa.save(model, tmp_path / "run")
@@ -38,7 +38,7 @@ def test_a_run_comes_back_with_its_bits_and_goes_on_with_the_same_bits(method, t
     assert torch.equal(logits(train(again)), logits(train(model)))
 
 
-@every_method
+@every_pair_of_the_weight
 def test_restart_gives_the_start_of_a_run(method, tmp_path):
     model = pissa.attach(build_pico(), method, rank=4)
     start = {key: value.clone() for key, value in model.state_dict().items()}

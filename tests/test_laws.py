@@ -22,9 +22,13 @@ SHAPES = {"wide": (12, 40), "tall": (40, 12), "square": (24, 24)}
 # docs: float64 identities to 1e-10 of the norm, float32 ones to 2e-6 sqrt(k); here k <= 24.
 REBUILD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
+OF_THE_WEIGHT = [name for name in PAIRS if methods()[name].needs == "weight"]
+
 every_method = pytest.mark.parametrize("method", METHODS)
 every_pair = pytest.mark.parametrize("method", PAIRS)
 every_core = pytest.mark.parametrize("method", CORED)
+every_pair_of_the_weight = pytest.mark.parametrize("method", OF_THE_WEIGHT)
+every_started_pair_of_the_weight = pytest.mark.parametrize("method", [m for m in OF_THE_WEIGHT if m in STARTED])
 every_started_method = pytest.mark.parametrize("method", STARTED)
 
 

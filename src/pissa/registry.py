@@ -172,8 +172,8 @@ class Method:
             InputError: naming the tensor.
         """
         check_weight(weight, name)
+        check_rank(min(rank, *weight.shape) if self.full_rank else rank, weight.shape, name)
         rank = min(weight.shape) if self.full_rank else rank
-        check_rank(rank, weight.shape, name)
         check_scale(scale, name)
         tolerance_of(svd)
         if self.needs == QUANTISER and quantisation is None:

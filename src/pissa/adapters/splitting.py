@@ -65,7 +65,7 @@ def split(
     choice = choose(method, quant, iterations, double_quant)
     scale_of(alpha, rank)
     check_weight(weight, name)
-    check_rank(1 if get(choice.method).full_rank else rank, weight.shape, name)
+    check_rank(min(rank, *weight.shape) if get(choice.method).full_rank else rank, weight.shape, name)
     recipe = Recipe(
         choice.method,
         rank,

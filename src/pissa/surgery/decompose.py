@@ -150,7 +150,7 @@ def prepare(
     found = find_targets(skeleton, targets)
     refuse_unfit_targets(chosen, found)
     for target in sorted(found, key=lambda target: min(target.matrix_shape)):  # the narrowest says what fits all
-        check_rank(1 if chosen.full_rank else rank, target.matrix_shape, target.weight)
+        check_rank(min(rank, *target.matrix_shape) if chosen.full_rank else rank, target.matrix_shape, target.weight)
     packed: frozenset[str] = frozenset()
     if choice.quant and store == "packed":
         packed = frozenset(packed_modules(quantiser(choice.quant, double=double_quant), found))
