@@ -33,6 +33,7 @@ TENSORS = 20
 RUNS_TO_BE_KILLED = """
 import json, os, pathlib, signal, sys, torch, pissa
 from pissa.checkpoint.writer import TensorFile
+from pissa.surgery import small_files
 from pissa.surgery.decomposition import Decomposition
 
 torch.set_num_threads(1)
@@ -70,7 +71,7 @@ for base, out, settings, where, count in jobs:
         elif where == "writing":
             TensorFile.write = at(count, die, TensorFile.write)
         elif where == "small files":
-            Decomposition.init_config = die
+            small_files._init_config = die
         try:
             pissa.decompose(base, out, progress=progress, **settings)
         finally:

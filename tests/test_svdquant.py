@@ -182,7 +182,7 @@ def test_bfloat16_weights_and_short_last_groups_split_too():
         (None, {}, "needs the inputs of `w`"),
         (torch.ones(4, 9), {}, r"are \[4, 9\], expected \[rows, 256\]"),
         (torch.ones(0, 256), {}, "expected .* with a row or more"),
-        (torch.full((2, 256), torch.inf), {}, "not all finite"),
+        (torch.full((2, 256), torch.inf), {}, "has non-finite values"),
         (INPUTS, {"rounds": 0}, "rounds is 0, expected 1 or more"),
         (INPUTS, {"smooth": True}, "Did you mean 'smoothing'"),
     ],

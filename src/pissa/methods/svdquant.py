@@ -24,7 +24,7 @@ from pissa.linalg import frobenius, truncated_svd
 from pissa.linalg.int4 import Int4, pack, quantise
 from pissa.linalg.smoothing import smoothings
 from pissa.registry import method
-from pissa.splits import Quantised, Split, is_finite
+from pissa.splits import Quantised, Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,5 @@ def _check(weight: Tensor, inputs: Tensor, rounds: int, name: str) -> None:
             f"the inputs seen of `{name}` are {list(inputs.shape)}, expected [rows, {weight.shape[1]}] with a row or "
             "more: observe the model that is split"
         )
-    if not is_finite(inputs):
-        raise InputError(f"the inputs seen of `{name}` are not all finite: calibrate in float32")
     if rounds < 1:
         raise InputError(f"svdquant: rounds is {rounds}, expected 1 or more")

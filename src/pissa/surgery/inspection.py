@@ -125,6 +125,7 @@ def inspect(
             report.base = {key: value for key, value in asdict(record.base).items() if key != "tensors"}
         if record.recipe:
             left_out = {"targets"} | (set() if record.recipe.quant else {"quant", "double_quant", "iterations"})
+            left_out |= {key for key in ("options", "ranks") if not getattr(record.recipe, key)}
             report.recipe = {key: value for key, value in asdict(record.recipe).items() if key not in left_out}
         report.layers = [asdict(layer) for layer in record.layers]
         if base is not None:
