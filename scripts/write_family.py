@@ -72,7 +72,8 @@ def read(name: str) -> dict[str, Any]:
 def compared(numbers: dict[str, Any]) -> str:
     """A line for each method at its best rate, its random control beside it; the best first."""
     best, scored = numbers["best_of_grid"], "accuracy" in next(iter(numbers["best_of_grid"].values()))
-    head = ["method", "trains", "best rate", "loss", "against lora", "its control"]
+    least = min(cell["learning_rate"] for cell in numbers["cells"] if cell["method"] == "lora")
+    head = ["method", "trains", "best rate", "loss", "less lora's", "its control's", f"loss at {least:g}"]
     head += (["accuracy", "F1"] if scored else []) + ["seconds", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     methods = [name for name in best if not name.endswith(CONTROL)]
@@ -87,6 +88,7 @@ def compared(numbers: dict[str, Any]) -> str:
             loss_of(own),
             verdict(own["against_reference"]),
             loss_of(control) if control else "",
+            mean_at(cells, least),
         ]
         row += [f"{own[score]['mean']:.3f}" for score in ("accuracy", "f1")] if scored else []
         row += [f"{statistics.median(cell['seconds'] for cell in cells):.0f}"]
@@ -100,12 +102,18 @@ def loss_of(best: dict[str, Any]) -> str:
     return f"{best['loss']['mean']:.3f} ± {best['loss']['stderr']:.3f}"
 
 
+def mean_at(cells: list[dict[str, Any]], rate: float) -> str:
+    """The mean loss at one rate; nothing where it was not tried."""
+    losses = [cell["eval_loss"] for cell in cells if cell["learning_rate"] == rate]
+    return f"{statistics.mean(losses):.3f}" if losses else ""
+
+
 def verdict(test: dict[str, Any] | None) -> str:
-    """Lower, higher or not told apart, with the p after Holm's correction."""
+    """The difference and its standard error; ↓ and ↑ where the paired test tells it from zero, = where not."""
     if not test:
         return ""
-    word = {"lower": "lower", "higher": "higher"}.get(test["verdict"], "no difference seen")
-    return f"{word} (p {test['p_holm']:.2g})"
+    mark = {"lower": "↓", "higher": "↑"}.get(test["verdict"], "=")
+    return f"{test['difference']:+.3f} ± {test['stderr']:.3f} {mark}"
 
 
 def one_pass(found: dict[str, Any]) -> dict[str, Any]:

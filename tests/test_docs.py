@@ -6,6 +6,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
+
 import pissa
 from pissa import registry
 
@@ -51,6 +53,19 @@ def test_no_source_file_is_past_300_lines() -> None:
         str(file): count for file in (ROOT / "src").rglob("*.py") if (count := len(file.read_text().split("\n"))) > 300
     }
     assert not long
+
+
+def test_the_familys_page_is_that_of_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = importlib.import_module("write_family")
+    page = script.PAGE.read_text()
+    assert script.filled(page) == page
+    for name in script.CASES:
+        numbers = script.read(name)
+        assert len(numbers["seeds"]) == 3 and len(numbers["methods"]) == 18, name
+    for file in [script.DATA, *(ROOT / "docs/results").glob("family-*/*")]:
+        text = file.read_text()
+        assert "/work" not in text and "/tmp" not in text and "/root" not in text, file
 
 
 def test_the_readmes_table_is_that_of_the_results() -> None:
