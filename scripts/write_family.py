@@ -14,9 +14,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from write_results import RESULTS, without_places
+from write_results import RESULTS, keep, without_places
 
-from pissa.comparison import report
 from pissa.registry import CONTROL
 
 CASES = ("family-mixed-8m", "family-minilm-mrpc")
@@ -34,12 +33,7 @@ def main() -> None:
     parser.add_argument("--four-bits", type=Path, nargs="*", default=[])
     asked = parser.parse_args()
     for name in CASES:
-        report(asked.out / name)
-        folder = RESULTS / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in ("compare.json", "compare.html"):
-            text = (asked.out / name / file).read_text(encoding="utf-8")
-            (folder / file).write_text(without_places(text, asked.shared, asked.out), encoding="utf-8")
+        keep(name, asked.shared, asked.out)
     kept = json.loads(DATA.read_text(encoding="utf-8")) if DATA.is_file() else {}
     if asked.one_pass:
         kept["one pass"] = one_pass(json.loads(asked.one_pass.read_text(encoding="utf-8")))

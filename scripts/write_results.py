@@ -48,17 +48,22 @@ def main() -> None:
     asked = parser.parse_args()
     out = asked.out
     for name in TITLES:
-        report(out / name)
-        folder = RESULTS / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in ("compare.json", "compare.html"):
-            text = (out / name / file).read_text(encoding="utf-8")
-            (folder / file).write_text(without_places(text, asked.shared, out), encoding="utf-8")
+        keep(name, asked.shared, out)
     results = read_results()
     (RESULTS / "README.md").write_text(page(results), encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     filled = TABLE.sub(lambda found: found[1] + table(results) + found[2], readme)
     (ROOT / "README.md").write_text(filled, encoding="utf-8")
+
+
+def keep(name: str, shared: Path, out: Path) -> None:
+    """Put the page and the numbers of one comparison into docs/results."""
+    report(out / name)
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("compare.json", "compare.html"):
+        text = (out / name / file).read_text(encoding="utf-8")
+        (folder / file).write_text(without_places(text, shared, out), encoding="utf-8")
 
 
 def read_results() -> dict[str, dict[str, Any]]:

@@ -85,6 +85,16 @@ class Method:
         return "core" in self.parts
 
     @property
+    def own_rank(self) -> bool:
+        """Whether a plain LoRA of the split's own rank holds any change; else it takes twice as much."""
+        return self.zero_start or self.has_core
+
+    def rank_at(self, rank: int, shape: tuple[int, ...], name: str) -> int:
+        """The rank that a weight [out, in] of this shape is split at where `rank` is asked, checked."""
+        check_rank(min(rank, *shape) if self.full_rank else rank, shape, name)
+        return min(shape) if self.full_rank else rank
+
+    @property
     def exports(self) -> str:
         """What a trained adapter becomes for other tools, in words."""
         if not self.parts:
@@ -93,8 +103,7 @@ class Method:
             return "plain LoRA of rank r for its own residual"
         if self.full_rank:
             return "merged weights, or the best LoRA of a rank"
-        own_rank = self.zero_start or "right" not in self.parts
-        return f"plain LoRA of rank {'r' if own_rank else '2r'}, exact"
+        return f"plain LoRA of rank {'r' if self.own_rank else '2r'}, exact"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -172,8 +181,7 @@ class Method:
             InputError: naming the tensor.
         """
         check_weight(weight, name)
-        check_rank(min(rank, *weight.shape) if self.full_rank else rank, weight.shape, name)
-        rank = min(weight.shape) if self.full_rank else rank
+        rank = self.rank_at(rank, weight.shape, name)
         check_scale(scale, name)
         tolerance_of(svd)
         if self.needs == QUANTISER and quantisation is None:
@@ -238,21 +246,8 @@ def method(
     """
 
     def register(start: Callable[..., Split]) -> Callable[..., Split]:
-        _METHODS[name] = Method(
-            name,
-            title,
-            paper,
-            trains,
-            verdict,
-            start,
-            parts,
-            zero_start,
-            alternates,
-            needs,
-            full_rank,
-            allotment,
-            entries,
-        )
+        facts = parts, zero_start, alternates, needs, full_rank, allotment, entries
+        _METHODS[name] = Method(name, title, paper, trains, verdict, start, *facts)
         return start
 
     return register

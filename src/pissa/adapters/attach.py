@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from pissa.adapters import cores, drift, factors, quantised, twins
 from pissa.adapters.factors import Starts
 from pissa.adapters.plain import whole
-from pissa.adapters.splitting import allotted, given_observations, refuse_unfit_targets, seen_of, split_by
+from pissa.adapters.splitting import allotted, at_full_rank, given_observations, refuse_unfit_targets, seen_of, split_by
 from pissa.adapters.state import keeps_start, trains_drift
 from pissa.adapters.storing import describe, store
 from pissa.checkpoint.fingerprint import canonical, combined, fingerprint, model_tensors
@@ -132,7 +131,7 @@ def split_model(
     def seen(target: Target) -> Any:
         return seen_of(observations, recipe.method, canonical(target.weight, prefix))
 
-    recipe = allotted(recipe, ((target, matrix(target)) for target in targets), seen)
+    recipe = at_full_rank(allotted(recipe, ((target, matrix(target)) for target in targets), seen), targets)
     starts, layers = {}, []
     for target in targets:
         if target.module not in recipe.targets:
@@ -142,8 +141,6 @@ def split_model(
         starts[target.module] = split.start
         kept = recipe.base_form == "keep"
         layers.append(describe(name, split) if kept else store(name, split, split.left.dtype, weight.dtype).layer)
-    if get(recipe.method).full_rank:
-        recipe = dataclasses.replace(recipe, ranks={module: start.pair[1].shape[0] for module, start in starts.items()})
     return recipe, starts, layers
 
 

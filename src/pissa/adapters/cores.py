@@ -43,13 +43,11 @@ class Keep(drift.Keep):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The base layer's `result` plus the change's output."""
-        start, moved = starts.of(module)[active_adapter], trained(module, active_adapter)
-        left, right = start.pair
+        start, moved = starts.one(module, active_adapter), trained(module, active_adapter)
+        _, right = start.pair
         hidden = F.linear(x.to(right.dtype), right)
-        diagonal = module.lora_variant[active_adapter].diagonal
-        change = F.linear(
-            _through_core(hidden, moved.core, start, diagonal), left if moved.left is None else left + moved.left
-        )
+        inner = _through_core(hidden, moved.core, start, module.lora_variant[active_adapter].diagonal)
+        change = F.linear(inner, _moved_left(start, moved))
         if moved.left is not None and start.core is not None:
             change = change + F.linear(F.linear(hidden, start.core), moved.left)
         return result + module.scaling[active_adapter] * change
@@ -63,7 +61,7 @@ class Keep(drift.Keep):
 
     def emit(self, layer: Any, adapter: str, state: dict[str, Any], keys: tuple[str, str]) -> None:
         """Put the plain LoRA into a state dict, in place of the drift."""
-        start = starts.of(layer)[adapter]
+        start = starts.one(layer, adapter)
         left, right = start.pair
         key_left, key_right = keys
         moved = whole_core(sharding.whole(state[key_right]), start.pattern, right.shape[0]) @ right
@@ -79,7 +77,7 @@ class Keep(drift.Keep):
         Raises:
             WrongBaseError: a pair of another start.
         """
-        start, own = starts.of(layer)[adapter], trained(layer, adapter)
+        start, own = starts.one(layer, adapter), trained(layer, adapter)
         left, right = (factor.double() for factor in start.pair)
         key_left, key_right = keys
         pair_left, pair_right, rank = state.pop(key_left).to(left), state[key_right].to(right), right.shape[0]
@@ -105,15 +103,13 @@ class Product(Keep):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The frozen part's `result` plus the product's output."""
-        start, moved = starts.of(module)[active_adapter], trained(module, active_adapter)
-        left, right = start.pair
+        start, moved = starts.one(module, active_adapter), trained(module, active_adapter)
+        _, right = start.pair
         hidden = F.linear(x.to(right.dtype), right)
         inner = _through_core(hidden, moved.core, start, module.lora_variant[active_adapter].diagonal)
         if start.core is not None:
             inner = inner + F.linear(hidden, start.core)
-        return result + module.scaling[active_adapter] * F.linear(
-            inner, left if moved.left is None else left + moved.left
-        )
+        return result + module.scaling[active_adapter] * F.linear(inner, _moved_left(start, moved))
 
     @staticmethod
     def change(module: Any, adapter: str) -> Tensor:
@@ -129,7 +125,7 @@ class OnQuantised(Product):
 
     def emit(self, layer: Any, adapter: str, state: dict[str, Any], keys: tuple[str, str]) -> None:
         """Put ``L @ (C R0)`` into a state dict, in place of the drift."""
-        start = starts.of(layer)[adapter]
+        start = starts.one(layer, adapter)
         assert start.core is not None
         left, right = start.pair
         key_left, key_right = keys
@@ -142,7 +138,7 @@ class OnQuantised(Product):
         Raises:
             WrongBaseError: a pair of another start.
         """
-        start = starts.of(layer)[adapter]
+        start = starts.one(layer, adapter)
         assert start.core is not None
         left, right = start.pair
         key_left, key_right = keys
@@ -248,6 +244,12 @@ def read(parameters: dict[str, nn.Parameter], file: Path) -> None:
         raise CheckpointError(f"{file} cannot be read ({error}): go on from another checkpoint") from error
 
 
+def _moved_left(start: Factors, moved: Factors) -> Tensor:
+    """L, which is L0 where the left factor does not train."""
+    left, _ = start.pair
+    return left if moved.left is None else left + moved.left
+
+
 def _through_core(hidden: Tensor, values: Tensor | None, start: Factors, diagonal: bool) -> Tensor:
     """``dC h``."""
     assert values is not None
@@ -264,4 +266,4 @@ def _wide(layer: Any, adapter: str) -> tuple[Factors, Factors]:
     moved = trained(layer, adapter)
     whole = Factors(**{part: sharding.whole(value.detach()) for part, value in moved.named().items()})
     dtype = torch.promote_types(layer.lora_A[adapter].weight.dtype, torch.float32)
-    return starts.of(layer)[adapter].to(dtype), whole.to(dtype)
+    return starts.one(layer, adapter).to(dtype), whole.to(dtype)

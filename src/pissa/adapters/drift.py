@@ -159,5 +159,5 @@ def install(layer: Any, adapter: str, start: Factors, *, on_residual: bool | Non
 
 
 def _all_factors(module: Any, adapter: str) -> tuple[Tensor, ...]:
-    parts = (*starts.of(module)[adapter].pair, *factors.trained(module, adapter))
+    parts = (*starts.one(module, adapter).pair, *factors.trained(module, adapter))
     return tuple(part.detach().to(torch.promote_types(part.dtype, torch.float32)) for part in parts)

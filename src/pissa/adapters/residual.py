@@ -23,7 +23,7 @@ def install(layer: Any, adapter: str, *, on_residual: bool) -> None:
         on_residual: the weight is the residual already (a decomposed folder); then the undo is computed.
     """
     weight = layer.get_base_layer().weight
-    left, right = starts.taken(starts.of(layer)[adapter])
+    left, right = starts.taken(starts.one(layer, adapter))
     product = layer.scaling[adapter] * (left.float() @ right.float())
     product = target_of("", layer.get_base_layer()).from_matrix(product)
     if on_residual:

@@ -49,9 +49,9 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """
     parameters = dict(model.named_parameters())
     names = {name for name, part in parameters.items() if part.requires_grad}
-    names |= {name for name in model.state_dict() if ".lora_B." in name and name not in parameters}
     with gathered(model):
         state = model.state_dict()
+        names |= {name for name in state if ".lora_B." in name and name not in parameters}
         return {name: whole(state[name]).detach().cpu().clone() for name in state if name in names}
 
 

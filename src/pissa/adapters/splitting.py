@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from pissa.checkpoint.targets import Target
-from pissa.checks import check_rank, check_weight, scale_of
+from pissa.checks import check_weight, scale_of
 from pissa.errors import InputError
 from pissa.observe import Observations
 from pissa.presets import choose, observed
 from pissa.quant import Quantiser, quantiser
 from pissa.records import Recipe
-from pissa.registry import OBSERVED, Method, Quantisation, get
+from pissa.registry import Method, Quantisation, get
 from pissa.splits import Quantised, Split
 
 
@@ -65,7 +65,7 @@ def split(
     choice = choose(method, quant, iterations, double_quant)
     scale_of(alpha, rank)
     check_weight(weight, name)
-    check_rank(min(rank, *weight.shape) if get(choice.method).full_rank else rank, weight.shape, name)
+    get(choice.method).rank_at(rank, weight.shape, name)
     recipe = Recipe(
         choice.method,
         rank,
@@ -148,6 +148,13 @@ def allotted(recipe: Recipe, weights: Iterable[tuple[Target, Tensor]], seen: Cal
     )
 
 
+def at_full_rank(recipe: Recipe, targets: Iterable[Target]) -> Recipe:
+    """The recipe with the rank of each target where its method works at full rank, whatever is asked."""
+    if not get(recipe.method).full_rank:
+        return recipe
+    return dataclasses.replace(recipe, ranks={target.module: min(target.matrix_shape) for target in targets})
+
+
 def refuse_unfit_targets(chosen: Method, targets: list[Target]) -> None:
     """Refuse a method that trains nothing, and kinds of layers that a core does not fit in."""
     if not chosen.parts:
@@ -176,10 +183,8 @@ def given_observations(method: str, observations: Observations | str | Path | No
 
 def seen_of(observations: Observations | None, method: str, name: str) -> Any:
     """What the method needs to have been seen of a weight, by its canonical name; None where it needs nothing."""
-    chosen = get(method)
-    if chosen.needs not in OBSERVED:
-        return None
-    return chosen.required(observations, name).get(chosen.needs, name)
+    needs = observed(method)
+    return get(method).required(observations, name).get(needs, name) if needs else None
 
 
 def quantiser_of(recipe: Recipe) -> Quantiser | None:

@@ -38,13 +38,13 @@ def put(layer: Any, adapter: str, start: Factors, like: Tensor) -> None:
 
 def of(layer: Any) -> dict[str, Factors]:
     """The start of each started adapter of a layer."""
-    if not hasattr(layer, "start_left"):
-        return {}
-    held = {part: getattr(layer, buffer) for part, buffer in _BUFFERS.items()}
-    return {
-        name: Factors(**{part: tensors[name] for part, tensors in held.items() if name in tensors})
-        for name in layer.start_left
-    }
+    return {adapter: one(layer, adapter) for adapter in getattr(layer, "start_left", ())}
+
+
+def one(layer: Any, adapter: str) -> Factors:
+    """The start of one started adapter of a layer."""
+    held = ((part, getattr(layer, buffer)) for part, buffer in _BUFFERS.items())
+    return Factors(**{part: tensors[adapter] for part, tensors in held if adapter in tensors})
 
 
 def _variants(layer: Any) -> dict[str, Any]:

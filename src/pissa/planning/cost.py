@@ -141,8 +141,7 @@ def disk_cost(planned: Planned, settings: TrainSettings, steps: int | None) -> D
         chosen, named = get(recipe.method), planned.model.named_parameters()
         own = _bytes(part for name, part in named if part.requires_grad and ".lora_" in name)
         rank_bytes = FLOAT * sum(recipe.rank_of(t.module) * sum(t.matrix_shape) for t in planned.targets)
-        own_rank = bool(recipe.quant) or chosen.zero_start or chosen.has_core
-        exported = (1 if own_rank else 2) * rank_bytes + trained - own
+        exported = (1 if recipe.quant or chosen.own_rank else 2) * rank_bytes + trained - own
         result = exported + _start_bytes(planned) + trained
         if planned.makes_residual:
             residual = _residual_bytes(planned, rank_bytes)

@@ -17,7 +17,7 @@ from torch import nn
 from pissa.adapters import cores, drift, plain
 from pissa.adapters.attach import Attachment, wrap
 from pissa.adapters.plain import INIT
-from pissa.adapters.splitting import refuse_unfit_targets
+from pissa.adapters.splitting import at_full_rank, refuse_unfit_targets
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.skeleton import parameter_names
 from pissa.checkpoint.targets import Target, find_targets, head_modules
@@ -93,8 +93,7 @@ def build(source: Source, settings: TrainSettings, classes: int) -> Planned:
         return Planned(model.train(), source, sizes)
     recipe, found = _recipe(source, settings, model)
     refuse_unfit_targets(get(recipe.method), found)
-    if get(recipe.method).full_rank:
-        recipe = dataclasses.replace(recipe, ranks={target.module: min(target.matrix_shape) for target in found})
+    recipe = at_full_rank(recipe, found)
     for target in found:
         check_rank(recipe.rank_of(target.module), target.matrix_shape, target.weight)
     heads = sorted({*head_modules(model), *(settings.modules_to_save or ())})

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from pissa.adapters.splitting import given_observations, refuse_unfit_targets
+from pissa.adapters.splitting import at_full_rank, given_observations, refuse_unfit_targets
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, find_targets
 from pissa.checkpoint.writer import parse_bytes
-from pissa.checks import check_rank, scale_of, tolerance_of
+from pissa.checks import scale_of, tolerance_of
 from pissa.errors import CheckpointError, InputError, WrongBaseError
 from pissa.observe import Observations
 from pissa.presets import choose
@@ -150,7 +150,7 @@ def prepare(
     found = find_targets(skeleton, targets)
     refuse_unfit_targets(chosen, found)
     for target in sorted(found, key=lambda target: min(target.matrix_shape)):  # the narrowest says what fits all
-        check_rank(min(rank, *target.matrix_shape) if chosen.full_rank else rank, target.matrix_shape, target.weight)
+        chosen.rank_at(rank, target.matrix_shape, target.weight)
     packed: frozenset[str] = frozenset()
     if choice.quant and store == "packed":
         packed = frozenset(packed_modules(quantiser(choice.quant, double=double_quant), found))
@@ -170,9 +170,9 @@ def prepare(
         double_quant,
         choice.iterations,
         own,
-        {target.module: min(target.matrix_shape) for target in found} if chosen.full_rank else {},
     )
     dtypes = {name: output_dtype(info.dtype, dtype) for name, info in checkpoint.tensors.items()}
+    recipe = at_full_rank(recipe, found)
     job = Decomposition(checkpoint, skeleton, parameters, by_tensor, recipe, dtypes, packed, device, shard_bytes)
     job.observations = given_observations(method, observations)
     job.allot()

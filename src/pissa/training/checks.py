@@ -8,9 +8,9 @@ from typing import Any
 from pissa.checks import tolerance_of
 from pissa.config import TrainSettings, config_error, default_of
 from pissa.errors import InputError, require
-from pissa.presets import choose
+from pissa.presets import choose, observed
 from pissa.quant import quantiser
-from pissa.registry import OBSERVED, OPTIMISER, get
+from pissa.registry import OPTIMISER, get
 from pissa.training import options, residual
 from pissa.training.arguments import device
 from pissa.training.calibration import SAVED
@@ -55,7 +55,7 @@ def check(settings: TrainSettings, resume: bool) -> None:
                 )
             if not chosen.parts:
                 mistakes.append(f"method: got {settings.method}, which trains nothing: see pissa decompose")
-            mistakes += _about_calibration(settings, chosen.needs)
+            mistakes += _about_calibration(settings)
     else:
         mistakes += [
             f"{key}: got {getattr(settings, key)}, expected {unset} with full, which has no adapter"
@@ -84,12 +84,12 @@ def check(settings: TrainSettings, resume: bool) -> None:
     device(settings)
 
 
-def _about_calibration(settings: TrainSettings, needs: str) -> list[str]:
+def _about_calibration(settings: TrainSettings) -> list[str]:
     """Where calibration would be passed over, or read as something that it is not."""
     if not settings.calibration:
         return []
     got = f"calibration: got {settings.calibration}, expected"
-    if needs not in OBSERVED:
+    if observed(settings.method) is None:
         return [f"{got} null with {settings.method}, which needs the weights alone"]
     if residual.is_decomposed(settings.model):
         return [f"{got} null with {settings.model}, which was decomposed with what was seen then"]

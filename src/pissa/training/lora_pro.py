@@ -106,7 +106,7 @@ class LoraPro(Optimizer):
         layer, adapter = pair
         B, A, gB, gA = (part.flatten(1) for part in (left, right, left.grad, right.grad))  # type: ignore[union-attr]
         if adapter in layer.lora_variant:  # then the drift trains
-            L0, R0 = starts.of(layer)[adapter].pair
+            L0, R0 = starts.one(layer, adapter).pair
             B, A = L0 + B, R0 + A
         tangent = Tangent(B, A, layer.scaling[adapter], group["damping"])
         updates = tangent.updates(gB, gA)
