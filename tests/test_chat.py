@@ -151,7 +151,7 @@ def test_what_cannot_talk_is_refused_with_what_to_do(place: Path, tmp_path: Path
         (tmp_path / "run" / "run.json").write_text(json.dumps({**record, **changes}))
         return tmp_path / "run"
 
-    with pytest.raises(InputError, match=r"learnt classification.*nothing to chat with"):
+    with pytest.raises(InputError, match=r"learnt classification.*nothing to talk to"):
         open_chat(folder(settings={**record["settings"], "task": "classification"}, labels=["no", "yes"]))
     with pytest.raises(CheckpointError, match=r"not finished: go on with pissa train .* --resume"):
         open_chat(folder(status="running"))

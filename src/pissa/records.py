@@ -130,7 +130,7 @@ class Record:
             raise CheckpointError(f"{where} is damaged ({error}): make the folder again") from error
 
 
-def versions() -> dict[str, str]:
-    """The versions that decide what was computed."""
-    packages = ("pissa", "torch", "transformers", "peft", "safetensors", "bitsandbytes")
+def versions(*more: str) -> dict[str, str]:
+    """The versions that decide what was computed, those of `more` packages too."""
+    packages = ("pissa", "torch", "transformers", "peft", "safetensors", "bitsandbytes", *more)
     return {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}

@@ -16,6 +16,8 @@ from pissa.cli import (
     convert,
     decompose,
     demo,
+    eval,
+    glue,
     inspect,
     landscape,
     merge,
@@ -25,6 +27,7 @@ from pissa.cli import (
     preview,
     recipes,
     report,
+    score,
     train,
 )
 from pissa.errors import PissaError
@@ -51,6 +54,9 @@ app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
 app.command("report")(report.report)
 app.command("chat")(chat.chat)
+app.command("eval")(eval.evaluate)
+app.command("glue", context_settings={"ignore_unknown_options": True})(glue.glue)
+app.command("score")(score.score)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.app, name="recipes")
 

@@ -39,6 +39,12 @@ Workers = Annotated[int | None, Option(help="Tensors worked on side by side, 1 o
 MaxShardBytes = Annotated[str, Option(help="Size of an output file: bytes, 500MB, 5GB.")]
 Revision = Annotated[str | None, Option(help="Commit, tag or branch of a Hub model.")]
 RemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+RunCode = Annotated[
+    bool, Option("--allow-code-execution", help="Run programs that a model wrote, without network, files or rights.")
+]
+NoIsolation = Annotated[
+    bool, Option("--no-isolation", help="Accept a process with limits only, where the machine has no walls.")
+]
 Force = Annotated[bool, Option("--force", help="Replace the output folder if it is there.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 

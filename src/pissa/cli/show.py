@@ -78,6 +78,27 @@ def points_progress(title: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
+@contextmanager
+def steps_progress() -> Iterator[Callable[[str, str, int, int], None]]:
+    """A progress bar with time left on stderr for each of many works, told (where, what, done, in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(where: str, what: str, done: int, total: int) -> None:
+            name = f"{where}: {what}"
+            if name not in tasks:
+                for old in tasks.values():
+                    bar.update(old, visible=False)
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done, total=total)
+
+        yield update
+
+
 def counted(noun: str) -> Callable[[object, int, int], None]:
     """A line on stderr for each of many long works: how many are done, and about how long the rest takes."""
     begun, first = time.monotonic(), -1

@@ -9,15 +9,10 @@ from typing import Any
 
 import torch
 
-from pissa.adapters import plain, runs
-from pissa.checkpoint.output import read_json
-from pissa.config import TrainSettings
-from pissa.errors import CheckpointError, InputError
-from pissa.records import Record
-from pissa.surgery.folders import RESIDUAL, kind_of_folder
+from pissa.errors import InputError
 from pissa.training.data import Row
 from pissa.training.language import tokens
-from pissa.training.models import load_base, load_tokenizer
+from pissa.training.opening import open_model
 from pissa.training.templates import Script, scripts
 
 RAW = "raw"
@@ -132,61 +127,11 @@ def open_chat(
         CheckpointError: nothing to talk to, or not finished.
         WrongBaseError: another base.
     """
-    path = Path(path)
     if template not in (None, *TEMPLATES):
         raise InputError(f"--template is {template!r}, expected one of {', '.join(TEMPLATES)}")
-    run, record = path, _run_record(path)
-    if record.get("settings", {}).get("method") == "full":
-        path = path / "model"
-    name, revision, adapter = _model_of(path, base)
-    dtype = record.get("settings", {}).get("dtype", "auto")
-    loaded = {"model": name, "revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    settings = TrainSettings.model_validate({**loaded, "data": "none", "output": "none"})
-    model, missing = load_base(settings, "AutoModelForCausalLM")
-    if missing:
-        raise InputError(f"{name} has no weights for {missing[0]}: it is no causal language model and cannot answer")
-    if not _in_few_bits(model):
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    own = next((place for place in (path / "adapter", path) if (place / "tokenizer_config.json").is_file()), None)
-    tokenizer = load_tokenizer(settings.model_copy(update={"model": str(own), "revision": None}) if own else settings)
-    chosen = template or _template(record, tokenizer, run)
-    return Chat(runs.load(model, adapter, trainable=False) if adapter else model.eval(), tokenizer, chosen)
-
-
-def _run_record(path: Path) -> dict[str, Any]:
-    """The run.json of a finished run that can talk; nothing for other folders."""
-    if not (path / "run.json").is_file():
-        return {}
-    record = read_json(path / "run.json")
-    if record.get("status") != "finished":
-        raise CheckpointError(f"{path} is not finished: go on with pissa train {path}/settings.yaml --resume")
-    if record["settings"]["task"] != "language":
-        raise InputError(
-            f"{path} learnt {record['settings']['task']}: it gives a class or a score and no text, so there is "
-            "nothing to chat with. Load its adapter/ with peft, see adapter/README.md"
-        )
-    return record
-
-
-def _model_of(path: Path, base: str | None) -> tuple[str, str | None, Path | None]:
-    """Name and revision of the model to load, and what to put on it."""
-    kind = kind_of_folder(path)
-    if kind in ("merged", "model"):
-        if base:
-            raise InputError(f"--base is {base}, but {path} is a whole model and needs none: leave it out")
-        return str(path), None, None
-    if kind == "decomposed":
-        return base or str(path), None, path
-    if kind not in ("run", "state", "lora"):
-        raise CheckpointError(
-            f"{path} is a {kind} folder, whose base cannot be checked: see pissa inspect {path}, then pissa convert it"
-        )
-    file = path / "state" / plain.RECORD if kind == "run" else path / plain.RECORD
-    served_on = Record.from_json(read_json(file), str(file)).served_on
-    assert served_on is not None
-    if base or not (path / RESIDUAL).is_dir():
-        return base or served_on.name, None if base else served_on.revision, path
-    return str(path / RESIDUAL), None, path  # beside a run that may have been moved
+    opened = open_model(path, base=base, trust_remote_code=trust_remote_code)
+    chosen = template or _template(opened.record, opened.tokenizer, Path(path))
+    return Chat(opened.model, opened.tokenizer, chosen)
 
 
 def _template(record: dict[str, Any], tokenizer: Any, run: Path) -> str:
@@ -196,7 +141,3 @@ def _template(record: dict[str, Any], tokenizer: Any, run: Path) -> str:
     if template not in TEMPLATES:  # written by an earlier version
         raise InputError(f"{run}/run.json does not say which template the run saw: name it with --template")
     return str(template)
-
-
-def _in_few_bits(model: Any) -> bool:
-    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))

@@ -1,0 +1,187 @@
+"""Several models on several benchmarks: what is missing is asked, all that is there is read.
+
+OUT/MODEL/TASK.answers.jsonl   answers as they come, to go on from
+OUT/MODEL/TASK.json            scores, and all that is needed to repeat them
+OUT/MODEL/TASK.samples.jsonl   each prompt, answer, what was extracted, the verdict
+OUT/results.json               all of them
+OUT/results.html               the table; OUT/MODEL/TASK.html: right and wrong answers
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pissa.checkpoint.output import read_json, write_json
+from pissa.errors import ConfigError, OutputError
+from pissa.evaluation.benchmark import benchmark, job_of
+from pissa.evaluation.harness import TASKS, Asked
+from pissa.evaluation.judge import Judge
+from pissa.evaluation.model import Subject, base_of, check_backend, subject
+from pissa.evaluation.mt_bench import mt_bench, settings_of
+from pissa.evaluation.page import write_answers, write_results
+from pissa.evaluation.questions import SOURCES, Questions, questions
+from pissa.evaluation.result import FORMAT, TaskResult
+from pissa.evaluation.tracks import MT_BENCH, PAPER, Protocol, protocol
+from pissa.scoring.isolation.run import find_isolation
+
+RESULTS = "results.json"
+
+
+def evaluate(
+    models: Sequence[str],
+    tasks: Sequence[str],
+    output: str | Path,
+    *,
+    track: str = PAPER,
+    data: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    backend: str = "hf",
+    base: str | None = None,
+    base_row: bool = True,
+    device: str | None = None,
+    dtype: str | None = None,
+    allow_code_execution: bool = False,
+    isolation: bool = True,
+    judge: Judge | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    say: Callable[[str, str, int, int], None] = lambda where, what, done, total: None,
+) -> list[TaskResult]:
+    """Evaluate runs, adapters and models.
+
+    A run is what it learnt on its own base, whose fingerprint is checked; its base gets a row too.
+
+    Args:
+        models: folders of runs, plain LoRAs, decomposed or merged models, any model folders, or Hub ids.
+        tasks: gsm8k, math, humaneval, mbpp, mt_bench; on the standard track any task of lm-evaluation-harness.
+        output: a folder; what it holds of the same evaluation is kept and gone on with.
+        track: paper or standard, see `pissa.evaluation.tracks`.
+        data: a folder with the questions as local files; None for the Hub.
+        limit: ask the first so many questions; None for all.
+        batch_size: requests at a time, 1 or more.
+        backend: hf or vllm.
+        base: of the models that need one, if it lies elsewhere by now.
+        base_row: evaluate the base of every run too.
+        device: cpu, cuda, cuda:1. Default: cuda where there is one.
+        dtype: float32, bfloat16 or float16 of the models. Default: as trained, or as stored.
+        allow_code_execution: run the programs that a model wrote, behind walls.
+        isolation: False accepts a mere process with limits where there are no walls.
+        judge: of MT-Bench; None leaves it without a number.
+        force: drop answers to another evaluation that are in the way.
+        trust_remote_code: run Python code that comes with a model.
+        say: told (model and task, what, done, in all).
+
+    Returns:
+        All results in the folder, those of earlier calls too.
+
+    Raises:
+        ConfigError: unknown tasks or track, or code without permission, before anything is loaded.
+        DataError: questions that are not there.
+        WrongBaseError: a run on another base.
+        OutputError: the folder holds something else, or answers to another evaluation.
+    """
+    out = Path(output)
+    protocols = _protocols(tasks, track, allow_code_execution)
+    walls = find_isolation(allow_none=not isolation) if any(p.runs_code for p in protocols) else None
+    asked = Asked(track, data, limit, batch_size, backend, walls, force)
+    loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    subjects = _subjects(models, base, base_row, loading)
+    check_backend(backend, subjects, [p.harness for p in protocols if p.harness], TASKS)
+    found = {p.task: questions(p.task, data, limit) if p.task in SOURCES else None for p in protocols}
+    if (out / "run.json").exists() or (out / "config.json").exists():
+        raise OutputError(f"{out} holds a run or a model: name another folder for the results")
+    for one in subjects:
+        for asks in protocols:
+            where = f"{one.name} {asks.task}"
+            _one(one, asks, found[asks.task], asked, judge, out / one.name, lambda *done, at=where: say(at, *done))
+        one.close()
+        gc.collect()
+    return report(out)
+
+
+def report(out: Path) -> list[TaskResult]:
+    """Read all results of a folder, and write results.json and the pages.
+
+    Raises:
+        OutputError: there are none.
+    """
+    found = {
+        file: TaskResult.from_json(read_json(file), str(file))
+        for file in sorted(out.glob("*/*.json"))
+        if _samples(file).is_file()
+    }
+    if not found:
+        raise OutputError(f"{out} holds no results: run pissa eval first")
+    write_json(out / RESULTS, {"format": FORMAT, "results": [one.to_json() for one in found.values()]})
+    for file, one in found.items():
+        page = file.with_suffix(".html")
+        if not page.is_file() or page.stat().st_mtime < _samples(file).stat().st_mtime:
+            with _samples(file).open(encoding="utf-8") as lines:
+                write_answers(one, [json.loads(line) for line in lines], page)
+    write_results(list(found.values()), out)
+    return list(found.values())
+
+
+def _samples(result: Path) -> Path:
+    return result.with_name(f"{result.stem}.samples.jsonl")
+
+
+def _protocols(tasks: Sequence[str], track: str, allow_code_execution: bool) -> list[Protocol]:
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ConfigError(f"tasks: got {', '.join(tasks) or 'none'}, expected one or more, each once")
+    protocols = [protocol(task, track) for task in tasks]
+    code = [p.task for p in protocols if p.runs_code]
+    if code and not allow_code_execution:
+        raise ConfigError(
+            f"{', '.join(code)} runs programs that a model wrote, in a process without network, files or rights: "
+            "permit it with --allow-code-execution, or leave it out"
+        )
+    return protocols
+
+
+def _subjects(models: Sequence[str], base: str | None, base_row: bool, loading: dict[str, Any]) -> list[Subject]:
+    """The models and their bases, each once and under a name of its own; bases first."""
+    own = [subject(path, base=base, **loading) for path in models]
+    for one in own:
+        one.identity["base"] = base_of(one)
+    bases = dict.fromkeys(name for one in own if base_row and (name := one.identity["base"]))
+    there = {str(Path(one.path).resolve()) for one in own}
+    first = [subject(name, **loading) for name in bases if str(Path(name).resolve()) not in there]
+    taken: set[str] = set()
+    for one in (*first, *own):
+        place = Path(one.path).resolve()
+        names = [one.name, f"{place.parent.name}--{place.name}", *(f"{one.name}-{n}" for n in range(2, 100))]
+        one.name = next(name for name in names if name not in taken)
+        taken.add(one.name)
+    return [*first, *own]
+
+
+def _one(
+    subject: Subject,
+    protocol: Protocol,
+    found: Questions | None,
+    asked: Asked,
+    judge: Judge | None,
+    folder: Path,
+    say: Callable[[str, int, int], None],
+) -> None:
+    """What is there already is kept: the weights are not even loaded."""
+    talk = protocol.task == MT_BENCH
+    settings = job_of(subject, protocol, found, asked)
+    if talk:
+        assert found is not None
+        settings = settings_of(subject, protocol, found, asked, judge)
+    file = folder / f"{protocol.stem}.json"
+    if file.is_file() and not asked.force:
+        there = TaskResult.from_json(read_json(file), str(file))
+        if there.settings == settings:
+            return
+    if talk and found is not None:
+        mt_bench(subject, protocol, found, asked, folder, judge, say)
+    else:
+        benchmark(subject, protocol, found, asked, folder, say)

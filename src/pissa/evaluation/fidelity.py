@@ -1,0 +1,294 @@
+"""How near models are to their base on a fixed text: before and after decomposing, quantising, converting, merging."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa.adapters import plain
+from pissa.checkpoint.fingerprint import check_same, model_tensors
+from pissa.checkpoint.output import read_json, write_json
+from pissa.config import TrainSettings
+from pissa.errors import InputError, OutputError, WrongBaseError
+from pissa.evaluation.model import Subject, subject
+from pissa.evaluation.windows import Compared, check_tokenizer, compare, encode, mean, read_text, windows
+from pissa.records import Base, Record, versions
+from pissa.surgery.folders import RESIDUAL
+from pissa.training.models import load_tokenizer
+from pissa.training.opening import Opened
+from pissa.w4a4 import load_w4a4
+
+FORMAT, FILE = 1, "fidelity.json"
+WHOLE = ("model", "merged", "hub")
+"""Kinds that can be a base."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model beside the base. Each standard error is that of a mean over windows.
+
+    Attributes:
+        model: as it was named.
+        kind: of the folder; "base"; of a run also "run, converted": its plain LoRA.
+        dtype: it computed in.
+        identity: path, kind, digest.
+        loss: natural, mean of a token.
+        perplexity: exp of it.
+        difference: of the loss from the base's, window by window.
+        ratio: of the perplexity to the base's, exp of the difference.
+        kl: KL(base || model) of a token, in nats.
+        agreement: share of tokens at which both find the same next token likeliest.
+        largest: the largest absolute difference of a logit.
+    """
+
+    model: str
+    kind: str
+    dtype: str
+    identity: dict[str, Any]
+    loss: float
+    loss_stderr: float | None
+    perplexity: float
+    difference: float
+    difference_stderr: float | None
+    ratio: float
+    ratio_stderr: float | None
+    kl: float
+    kl_stderr: float | None
+    agreement: float
+    agreement_stderr: float | None
+    largest: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Several models beside one base.
+
+    Attributes:
+        base: path, kind, digest.
+        text: name, sha256, tokens read, tokens predicted, windows and their length.
+        device: the models were on.
+        rows: the base, then the models in the order they were named.
+        versions: of the packages that matter.
+    """
+
+    base: dict[str, Any]
+    text: dict[str, Any]
+    device: str
+    rows: list[Row]
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything."""
+        return {"format": FORMAT, **asdict(self)}
+
+
+def fidelity(
+    models: Sequence[str],
+    text: str | Path,
+    output: str | Path | None = None,
+    *,
+    base: str | None = None,
+    max_length: int = 512,
+    limit_tokens: int | None = None,
+    batch_size: int = 4,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str, str, int, int], None] = lambda where, what, done, total: None,
+) -> Fidelity:
+    """Compare models with their base on a text; the base and one other model are in memory at a time.
+
+    A decomposed folder is its residual with its start put back. A run is what it trained, and once more its plain LoRA
+    on its base, so that a wrong export shows.
+
+    Args:
+        models: folders: decomposed, in few bits, runs, plain LoRAs, merged, w4a4, any model with the base's tokenizer.
+        text: a UTF-8 file, or rows with a field `text`.
+        output: a folder for `fidelity.json`, which is replaced; None writes nothing.
+        base: the original model. Default: the one that all records name.
+        max_length: tokens in a window, 2 or more; fewer where the base has fewer positions. Windows do not overlap and
+            begin with BOS where the tokenizer writes one.
+        limit_tokens: read the first so many tokens; None for all.
+        batch_size: windows at a time, 1 or more.
+        device: cpu, cuda, cuda:1. Default: cuda where there is one.
+        dtype: float32, bfloat16 or float16. Default: each as stored, a run as trained.
+        trust_remote_code: run Python code that comes with a model.
+        say: told (model, what, done, in all).
+
+    Raises:
+        WrongBaseError: a model that was made from another base, or several bases on record.
+        InputError: no base, another tokenizer, another number of logits, or settings below their least value.
+        DataError: no such text, or too little of it.
+        OutputError: the output is no folder.
+    """
+    for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise InputError(f"{name} is {value}, expected {least} or more")
+    content, source = read_text(Path(text))
+    _prepare(output)
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    subjects = [subject(path, **loading) for path in models]
+    records = [_base_on_record(one) for one in subjects]
+    origin = subject(base or _common_base(subjects, records), **loading)
+    if origin.identity["kind"] not in WHOLE:
+        raise InputError(f"the base {origin.path} is a {origin.identity['kind']} folder, expected a whole model")
+    opened = origin.open()
+    _check_bases(subjects, records, origin, opened.model)
+    ids = encode(opened.tokenizer, content)[:limit_tokens]
+    batches = windows(opened.model, opened.tokenizer, ids, max_length, batch_size)
+    count = sum(len(batch) for batch in batches)
+    facts = {
+        **source,
+        "tokens": len(ids),
+        "predicted": sum(batch[:, 1:].numel() for batch in batches),
+        "windows": count,
+        "max_length": batches[0].shape[1],
+    }
+
+    def row(name: str, kind: str, identity: dict[str, Any], other: Any) -> Row:
+        found: list[Compared] = []
+        for batch in batches:
+            found += _compare(opened.model, other, batch, name)
+            say(name, kind, len(found), count)
+        return _row(name, kind, identity, _dtype(other), found)
+
+    rows = [row(origin.path, "base", origin.identity, opened.model)]
+    for one, record in zip(subjects, records, strict=True):
+        if Path(one.path).resolve() == Path(origin.path).resolve():
+            continue
+        for kind, load in _forms(one, record, origin.path):
+            other = load()
+            check_tokenizer(other.tokenizer, opened.tokenizer, content, ids, one.path)
+            rows.append(row(one.path, kind, one.identity, other.model))
+            del other
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    result = Fidelity(origin.identity, facts, str(_device(opened.model)), rows, versions())
+    if output is not None:
+        write_json(Path(output) / FILE, result.to_json())
+    return result
+
+
+def _prepare(output: str | Path | None) -> None:
+    if output is None:
+        return
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be made ({error}): choose another folder") from error
+
+
+def _base_on_record(one: Subject) -> Record | None:
+    """What made the folder, with the base it was made from; None where nothing is on record."""
+    folder = Path(one.path)
+    places = (folder / "state" / plain.RECORD, folder / plain.RECORD)
+    for file in places:
+        if file.is_file():
+            record = Record.from_json(read_json(file), str(file))
+            return record if record.base else None
+    said = read_json(folder / "run.json").get("base") if (folder / "run.json").is_file() else None
+    return Record("run", base=Base(said["name"], said["revision"], "", said["tensors"])) if said else None
+
+
+def _common_base(subjects: Sequence[Subject], records: Sequence[Record | None]) -> str:
+    named = {
+        one.path: (record.base.fingerprint or record.base.name, record.base.name)
+        for one, record in zip(subjects, records, strict=True)
+        if record and record.base
+    }
+    if not named:
+        raise InputError("none of the models has its base on record: name it with --base")
+    if len({key for key, _ in named.values()}) > 1:
+        said = "; ".join(f"{path} was made from {name}" for path, (_, name) in named.items())
+        raise WrongBaseError(f"the models have several bases, expected one: {said}. Compare those of one base")
+    return next(iter(named.values()))[1]
+
+
+def _check_bases(
+    subjects: Sequence[Subject], records: Sequence[Record | None], origin: Subject, model: torch.nn.Module
+) -> None:
+    """Before anything is run, because a layer in few bits may be repacked then."""
+    tensors = model_tensors(model)
+    for one, record in zip(subjects, records, strict=True):
+        if record and record.base:
+            advice = f"Use the base it was made on: {record.base.name}"
+            check_same(
+                record.base.tensors, tensors.get, what=f"{one.path}, compared with {origin.path},", advice=advice
+            )
+
+
+def _forms(one: Subject, record: Record | None, base: str) -> list[tuple[str, Callable[[], Opened]]]:
+    """The models that a path stands for, by kind, each loaded when it is its turn."""
+    kind, folder = str(one.identity["kind"]), Path(one.path)
+    on_residual = bool(record and record.recipe and record.recipe.needs_residual)
+
+    def load(path: Path, on: str | None) -> Callable[[], Opened]:
+        return replace(one, path=str(path), base=on).open
+
+    if kind == "w4a4":
+        return [(kind, lambda: _open_w4a4(one))]
+    if kind == "run" and (folder / "adapter").is_dir():
+        beside = str(folder / RESIDUAL) if (folder / RESIDUAL).is_dir() else None
+        trained = load(folder, None if on_residual else base)
+        return [(kind, trained), ("run, converted", load(folder / "adapter", beside if on_residual else base))]
+    needs_base = kind in ("state", "lora") and not on_residual
+    return [(kind, load(folder, base if needs_base else None))]
+
+
+def _open_w4a4(one: Subject) -> Opened:
+    device = one.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_w4a4(one.path, device=device, trust_remote_code=one.trust_remote_code)
+    settings = {"model": one.path, "data": "none", "output": "none", "trust_remote_code": one.trust_remote_code}
+    return Opened(model, load_tokenizer(TrainSettings.model_validate(settings)), "w4a4", one.path, None, None, {})
+
+
+@torch.no_grad()
+def _compare(base: Any, other: Any, batch: Tensor, name: str) -> list[Compared]:
+    ours = base(input_ids=batch.to(_device(base))).logits[:, :-1]
+    theirs = ours if other is base else other(input_ids=batch.to(_device(other))).logits[:, :-1]
+    if theirs.shape != ours.shape:
+        raise InputError(
+            f"{name} gives {theirs.shape[-1]} logits and the base {ours.shape[-1]}: one was padded or resized, and "
+            "their distributions are over different tokens"
+        )
+    return [compare(*window) for window in zip(ours, theirs.to(ours.device), batch[:, 1:].to(ours.device), strict=True)]
+
+
+def _row(name: str, kind: str, identity: dict[str, Any], dtype: str, found: list[Compared]) -> Row:
+    counts = [one.tokens for one in found]
+    loss, loss_error = mean([one.loss for one in found], counts)
+    difference, error = mean([one.loss - one.base_loss for one in found], counts)
+    ratio = math.exp(difference)
+    return Row(
+        name,
+        kind,
+        dtype,
+        identity,
+        loss,
+        loss_error,
+        math.exp(loss),
+        difference,
+        error,
+        ratio,
+        None if error is None else ratio * error,
+        *mean([one.kl for one in found], counts),
+        *mean([one.agreed for one in found], counts),
+        max(one.largest for one in found),
+    )
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _dtype(model: Any) -> str:
+    """Of the first weight that is not in few bits."""
+    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")

@@ -1,0 +1,94 @@
+"""Two models on the same questions, answer by answer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pissa.evaluation.result import TaskResult
+from pissa.evaluation.tracks import file_stem
+
+WHOLE = ("model", "hub")
+"""Kinds of what is no run and no adapter: the rows that others are compared with."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same questions.
+
+    Attributes:
+        won: right by the first one only.
+        lost: right by the second one only.
+        count: questions that both were asked and that have a verdict.
+    """
+
+    won: int
+    lost: int
+    count: int
+
+    @property
+    def difference(self) -> float:
+        """Of the shares, first minus second."""
+        return (self.won - self.lost) / self.count
+
+    @property
+    def p(self) -> float:
+        """McNemar's test (Psychometrika 12, 1947) in its exact form, two-sided."""
+        unequal, fewer = self.won + self.lost, min(self.won, self.lost)
+        return min(1.0, 2 * sum(math.comb(unequal, n) for n in range(fewer + 1)) / 2**unequal)
+
+
+def paired(first: Iterable[dict[str, Any]], second: Iterable[dict[str, Any]]) -> Paired | None:
+    """Compare two models over the questions that both were asked in the same words.
+
+    Args:
+        first: samples of one model.
+        second: samples of the other.
+
+    Returns:
+        None where they have no question with a verdict in common.
+    """
+    verdicts = [
+        {(one["id"], one["prompt"]): one["correct"] for one in samples if one["correct"] is not None}
+        for samples in (first, second)
+    ]
+    common = [(verdicts[0][key], verdicts[1][key]) for key in verdicts[0].keys() & verdicts[1].keys()]
+    counted = Counter(common)
+    return Paired(counted[True, False], counted[False, True], len(common)) if common else None
+
+
+def is_whole(one: TaskResult) -> bool:
+    """Whether a model stands for itself: a base to compare with."""
+    return one.identity["kind"] in WHOLE
+
+
+def against_base(one: TaskResult, found: Sequence[TaskResult], out: Path) -> Paired | None:
+    """With the base that a result names, or else with the only whole model that there is.
+
+    Args:
+        one: the result.
+        found: all results.
+        out: the folder of the evaluation, with OUT/MODEL/TASK.samples.jsonl.
+
+    Returns:
+        None for a base, and where there is nothing to compare with.
+    """
+    bases = [other for other in found if is_whole(other) and (other.task, other.track) == (one.task, one.track)]
+    if named := one.identity.get("base"):
+        bases = [other for other in bases if os.path.realpath(other.identity["path"]) == os.path.realpath(named)]
+    if is_whole(one) or len(bases) != 1:
+        return None
+    files = [out / who.model / f"{file_stem(who.task, who.track)}.samples.jsonl" for who in (one, *bases)]
+    return paired(*map(_samples, files)) if all(file.is_file() for file in files) else None
+
+
+def _samples(file: Path) -> Iterable[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)

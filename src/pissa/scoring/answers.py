@@ -1,0 +1,112 @@
+"""Which scorer an answer goes to: the table of tasks, and rows of answers that were generated anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pissa.errors import DataError, InputError, did_you_mean
+from pissa.scoring import code, latex, numbers
+from pissa.scoring.isolation.run import Isolation
+from pissa.scoring.verdict import Item, Verdict
+
+Scorer = Callable[[str, str], Verdict]
+"""(what the model wrote, the gold answer) to a verdict."""
+CODE = ("humaneval", "mbpp")
+"""Tasks whose answers are programs that must run."""
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """Of a task whose answers are compared with a gold answer.
+
+    Attributes:
+        ours: the verdict that counts.
+        authors: that of the PiSSA authors' script.
+    """
+
+    ours: Scorer
+    authors: Scorer
+
+
+TEXT = {
+    "gsm8k": Scorers(numbers.ours, numbers.authors),
+    "math": Scorers(latex.ours, latex.authors),
+}
+TASKS = (*TEXT, *CODE)
+
+
+def check_task(task: str) -> None:
+    """Raise InputError for a task without a scorer."""
+    if task not in TASKS:
+        raise InputError(f"task is {task!r}, expected one of {', '.join(TASKS)}.{did_you_mean(task, TASKS)}")
+
+
+def score(task: str, output: str, doc: Mapping[str, Any], *, isolation: Isolation | None = None) -> Item:
+    """One answer.
+
+    Args:
+        task: one of `TASKS`.
+        output: what the model wrote after the prompt.
+        doc: the question as the data set has it: for gsm8k and math at least `answer`, for code its tests.
+        isolation: the walls that a program runs behind; needed for code.
+
+    Raises:
+        InputError: another task, or code without isolation.
+    """
+    check_task(task)
+    if task in TEXT:
+        scorers, gold = TEXT[task], str(doc["answer"])
+        name = str(doc.get("id", doc.get("unique_id", "")))
+        return Item(name, scorers.ours(output, gold), scorers.authors(output, gold))
+    if isolation is None:
+        raise InputError(
+            f"{task} is scored by running the programs that a model wrote: --allow-code-execution permits it"
+        )
+    return code.score(task, output, doc, isolation)
+
+
+def score_rows(
+    task: str,
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
+    questions: Sequence[Mapping[str, Any]] = (),
+    *,
+    isolation: Isolation | None = None,
+    say: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Item]:
+    """Answers that were generated elsewhere.
+
+    Args:
+        task: one of `TASKS`.
+        rows: where each stands (file and line), and its fields: `output`, and `answer` (gsm8k, math) or the `task_id`
+            of one of the questions.
+        questions: the data set; may be empty where every row has its `answer`.
+        isolation: for code.
+        say: told of rows done.
+
+    Raises:
+        DataError: naming the first wrong row, before anything is scored.
+    """
+    check_task(task)
+    by_id = {str(question["task_id"]): question for question in questions if "task_id" in question}
+    docs = [_doc(task, number, where, row, by_id) for number, (where, row) in enumerate(rows)]
+    items = []
+    for done, ((_, row), doc) in enumerate(zip(rows, docs, strict=True), 1):
+        items.append(score(task, row["output"], doc, isolation=isolation))
+        say(done, len(rows))
+    return items
+
+
+def _doc(task: str, number: int, where: str, row: Mapping[str, Any], by_id: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(row.get("output"), str):
+        raise DataError(f"{where}: got fields {', '.join(row) or 'none'}, expected a text in `output`")
+    if task in TEXT:
+        if not isinstance(row.get("answer"), (str, int, float)):
+            raise DataError(f"{where}: got fields {', '.join(row)}, expected the gold answer in `answer`")
+        return {"id": str(row.get("id", number)), **row}
+    name = str(row.get("task_id", row.get("answer", "")))  # the authors keep the task's name in `answer`
+    if name not in by_id:
+        known = next(iter(by_id), "none")
+        raise DataError(f"{where}: task_id is {name!r}, expected one of the {len(by_id)} questions, as {known!r}")
+    return by_id[name]

@@ -1,0 +1,1 @@
+"""Programs of unknown intent, run where they can do no harm."""

@@ -1,0 +1,62 @@
+"""Runs one program and its tests, and says on a private channel that both came to their end.
+
+The text of this file is started by itself (`python -c`), behind the walls, so it knows the standard library alone.
+Standard input is the channel: the request comes in, the word that the program began goes out, then how it ended.
+"""
+
+import builtins
+import marshal
+import os
+import resource
+import sys
+import types
+
+BEGUN = b"+"
+LONGEST = 300
+"""Characters of a reason."""
+
+
+def main() -> None:
+    """See the top."""
+    channel = os.dup(0)
+    os.close(0)
+    os.open(os.devnull, os.O_RDONLY)  # takes the lowest number: 0
+    request = b""
+    while part := os.read(channel, 2**16):
+        request += part
+    token, limits, program, tests = marshal.loads(request)
+    os.environ.clear()
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    module = types.ModuleType("program")  # not __main__: a script's main() is not what is asked for
+    sys.modules["program"] = module
+    # What the program may have changed by the time it is over, and the tests stand on.
+    settrace, setprofile, write, names = sys.settrace, sys.setprofile, os.write, vars(builtins)
+    kept = dict(names)
+    write(channel, BEGUN)
+    try:
+        exec(compile(program, "program", "exec", dont_inherit=True), module.__dict__)
+        settrace(None)
+        setprofile(None)
+        names.update(kept)
+        exec(compile(tests, "tests", "exec", dont_inherit=True), module.__dict__)
+    except BaseException as error:
+        write(channel, reason(error).encode("utf-8", "replace"))
+        os._exit(1)
+    write(channel, token.encode())
+
+
+def reason(error: BaseException) -> str:
+    """`NameError: name 'x' is not defined`; `memory` where there was not enough of it."""
+    if isinstance(error, MemoryError):
+        return "memory"
+    try:
+        lines = str(error).splitlines()
+    except BaseException:  # the program's own class
+        lines = []
+    said = type(error).__name__ + (f": {lines[0]}" if lines else "")
+    return said[:LONGEST]
+
+
+if __name__ == "__main__":
+    main()

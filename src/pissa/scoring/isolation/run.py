@@ -1,0 +1,255 @@
+"""One program behind walls, and how it ended."""
+
+from __future__ import annotations
+
+import functools
+import marshal
+import math
+import os
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import warnings
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pissa.errors import InputError
+from pissa.scoring.isolation.inside import BEGUN
+from pissa.scoring.isolation.walls import NOBODY, WALLS, command
+
+STARTUP = 30.0
+"""Seconds for the walls to come up; a program's own time begins afterwards."""
+LONGEST_ANSWER = 2**12
+OPEN_FILES = 64
+PROBE = """
+import os, socket
+assert os.getuid() == os.geteuid() == 65534, "it is not nobody"
+assert [name for _, name in socket.if_nameindex()] == ["lo"], "there is a network"
+assert os.getcwd() == "/tmp" and os.listdir("/tmp") == [], "its folder is not empty"
+assert not os.path.exists("/proc") and not os.path.exists("/sys"), "the machine can be seen"
+assert not os.path.exists("/etc/passwd"), "the machine's settings can be read"
+"""
+"""What must be true behind walls; a binary that is there may still not be allowed to build them."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    Attributes:
+        seconds: of wall time.
+        memory_bytes: of address space, each process.
+        processes: at a time, threads included.
+        file_bytes: of all that it writes into its folder.
+        output_bytes: kept of what it prints; more ends it.
+    """
+
+    seconds: float = 20.0
+    memory_bytes: int = 2**30
+    processes: int = 32
+    file_bytes: int = 2**24
+    output_bytes: int = 2**16
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """The walls that are there on this machine.
+
+    Attributes:
+        walls: `bubblewrap`, `namespaces`, or `none`: then the program sees files and network as its user does, its
+            number of processes is not limited, and what it starts in a session of its own stays.
+        limits: of each program.
+    """
+
+    walls: str
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended.
+
+    Attributes:
+        passed: it ran to its end, tests included.
+        reason: why it did not, in a few words: `timeout`, `AssertionError: ...`, `memory`; empty where it passed.
+        output: the start of what it printed, at most `Limits.output_bytes`.
+        seconds: of wall time.
+    """
+
+    passed: bool
+    reason: str
+    output: str
+    seconds: float
+
+
+def find_isolation(limits: Limits | None = None, *, allow_none: bool = False) -> Isolation:
+    """The best walls of this machine, tried with a program.
+
+    Args:
+        limits: of each program.
+        allow_none: accept a separate process with limits only, where there are no namespaces; warns.
+
+    Raises:
+        InputError: none can be had, with what to do.
+    """
+    tried = []
+    for walls in WALLS:
+        if walls == "none":
+            continue
+        problem = _problem(walls)
+        if not problem:
+            return Isolation(walls, limits or Limits())
+        tried.append(f"{walls} ({problem})")
+    if allow_none:
+        warnings.warn(f"programs run without isolation: tried {', '.join(tried)}", stacklevel=2)
+        return Isolation("none", limits or Limits())
+    raise InputError(
+        f"no isolation for programs that a model wrote: tried {', '.join(tried)}. Install bubblewrap, permit user "
+        "namespaces (Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0; Docker: a seccomp profile with "
+        "unshare and mount), or run with --no-isolation if you accept that they can do what you can do"
+    )
+
+
+@functools.cache
+def _problem(walls: str) -> str:
+    try:
+        return run(PROBE, Isolation(walls)).reason
+    except InputError as error:
+        return str(error)
+
+
+def run(program: str, isolation: Isolation, tests: str = "") -> Outcome:
+    """Run a Python program, then its tests in the same names, in a process of their own.
+
+    They pass if both come to their end without an error and the process then ends well, in time. The program is a
+    module named `program`: what stands under `if __name__ == "__main__":` does not run. It has the standard library, an
+    empty folder, no standard input, no environment, always the same hash seed. Before the tests, tracing is switched
+    off and the built-in names are as they were.
+
+    Leaving early does not pass: the end is told by a random word over a channel that a program does not know of. A
+    program that goes looking for both, in frames or memory of its own process, finds them and passes; so does one that
+    returns objects equal to everything, or bends the standard library under its tests. That gains it a point that it
+    does not deserve, not a way out: the walls do not rest on it.
+
+    Args:
+        program: Python source.
+        isolation: walls and limits.
+        tests: Python source; may be empty where the program has them.
+
+    Raises:
+        InputError: the walls did not come up, which says nothing of the program.
+    """
+    limits = isolation.limits
+    argv = command(isolation.walls, limits.file_bytes)
+    token = secrets.token_hex(16)
+    request = marshal.dumps((token, _resource_limits(isolation), program, tests))
+    # No limit on the number of processes binds root, not even within a user namespace; `namespaces` drops root itself.
+    user = NOBODY if isolation.walls == "bubblewrap" and os.getuid() == 0 else None
+    bare = isolation.walls == "none"
+    place = tempfile.TemporaryDirectory(prefix="pissa-", ignore_cleanup_errors=True) if bare else nullcontext("/")
+    channel, theirs = socket.socketpair()
+    with place as folder, channel:
+        try:
+            process = subprocess.Popen(
+                argv, stdin=theirs.fileno(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder,
+                env={"PYTHONHASHSEED": "0"}, start_new_session=True, user=user,
+                group=user, extra_groups=() if user else None,
+            )  # fmt: skip
+        except OSError as error:
+            raise InputError(f"{isolation.walls}: {error}") from error
+        finally:
+            theirs.close()
+        try:
+            channel.settimeout(STARTUP)
+            with suppress(OSError):  # it is dead already, which is seen below
+                channel.sendall(request)
+                channel.shutdown(socket.SHUT_WR)
+            return _listen(process, channel, token, isolation)
+        finally:
+            _stop(process, bare)
+            process.stdout.close()  # type: ignore[union-attr]
+
+
+def _resource_limits(isolation: Isolation) -> dict[str, int]:
+    limits = isolation.limits
+    values = {
+        "RLIMIT_AS": limits.memory_bytes,
+        "RLIMIT_CPU": math.ceil(limits.seconds) + 1,
+        "RLIMIT_FSIZE": limits.file_bytes,
+        "RLIMIT_NOFILE": OPEN_FILES,
+        "RLIMIT_CORE": 0,
+    }
+    # Counted per user: behind walls that user is the program's alone, and the namespace's first process is one more.
+    return values if isolation.walls == "none" else {**values, "RLIMIT_NPROC": limits.processes + 1}
+
+
+def _listen(process: subprocess.Popen[bytes], channel: socket.socket, token: str, isolation: Isolation) -> Outcome:
+    limits = isolation.limits
+    assert process.stdout is not None
+    heard = {process.stdout.fileno(): b"", channel.fileno(): b""}
+    most = {process.stdout.fileno(): limits.output_bytes, channel.fileno(): LONGEST_ANSWER}
+    start, seconds, reason = time.monotonic(), STARTUP, ""
+    with selectors.DefaultSelector() as selector:
+        for source in heard:
+            os.set_blocking(source, False)
+            selector.register(source, selectors.EVENT_READ)
+        begun = over = False
+        while not (over and not selector.get_map()) and not reason:
+            left = start + seconds - time.monotonic()
+            if left <= 0:
+                reason = "timeout"
+            elif not selector.get_map():
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(left)
+            events = selector.select(min(max(left, 0), 0.02)) if selector.get_map() else []
+            for key, _ in events:
+                part = b""
+                with suppress(ConnectionResetError):
+                    part = os.read(key.fd, 2**16)
+                heard[key.fd] += part
+                if not part:
+                    selector.unregister(key.fd)
+                elif len(heard[key.fd]) > most[key.fd]:
+                    reason = "output"
+            if not begun and heard[channel.fileno()].startswith(BEGUN):
+                begun, start, seconds = True, time.monotonic(), limits.seconds
+            if over and not events:  # what a process left behind holds the pipes open: no walls
+                break
+            over = process.poll() is not None
+    took = time.monotonic() - start
+    printed, answer = (part[: most[source]].decode("utf-8", "replace") for source, part in heard.items())
+    if not begun:
+        raise InputError(f"{isolation.walls}: {printed.strip() or reason or 'ended'}"[-500:])
+    return Outcome(*_ending(reason, answer[len(BEGUN) :], token, process.returncode), printed, took)
+
+
+def _ending(reason: str, answer: str, token: str, code: int) -> tuple[bool, str]:
+    if reason:
+        return False, reason
+    if answer == token and code == 0:
+        return True, ""
+    if answer and answer != token:
+        return False, answer
+    number = -code if code < 0 else code - 128
+    if number in {*signal.Signals}:
+        return False, f"killed by {signal.Signals(number).name}"
+    return False, f"ended before its tests (exit code {code})"
+
+
+def _stop(process: subprocess.Popen[bytes], bare: bool) -> None:
+    if not bare and process.poll() is None:
+        # With the first process of a namespace the kernel ends all others, and only then lets its parent know.
+        with suppress(OSError):
+            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+    if bare or process.returncode is None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

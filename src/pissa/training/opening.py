@@ -1,0 +1,121 @@
+"""The model that a folder stands for, on the base it belongs to: what chat talks to and what is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pissa.adapters import plain, runs
+from pissa.checkpoint.output import read_json
+from pissa.config import TrainSettings
+from pissa.errors import CheckpointError, InputError
+from pissa.records import Record
+from pissa.surgery.folders import RESIDUAL, kind_of_folder
+from pissa.training.models import load_base, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A causal language model ready to run.
+
+    Attributes:
+        model: on its device, in evaluation mode; with an adapter a `PeftModel`.
+        tokenizer: of the training where there was one.
+        kind: of the folder, as `pissa inspect` names it.
+        base: the model that was loaded, by path or Hub id: the thing itself where there is no adapter.
+        revision: of the base.
+        adapter: the folder that was put on the base, or None.
+        record: run.json of a run, or empty.
+    """
+
+    model: Any
+    tokenizer: Any
+    kind: str
+    base: str
+    revision: str | None
+    adapter: Path | None
+    record: dict[str, Any]
+
+
+def open_model(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Opened:
+    """Load what a folder stands for, after checking that run and base belong together.
+
+    Args:
+        path: a finished run, a plain LoRA or a decomposed folder made here, a merged model, or any model folder.
+        base: where the base lies, if not where the record says.
+        device: where it runs. Default: cuda where there is one.
+        dtype: float32, bfloat16 or float16 of the base. Default: as it was trained on, or as stored.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        InputError: a classifier.
+        CheckpointError: no language model, or not finished.
+        WrongBaseError: another base.
+    """
+    path = Path(path)
+    record = _run_record(path)
+    if record.get("settings", {}).get("method") == "full":
+        path = path / "model"
+    name, revision, adapter = _model_of(path, base)
+    dtype = dtype or record.get("settings", {}).get("dtype", "auto")
+    loaded = {"model": name, "revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    settings = TrainSettings.model_validate({**loaded, "data": "none", "output": "none"})
+    model, missing = load_base(settings, "AutoModelForCausalLM")
+    if missing:
+        raise InputError(f"{name} has no weights for {missing[0]}: it is no causal language model and cannot answer")
+    if not _in_few_bits(model):
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    own = next((place for place in (path / "adapter", path) if (place / "tokenizer_config.json").is_file()), None)
+    tokenizer = load_tokenizer(settings.model_copy(update={"model": str(own), "revision": None}) if own else settings)
+    on = runs.load(model, adapter, trainable=False) if adapter else model.eval()
+    return Opened(on, tokenizer, kind_of_folder(path), name, revision, adapter, record)
+
+
+def _run_record(path: Path) -> dict[str, Any]:
+    """The run.json of a finished run that can talk; nothing for other folders."""
+    if not (path / "run.json").is_file():
+        return {}
+    record = read_json(path / "run.json")
+    if record.get("status") != "finished":
+        raise CheckpointError(f"{path} is not finished: go on with pissa train {path}/settings.yaml --resume")
+    if record["settings"]["task"] != "language":
+        raise InputError(
+            f"{path} learnt {record['settings']['task']}: it gives a class or a score and no text, so there is "
+            "nothing to talk to or to ask. Load its adapter/ with peft, see adapter/README.md"
+        )
+    return record
+
+
+def _model_of(path: Path, base: str | None) -> tuple[str, str | None, Path | None]:
+    """Name and revision of the model to load, and what to put on it."""
+    kind = kind_of_folder(path)
+    if kind in ("merged", "model"):
+        if base:
+            raise InputError(f"--base is {base}, but {path} is a whole model and needs none: leave it out")
+        return str(path), None, None
+    if kind == "decomposed":
+        return base or str(path), None, path
+    if kind not in ("run", "state", "lora"):
+        raise CheckpointError(
+            f"{path} is a {kind} folder, whose base cannot be checked: see pissa inspect {path}, then pissa convert it"
+        )
+    file = path / "state" / plain.RECORD if kind == "run" else path / plain.RECORD
+    served_on = Record.from_json(read_json(file), str(file)).served_on
+    assert served_on is not None
+    if base or not (path / RESIDUAL).is_dir():
+        return base or served_on.name, None if base else served_on.revision, path
+    return str(path / RESIDUAL), None, path  # beside a run that may have been moved
+
+
+def _in_few_bits(model: Any) -> bool:
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
