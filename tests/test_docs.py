@@ -21,20 +21,19 @@ def test_the_drawn_tree_is_the_tree() -> None:
         for file in package.rglob("*.py")
         if file.name != "__init__.py" or file.parent == package
     }
-    drawn = set()
-    folder = ""
+    drawn: set[str] = set()
+    folders: list[str] = []
     text = (ROOT / "docs/architecture.md").read_text()
     block = re.search(r"<!-- tree.*?-->\n```\n(.*?)```", text, re.DOTALL)
     assert block
     for line in block[1].splitlines()[1:]:
         name = line.split()[0]
-        indent = len(line) - len(line.lstrip())
-        if indent == 2:
-            folder = name if name.endswith("/") else ""
-            if not folder:
-                drawn.add(name)
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
         elif name.endswith(".py"):
-            drawn.add(folder + name)
+            drawn.add("".join(folders) + name)
     assert drawn == files
 
 

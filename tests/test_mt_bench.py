@@ -259,6 +259,11 @@ def test_a_judge_sees_the_conversation_and_the_reference_where_there_is_one(
     assert len(set(told)) == 4  # with and without a reference, first and second turn
 
 
+def test_a_reference_of_a_later_turn_is_none_yet() -> None:
+    assert conversation(["Q"], ["A"], ["", "later"]) == conversation(["Q"], ["A"])
+    assert conversation(["Q"], ["A"], ["now", "later"]) == conversation(["Q"], ["A"], ["now"])
+
+
 def test_what_is_answered_or_judged_stays_so(
     model: Path, found: Questions, serve: Callable[..., Endpoint], tmp_path: Path
 ) -> None:

@@ -54,10 +54,10 @@ def conversation(questions: Sequence[str], answers: Sequence[str], references: S
     Args:
         questions: of the turns so far.
         answers: as many.
-        references: as many, or none. An empty one is left out.
+        references: of the turns, where there are any. Empty ones and those of later turns are left out.
     """
-    known = [reference for reference in references if reference]
-    told = _GRADING + (_COMPARE if known else "") + (_LAST if len(questions) > 1 else "")
+    compares = any(references[: len(questions)])
+    told = _GRADING + (_COMPARE if compares else "") + (_LAST if len(questions) > 1 else "")
     parts = []
     for turn, (question, answer) in enumerate(zip(questions, answers, strict=True), 1):
         parts.append(_block(f"question {turn}", question))

@@ -218,7 +218,7 @@ def _judged(
     judgements = []
     for done, turn in enumerate(turns, 1):
         so_far = [other for other in turns if other.row is turn.row and other.number <= turn.number]
-        right = references.get(turn.row["id"], [])[: turn.number]
+        right = references.get(turn.row["id"], [])
         messages = conversation(turn.row["turns"][: turn.number], [other.answer for other in so_far], right)
         key = request_key("judgement", messages)
         if key not in log.answers:
