@@ -312,3 +312,13 @@ def test_the_questions_are_all_there(task: str, count: int, shared: Path) -> Non
 def test_the_mbpp_questions_are_the_test_ones(shared: Path) -> None:
     numbers = [int(row["task_id"]) for row in questions("mbpp", shared / "data").rows]
     assert (min(numbers), max(numbers)) == (11, 510)
+
+
+def test_a_path_that_is_not_there_is_no_hub_id(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        ask([tmp_path / "none"], tmp_path / "out", place / "data")
+
+
+def test_a_hub_id_goes_to_the_hub(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"owner/model is neither a folder nor a model that the Hub gives"):
+        ask([Path("owner/model")], tmp_path / "out", place / "data")

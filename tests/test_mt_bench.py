@@ -21,7 +21,7 @@ import transformers
 
 from conftest import build_pico
 from pissa.errors import ConfigError, OutputError
-from pissa.evaluation.benchmark import Asked
+from pissa.evaluation.harness import Asked
 from pissa.evaluation.judge import Judge, conversation, rating_of
 from pissa.evaluation.model import subject
 from pissa.evaluation.mt_bench import RUNS_ON, mt_bench, settings_of
@@ -297,14 +297,16 @@ def test_a_kill_between_judgements_loses_none(
     def kills(messages: list[dict[str, str]]) -> str:
         if len(endpoint.asked) == 4:
             process.kill()
-            process.join()
+            dead.wait(60)  # no answer reaches it any more
         return by_question(messages)
 
+    dead = threading.Event()
     endpoint = serve(kills)
     words = (model, found, tmp_path / "out", endpoint.judge)
     process = multiprocessing.get_context("fork").Process(target=run, args=words)
     process.start()
     process.join(120)
+    dead.set()
     assert process.exitcode == -signal.SIGKILL
     assert len(lines(tmp_path / "out" / "mt_bench.judge.jsonl")) == 1 + 3
     assert not (tmp_path / "out" / "mt_bench.json").exists()

@@ -211,7 +211,8 @@ def test_a_limited_run_says_so_at_the_top_in_its_cell_and_on_its_answers(place: 
 def test_notes_of_a_result_are_warnings_on_both_pages(place: Path, shared: Path) -> None:
     said = '<p class="warn">{}</p>'
     whole = (place / "results.html").read_text(encoding="utf-8")
-    assert said.format("gsm8k: 12 of 200 prompts lost their beginning (a-run).") in whole
+    noted = whole.index("gsm8k: 12 of 200 prompts lost their beginning (a-run).")
+    assert whole.rindex('<p class="warn">', 0, noted) > whole.rindex("</table>", 0, noted)  # not before the numbers
     few = answered(shared, 3, 2)
     one = result(few, notes=["one was cut"], gold=Perplexity(2.0, 10, 2, 1))
     assert said.format("one was cut") in write_answers(one, few, place / "few.html").read_text(encoding="utf-8")

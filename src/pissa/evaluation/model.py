@@ -10,13 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from pissa.adapters import plain
 from pissa.checkpoint.output import read_json
-from pissa.errors import ConfigError, InputError, MissingExtraError, WrongBaseError, require
+from pissa.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WrongBaseError, require
 from pissa.reports.commands import served_rank
 from pissa.surgery.folders import kind_of_folder
 from pissa.surgery.inspection import inspect
-from pissa.training.opening import Opened, open_model
+from pissa.training.opening import HUB, HUB_ID, Opened, open_model
 
 BACKENDS = ("hf", "vllm")
 CHUNK = 2**24
@@ -74,8 +76,8 @@ def subject(path: str, *, base: str | None = None, **loading: Any) -> Subject:
         InputError: a classifier.
     """
     folder = Path(path)
-    if not folder.exists():
-        identity = {"path": path, "kind": "hub"}
+    if HUB_ID.fullmatch(path) and not folder.exists():
+        identity = {"path": path, "kind": HUB, "revision": _commit(path, bool(loading.get("trust_remote_code")))}
         return Subject(path.replace("/", "--"), path, base, identity, **loading)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     identity = {"path": path, "kind": "run" if record else kind_of_folder(folder), "sha256": _digest(folder)}
@@ -89,7 +91,7 @@ def base_of(subject: Subject) -> str | None:
     file = next(
         (f for f in (folder / "state" / plain.RECORD, folder / plain.RECORD) if f.is_file()), folder / "run.json"
     )
-    if subject.identity["kind"] in ("model", "hub", "w4a4") or not file.is_file():
+    if subject.identity["kind"] in ("model", HUB, "w4a4") or not file.is_file():
         return None
     said = read_json(file).get("base") or {}
     name = subject.base or said.get("name")
@@ -126,7 +128,7 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
     """
     folder, kind = Path(subject.path), subject.identity["kind"]
     shared: dict[str, Any] = {"dtype": subject.dtype or "auto", "enable_prefix_caching": True}
-    if kind in ("hub", "model", "merged"):
+    if kind in (HUB, "model", "merged"):
         return {"pretrained": subject.path, **shared}
     if kind == "run" and not (folder / "adapter").is_dir():
         return {"pretrained": str(folder / "model"), **shared}
@@ -159,6 +161,15 @@ def check_backend(backend: str, subjects: list[Subject], tasks: list[str], folde
         raise MissingExtraError(
             f"vllm is not installed here. Where it is (pip install 'lm-eval[vllm]'):\n  {commands}\nor use --backend hf"
         )
+
+
+def _commit(name: str, trust_remote_code: bool) -> str | None:
+    """Which commit of a Hub model this machine sees."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name} is neither a folder nor a model that the Hub gives here: {error}") from error
+    return getattr(config, "_commit_hash", None)
 
 
 def _vllm(subject: Subject, batch_size: int) -> Any:

@@ -25,8 +25,10 @@ from typing import Any
 
 from pissa.checkpoint.output import write_json, write_text
 from pissa.errors import require
-from pissa.evaluation.benchmark import Asked, Sample, Say, job_of, perplexity, write_samples
+from pissa.evaluation.benchmark import Say, job_of, perplexity
+from pissa.evaluation.harness import Asked, Sample, quiet, write_samples
 from pissa.evaluation.judge import LEAST, MOST, Judge, Judgement, conversation
+from pissa.evaluation.log import AnswerLog
 from pissa.evaluation.model import Subject, harness_model
 from pissa.evaluation.questions import Questions
 from pissa.evaluation.result import Score, TaskResult
@@ -85,21 +87,22 @@ def mt_bench(
     """
     require("lm_eval", "eval")
     from pissa.evaluation.asking import Asking
-    from pissa.evaluation.log import AnswerLog
 
     begun = time.monotonic()
     references, reference_source = _references(found)
     settings = settings_of(subject, protocol, found, asked, judge)
     job = job_of(subject, protocol, found, asked)
+    with quiet():
+        inner = harness_model(subject, asked.backend, asked.batch_size)
     log = AnswerLog(folder / f"{MT_BENCH}.answers.jsonl", job, force=asked.force)
-    inner = harness_model(subject, asked.backend, asked.batch_size)
     lm = Asking(inner, log, asked.batch_size)
     in_chat = subject.template in (None, "chat") and bool(getattr(lm.tokenizer, "chat_template", None))
     turns, notes = _answers(subject, lm, found.rows, in_chat, asked.backend, say)
     lm.say = lambda done, total: say("right answers", done, total)
     firsts = [turn for turn in turns if turn.number == 1]
     pairs = [(turn.prompt, references[turn.row["id"]][0]) for turn in firsts if turn.row["id"] in references]
-    gold = perplexity(lm, [pair for pair in pairs if pair[1]])
+    with quiet():
+        gold = perplexity(lm, [pair for pair in pairs if pair[1]])
     _write_fastchat(folder / f"{MT_BENCH}.fastchat.jsonl", subject.name, turns)
     judgements: list[Judgement | None] = [None] * len(turns)
     if judge:
@@ -109,8 +112,7 @@ def mt_bench(
         if missing:
             notes.append(f"{missing} of {len(turns)} answers got no rating from the judge, and no mean counts them")
     else:
-        place = folder / f"{MT_BENCH}.fastchat.jsonl"
-        notes.append(f"no judge, no number: answers are in {place}; name a judge with --judge")
+        notes.append(f"no judge, no number: answers are in {MT_BENCH}.fastchat.jsonl; name a judge with --judge")
     scores = _scores(turns, judgements)
     result = TaskResult(
         subject.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from pissa.records import Record
 from pissa.surgery.folders import RESIDUAL, kind_of_folder
 from pissa.training.models import load_base, load_tokenizer
 
+HUB = "hub"
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+"""Of a model: NAME or OWNER/NAME."""
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -24,7 +29,7 @@ class Opened:
     Attributes:
         model: on its device, in evaluation mode; with an adapter a `PeftModel`.
         tokenizer: of the training where there was one.
-        kind: of the folder, as `pissa inspect` names it.
+        kind: of the folder, as `pissa inspect` names it, or hub.
         base: the model that was loaded, by path or Hub id: the thing itself where there is no adapter.
         revision: of the base.
         adapter: the folder that was put on the base, or None.
@@ -51,7 +56,8 @@ def open_model(
     """Load what a folder stands for, after checking that run and base belong together.
 
     Args:
-        path: a finished run, a plain LoRA or a decomposed folder made here, a merged model, or any model folder.
+        path: a finished run, a plain LoRA or a decomposed folder made here, a merged model, any model folder, or the
+            Hub id of a whole model.
         base: where the base lies, if not where the record says.
         device: where it runs. Default: cuda where there is one.
         dtype: float32, bfloat16 or float16 of the base. Default: as it was trained on, or as stored.
@@ -78,7 +84,12 @@ def open_model(
     own = next((place for place in (path / "adapter", path) if (place / "tokenizer_config.json").is_file()), None)
     tokenizer = load_tokenizer(settings.model_copy(update={"model": str(own), "revision": None}) if own else settings)
     on = runs.load(model, adapter, trainable=False) if adapter else model.eval()
-    return Opened(on, tokenizer, kind_of_folder(path), name, revision, adapter, record)
+    return Opened(on, tokenizer, _kind(path), name, revision, adapter, record)
+
+
+def _kind(path: Path) -> str:
+    """As `kind_of_folder`; what is no path and may be a Hub id is one."""
+    return HUB if HUB_ID.fullmatch(str(path)) and not path.exists() else kind_of_folder(path)
 
 
 def _run_record(path: Path) -> dict[str, Any]:
@@ -98,8 +109,8 @@ def _run_record(path: Path) -> dict[str, Any]:
 
 def _model_of(path: Path, base: str | None) -> tuple[str, str | None, Path | None]:
     """Name and revision of the model to load, and what to put on it."""
-    kind = kind_of_folder(path)
-    if kind in ("merged", "model"):
+    kind = _kind(path)
+    if kind in ("merged", "model", HUB):
         if base:
             raise InputError(f"--base is {base}, but {path} is a whole model and needs none: leave it out")
         return str(path), None, None
