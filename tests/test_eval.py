@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,15 @@ import transformers
 
 import pissa
 from eval_helpers import QUESTIONS, answers, ask, gsm8k, moved_run, samples, speaker
-from pissa.errors import CheckpointError, ConfigError, DataError, MissingExtraError, OutputError, WrongBaseError
+from pissa.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputError,
+    MissingExtraError,
+    OutputError,
+    WrongBaseError,
+)
 from pissa.evaluation.asking import Asking
 from pissa.evaluation.benchmark import _trained_prompt
 from pissa.evaluation.log import AnswerLog
@@ -138,6 +147,8 @@ def test_a_run_gets_its_base_as_a_row_and_the_result_says_how_to_repeat_it(place
     told = json.loads((out / "results.json").read_text())["results"]
     assert [one["model"] for one in told] == ["base", "run"]
     run = told[1]
+    assert run["identity"]["base"] == told[0]["identity"]["path"] == str(place / "base")
+    assert run["identity"]["dtype"] == told[0]["identity"]["dtype"] == "float32"
     assert run["data"]["sha256"]
     assert run["data"]["rows"] == len(QUESTIONS)
     assert {"pissa", "torch", "transformers", "lm_eval", "math_verify"} <= run["versions"].keys()
@@ -224,7 +235,7 @@ def test_prompts_that_do_not_fit_are_counted(place: Path, tmp_path: Path) -> Non
     long = [{"question": "How many? " * 60, "answer": "#### 3"}, QUESTIONS[0]]
     data = gsm8k(tmp_path / "data", long)
     (result,) = ask([place / "base"], tmp_path / "out", data)
-    assert "1 of 2 prompts are longer than the model takes" in result.notes[0]
+    assert "1 of 2 prompts are longer than the model takes" in result.notes[0]  # one batch: both have its room
     assert "2 of 2 answers had less room than asked for: the model has 320 positions" in result.notes[1]
 
 
@@ -257,7 +268,13 @@ def test_both_tracks_may_lie_in_one_folder(place: Path, tmp_path: Path) -> None:
         ({"tasks": ["humaneval"]}, ConfigError, "--allow-code-execution"),
         ({"data": "nowhere"}, DataError, "gsm8k/test"),
         ({"backend": "jax"}, ConfigError, "hf, vllm"),
-        ({"tasks": ["no_such_task"], "track": "standard"}, ConfigError, "no_such_task"),
+        ({"tasks": ["../../escaped"], "track": "standard"}, ConfigError, "expected a name"),
+        ({"dtype": "float8"}, ConfigError, "float32, bfloat16, float16"),
+        ({"device": "abacus"}, ConfigError, "expected cpu, cuda"),
+        ({"base": "other"}, InputError, "whole model and needs none"),
+        pytest.param(
+            {"tasks": ["no_such_task"], "track": "standard"}, ConfigError, "no_such_task", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_wrong_input_is_refused_with_what_to_do(
@@ -267,12 +284,43 @@ def test_wrong_input_is_refused_with_what_to_do(
     data = Path(str(asked.pop("data")))
     with pytest.raises(error, match=says):
         ask([place / "base"], tmp_path / "out", data, **asked)  # type: ignore[arg-type]
-    assert not list(tmp_path.glob("out/*/*.json"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_programs_run_behind_our_walls_or_not_at_all() -> None:
+    from pissa.evaluation.harness import _refuse
+
+    class Unsafe:
+        UNSAFE_CODE = True
+
+        def get_config(self, key: str) -> object:
+            return None
+
+    class Several(Unsafe):
+        UNSAFE_CODE = False
+
+        def get_config(self, key: str) -> object:
+            return 10
+
+    for name, task, says in (
+        ("x", Unsafe(), "walls"),
+        ("cruxeval_input", Several(), "walls"),
+        ("y", Several(), "once"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            _refuse(name, task)
 
 
 def test_a_folder_that_is_a_model_is_no_place_for_results(place: Path) -> None:
-    with pytest.raises(OutputError, match="another folder"):
-        ask([place / "base"], place / "base", place / "data")
+    for out in (place / "base", place / "base" / "results", place):
+        with pytest.raises(OutputError, match="another folder"):
+            ask([place / "base"], out, place / "data")
+    assert not list((place / "base").glob("gsm8k*"))
+
+
+def test_a_file_is_no_place_for_results(place: Path) -> None:
+    with pytest.raises(OutputError, match="is a file"):
+        ask([place / "base"], place / "base/config.json", place / "data")
 
 
 def test_without_vllm_the_exact_command_is_shown(place: Path, tmp_path: Path) -> None:
@@ -322,3 +370,50 @@ def test_a_path_that_is_not_there_is_no_hub_id(place: Path, tmp_path: Path) -> N
 def test_a_hub_id_goes_to_the_hub(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"owner/model is neither a folder nor a model that the Hub gives"):
         ask([Path("owner/model")], tmp_path / "out", place / "data")
+
+
+def test_a_run_that_cannot_be_evaluated_is_refused_before_others_are(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "run.json").write_text('{"status": "running"}')
+    with pytest.raises(CheckpointError, match="not finished"):
+        ask([place / "base", tmp_path / "unfinished"], tmp_path / "out", place / "data")
+    assert not (tmp_path / "out").exists()
+
+
+def test_moved_files_and_models_are_the_same_evaluation(place: Path, tmp_path: Path) -> None:
+    ask([place / "base"], tmp_path / "out", place / "data", limit=1)
+    before = (tmp_path / "out/base/gsm8k.json").read_text()
+    shutil.copytree(place / "data", tmp_path / "moved")
+    shutil.copytree(place / "base", tmp_path / "elsewhere" / "base")
+    ask([tmp_path / "elsewhere/base"], tmp_path / "out", tmp_path / "moved", limit=1)
+    assert (tmp_path / "out/base/gsm8k.json").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "model.safetensors"])
+def test_a_model_with_another_file_is_another_model(name: str, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    first = subject(str(tmp_path / "base")).identity
+    (tmp_path / "base" / "README.md").write_text("words")
+    assert subject(str(tmp_path / "base")).identity == first
+    (tmp_path / "base" / name).write_bytes(b"{}")
+    assert subject(str(tmp_path / "base")).identity != first
+
+
+def test_scores_of_another_version_are_made_anew_from_the_same_answers(place: Path, tmp_path: Path) -> None:
+    ask([place / "base"], tmp_path / "out", place / "data", limit=1)
+    file, log = tmp_path / "out/base/gsm8k.json", tmp_path / "out/base/gsm8k.answers.jsonl"
+    told, kept = json.loads(file.read_text()), log.read_bytes()
+    told["versions"]["math_verify"] = "0.1"
+    told["scores"]["ours"]["value"] = 0.5
+    file.write_text(json.dumps(told))
+    (result,) = ask([place / "base"], tmp_path / "out", place / "data", limit=1)
+    assert (result.scores["ours"].value, log.read_bytes()) == (0.0, kept)
+
+
+def test_runs_of_one_name_get_names_of_their_own(place: Path, tmp_path: Path) -> None:
+    for index, side in enumerate(("a", "b")):
+        (tmp_path / side).mkdir()
+        moved_run(place / "base", tmp_path / side / "run", rank=2 + index)
+    found = ask([tmp_path / "a/run", tmp_path / "b/run", tmp_path / "a/run"], tmp_path / "out", place / "data", limit=1)
+    assert len({one.model for one in found}) == 2
+    assert all(one.model.startswith("run-") for one in found)

@@ -14,13 +14,16 @@ import pytest
 import tokenizers
 import torch
 import transformers
+import typer
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
 
 import pissa
 from conftest import PACKABLE, build_pico
-from pissa.errors import DataError, InputError, WrongBaseError
-from pissa.evaluation.fidelity import Fidelity, Row, fidelity
-from pissa.evaluation.windows import mean
+from pissa.cli import eval as command
+from pissa.errors import DataError, InputError, OutputError, WrongBaseError
+from pissa.evaluation.fidelity import Fidelity, fidelity
+from pissa.evaluation.windows import Compared, Row, compare, largest, mean, mean_row
 from pissa.observe import observe
 from pissa.training import train
 from pissa.w4a4 import svdquant
@@ -285,3 +288,115 @@ def test_a_text_that_is_not_there_or_says_nothing_is_refused(base: Path, tmp_pat
     (tmp_path / "short.txt").write_text("x")
     with pytest.raises(DataError, match="expected 2 or more"):
         measure([base], tmp_path / "short.txt", base=str(base))
+
+
+@pytest.mark.parametrize("place", ["run", "run/adapter/sub", "base/new"])
+def test_an_output_inside_a_model_or_its_base_is_refused_and_nothing_written(
+    trained: Trained, text: Path, place: str
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.base.parent.rglob("*")}
+    with pytest.raises(OutputError, match=r"is or lies inside .*, which is compared"):
+        measure([trained.run], text, output=trained.base.parent / place)
+    assert {path: path.stat().st_mtime_ns for path in trained.base.parent.rglob("*")} == before
+
+
+def test_an_output_beside_or_above_the_models_is_taken_and_none_is_made_for_a_wrong_base(
+    trained: Trained, base: Path, text: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.merged, tmp_path / "models" / "merged")
+    measure([tmp_path / "models" / "merged"], text, output=tmp_path / "models")
+    assert (tmp_path / "models" / "fidelity.json").is_file()
+    with pytest.raises(WrongBaseError):
+        measure([trained.run], text, base=str(steep(tmp_path / "strange")), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_logits_that_are_not_finite_are_said_and_are_null_in_the_file(base: Path, text: Path, tmp_path: Path) -> None:
+    model = language_model(base)
+    with torch.no_grad():
+        # The head's row of one byte: it comes in each window, among numbers that are finite.
+        model.lm_head.weight[40] = math.nan
+    model.save_pretrained(tmp_path / "broken")
+    save_tokenizer(tmp_path / "broken")
+    found = measure([base, tmp_path / "broken"], text, base=str(base), output=tmp_path / "out")
+    assert math.isnan(found.rows[1].largest) and math.isnan(found.rows[1].kl)
+    assert found.notes == [f"{tmp_path / 'broken'} (model): not all logits are finite here or in the base, so its "
+                           "figures say nothing"]  # fmt: skip
+    strict = json.loads((tmp_path / "out/fidelity.json").read_text(), parse_constant=pytest.fail)
+    assert strict["notes"] == found.notes
+    assert strict["rows"][0]["largest"] == 0 and strict["rows"][1]["largest"] is None
+
+
+def test_one_number_that_is_none_makes_the_largest_and_the_mean_none() -> None:
+    for values in ([1.0, math.nan, 2.0], [math.nan, 1.0], [1.0, math.inf]):
+        assert math.isnan(largest(values))
+        assert math.isnan(mean(values, [1] * len(values))[0])
+    assert largest([1.0, 3.0, 2.0]) == 3.0
+    huge = Compared(1, base_loss=0.0, loss=1e5, kl=1e5, agreed=0, largest=1e5)  # e to this is no float64
+    assert mean_row("huge", "model", {}, "float32", [huge]).perplexity == math.inf
+
+
+def test_a_folder_in_4_bits_that_computes_in_another_dtype_is_told_of(text: Path, tmp_path: Path) -> None:
+    base = steep(tmp_path / "base")
+    pissa.decompose(base, tmp_path / "packed", "qpissa", 16)
+    for dtype, notes in (("float32", 0), ("bfloat16", 1)):
+        found = measure([tmp_path / "packed"], text, dtype=dtype)
+        assert [row.dtype for row in found.rows] == [dtype, "float32"]
+        assert len(found.notes) == notes
+    assert "packed (decomposed) computes in float32 and the base in bfloat16" in found.notes[0]
+
+
+def typed(*words: object) -> Result:
+    """`pissa eval` with these words; errors come out."""
+    app = typer.Typer()
+    app.command()(command.evaluate)
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("--fidelity --text {} --limit 5", "--limit"),
+        ("--fidelity --text {} --tasks gsm8k", "--tasks"),
+        ("--fidelity --text {} --data x --track paper", "--track, --data|--data, --track"),
+        ("--fidelity --text {} --judge http://localhost", "--judge"),
+        ("--fidelity --text {} --judge-model x", "--judge-model"),
+        ("--fidelity --text {} --no-base-row", "--no-base-row"),
+        ("--fidelity --text {} --force", "--force"),
+        ("--text {}", "--text"),
+        ("--tokens 5", "--tokens"),
+        ("--max-length 5", "--max-length"),
+        ("--judge http://localhost", "--judge.*mt_bench is not among"),
+        ("--judge http://localhost --judge-model x --tasks gsm8k,math", "--judge, --judge-model"),
+        ("--tasks mt_bench --judge-model x", "--judge-model, but no --judge"),
+        ("--tasks mt_bench --judge-key-env x", "--judge-key-env, but no --judge"),
+    ],
+)
+def test_what_the_command_would_ignore_is_refused_by_its_flag(words: str, flag: str, text: Path) -> None:
+    with pytest.raises(InputError, match=flag):
+        typed("nowhere", *words.format(text).split())
+
+
+def test_the_command_passes_batch_length_and_tokens_on_and_prints_notes(
+    trained: Trained, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    monkeypatch.setattr(
+        "pissa.evaluation.fidelity.compare",
+        lambda base, other, batch, name: sizes.append(tuple(batch.shape)) or compare(base, other, batch, name),
+    )
+    words = (trained.merged, "--fidelity", "--text", text, "--device", "cpu", "--base", trained.base)
+    limits = ("--batch-size", 3, "--max-length", 16, "--tokens", 100)
+    said = json.loads(typed(*words, *limits, "--json").stdout)
+    assert sizes == 2 * [(3, 16), (3, 16), (1, 4)]
+    assert (said["text"]["max_length"], said["text"]["tokens"]) == (16, 100)
+    sizes.clear()
+    done = typed(*words, "-o", tmp_path / "out")
+    assert sizes == 2 * [(3, 64), (1, 38)]  # of 64 positions, and four windows at a time
+    assert "merged" in done.stdout and "float32" in done.stdout
+    assert (tmp_path / "out/fidelity.json").is_file()
+    assert "computes in bfloat16 and the base in" not in done.stderr
+    half = tmp_path / "half"
+    language_model(trained.merged, torch.bfloat16).save_pretrained(half)
+    save_tokenizer(half)
+    assert "computes in bfloat16 and the base in float32" in typed(half, *words[1:]).stderr

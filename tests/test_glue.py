@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import math
@@ -23,7 +24,8 @@ from pissa.comparison.outcome import Outcome
 from pissa.errors import ConfigError, DataError, InputError, OutputError, PissaError
 from pissa.evaluation import glue as running
 from pissa.evaluation.glue import glue, rates_of, read_rates, report, scores_on
-from pissa.evaluation.glue_results import FLOOR, Results, TaskResult, spread
+from pissa.evaluation.glue_page import seconds
+from pissa.evaluation.glue_results import FLOOR, Results, TaskComparison, spread
 from pissa.evaluation.glue_tasks import MISMATCHED, TASKS, load, named, stage
 from pissa.training.folder import read_metrics
 from training_runs import save_tokenizer
@@ -231,6 +233,33 @@ def test_rates_are_those_of_the_most_exact_name() -> None:
         rates_of(read_rates("full=1e-3", tasks, methods), sst2, "lora")
 
 
+def test_a_call_that_was_killed_at_its_first_task_can_be_repeated(tmp_path: Path, encoder: Path) -> None:
+    (tmp_path / "out/data/.rte.partial-host-1-0a").mkdir(parents=True)
+    with pytest.raises(DataError, match="is no folder"):  # of the data, so past the check of the output
+        glue(str(encoder), named("rte"), ["lora"], {"": (1e-3,)}, [0], tmp_path / "out", data=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"jobs": 0}, "jobs is 0, expected 1 or more"),
+        ({"methods": []}, "1 tasks and 0 methods"),
+        ({"tasks": []}, "0 tasks and 1 methods"),
+        ({"model": "nowhere/at/all"}, "nowhere/at/all cannot be loaded"),
+        ({"methods": ["lora", "lora"]}, "lora, lora, expected one or more, each once"),
+        ({"seeds": []}, "seeds: got none"),
+    ],
+)
+def test_a_wrong_plan_is_told_before_anything_is_written(
+    tmp_path: Path, encoder: Path, change: dict[str, Any], message: str
+) -> None:
+    plan: dict[str, Any] = {"model": str(encoder), "tasks": named("rte"), "methods": ["lora"], "seeds": [0]}
+    data = str(official(tmp_path / "glue", only="RTE"))
+    with pytest.raises(PissaError, match=message):
+        glue(output=tmp_path / "out", data=data, given=SHORT, rates={"": (1e-3,)}, **{**plan, **change})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("methods", "rates", "given", "message"),
     [
@@ -260,6 +289,9 @@ def test_unknown_and_repeated_tasks_are_refused() -> None:
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, encoder: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").touch()
+    (tmp_path / "strange/data/cola").mkdir(parents=True)  # data that are another program's
+    with pytest.raises(OutputError, match="no results of pissa glue"):
+        glue(str(encoder), named("rte"), ["lora"], {"": (1e-3,)}, [0], tmp_path / "strange", data="x", given=SHORT)
     with pytest.raises(OutputError, match="no results of pissa glue"):
         glue(str(encoder), named("rte"), ["lora"], {"": (1e-3,)}, [0], tmp_path / "out", data="x", given=SHORT)
     with pytest.raises(OutputError, match="no finished run"):
@@ -277,19 +309,27 @@ def test_more_rates_are_added_without_training_again_and_other_rows_are_refused(
     assert first.stat().st_mtime_ns == stamp
     assert said == [("RTE: lora, learning rate 0.01, seed 0", 2, 2)]
     assert results.tasks[0].comparison.grid_of("lora") == [1e-3, 1e-2]
+    official(tmp_path / "more", only="WNLI")
+    (tmp_path / "more/WNLI").rename(data / "WNLI")
+    both_tasks, once = named("wnli,rte"), {"": (1e-3,)}
+    with pytest.raises(ConfigError, match="rank: got 4, expected 2"):
+        glue(str(encoder), both_tasks, ["lora"], once, [0], out, data=str(data), given={**SHORT, "rank": 4})
     (data / "RTE/train.tsv").write_text((data / "RTE/train.tsv").read_text().replace("film 3", "film 4"))
     with pytest.raises(OutputError, match="other rows"):
-        glue(str(encoder), named("rte"), ["lora"], {"": (1e-3,)}, [0], out, **arguments)
+        glue(str(encoder), both_tasks, ["lora"], once, [0], out, **arguments)
+    assert sorted(path.name for path in (out / "data").iterdir()) == ["rte"]
 
 
-def made(scores: dict[tuple[str, float], list[dict[str, float] | None]], task: str = "mrpc", **data: Any) -> TaskResult:
+def made(
+    scores: dict[tuple[str, float], list[dict[str, float] | None]], task: str = "mrpc", **data: Any
+) -> TaskComparison:
     """A task's result with these scores by method and rate, one per seed; None: diverged. Loss favours the worst."""
     runs = []
     for (method, rate), found in scores.items():
         for seed, score in enumerate(found):
             loss = [(2, next(iter(score.values())))] if score else []
             runs.append(Outcome(Cell(method, rate, seed), score is not None, evaluation=loss, scores=score or {}))
-    result = TaskResult(
+    result = TaskComparison(
         TASKS[task], Path("nowhere"), Comparison(runs),
         {"split": None, "sources": {}, "rows": {"train": 8, "dev": 4}, "majority": "1", **data},
         {"settings": {"data_limit": 0, "eval_limit": 0}, "base": {}, "versions": {}},
@@ -335,6 +375,21 @@ def test_a_run_that_diverged_counts_as_nothing_and_is_named() -> None:
     assert "edge of the grid for full (0.001), lora (0.001), pissa (0.001)" in said
 
 
+def test_runs_that_no_number_counts_are_told_of() -> None:
+    whole = {("lora", 1e-3): [both(0.7, 0.8)] * 2, ("pissa", 1e-3): [both(0.8, 0.8)] * 2}
+    assert not any("count nowhere" in line for line in made(whole).notes())
+    said = made({**whole, ("pissa", 1e-4): [both(0.9, 0.9)]}).notes()
+    assert "MRPC: 1 of 5 runs count nowhere" in " ".join(said) and "over seeds 0, 1, all of them" in " ".join(said)
+
+
+def test_the_wall_time_of_an_even_number_of_runs_is_the_mean_of_the_middle_two() -> None:
+    result = made({("lora", 1e-3): [both(0.7, 0.8)] * 4 + [None]})
+    runs = [dataclasses.replace(run, seconds=s)
+            for run, s in zip(result.comparison.outcomes, (9.0, 1.0, 2.0, 4.0, 50.0), strict=True)]  # fmt: skip
+    result = dataclasses.replace(result, comparison=Comparison(runs))
+    assert seconds(Results([result])) == {"mrpc": {"lora": 3.0}}
+
+
 def test_a_method_that_lacks_a_task_has_no_average() -> None:
     cola = made({("lora", 1e-3): [{"matthews": 0.2}], ("pissa", 1e-3): [{"matthews": 0.4}]}, task="cola")
     results = Results([cola, made({("lora", 1e-3): [both(0.8, 0.6)]})])
@@ -348,7 +403,7 @@ def test_the_floor_is_what_the_majority_class_of_the_training_rows_scores(tmp_pa
     loaded = load(TASKS["mrpc"], str(data))
     stage(loaded, tmp_path / "out/data/mrpc")
     facts = {"settings": {"eval_limit": 0}, "base": {}, "versions": {}}
-    result = TaskResult(TASKS["mrpc"], tmp_path / "out/mrpc", Comparison([]), loaded.facts, facts)
+    result = TaskComparison(TASKS["mrpc"], tmp_path / "out/mrpc", Comparison([]), loaded.facts, facts)
     truth = [int(row.fields["label"]) for row in loaded.rows["dev"]]
     share = sum(truth) / len(truth)
     assert 0.5 < share < 1

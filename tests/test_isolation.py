@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from pissa.errors import InputError
 from pissa.scoring.isolation import run as running
 from pissa.scoring.isolation import walls as building
 from pissa.scoring.isolation.run import Isolation, Limits, find_isolation, run
+from pissa.scoring.isolation.syscalls import AUDIT_ARCH, REFUSED, SOCKETS, syscall_filter
 
 LIMITS = Limits(seconds=1, memory_bytes=2**28, file_bytes=2**21, output_bytes=2**14)
 SYSTEM = "/usr/bin/python3"
@@ -190,6 +192,14 @@ HOSTILE = {
         "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0, 'refused'",
         "AssertionError: refused",
     ),
+    "shared memory that nobody maps": (
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "if libc.shmget(0, ctypes.c_size_t(2**26), 0o1600) < 0: raise OSError(ctypes.get_errno(), 'shmget')",
+        "PermissionError: .*shmget",
+    ),
+    "file in memory": ("import os\nos.memfd_create('x')", "PermissionError"),
+    "socket to the machine's host": ("import socket\nsocket.socket(40, 1)", "PermissionError"),
+    "socket to the kernel": ("import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW)", "PermissionError"),
     "wait for input": ("input()", "EOFError"),
     "syntax error": ("def f(x) return", "SyntaxError"),
     "null byte": ("x = 1\0", "ValueError|SyntaxError"),
@@ -304,6 +314,107 @@ def f(x):
     assert run(program, Isolation(walls, LIMITS), TESTS).passed
 
 
+CHILDREN = """
+import os, time
+for _ in range(6):
+    if os.fork() == 0:
+        x = b"x" * (60 * 2**20)
+        time.sleep(60)
+        os._exit(0)
+"""
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("also", ["", "os.close(1)\nos.close(2)\nos.closerange(3, 64)\n"], ids=["", "silent"])
+def test_processes_that_keep_to_the_limit_of_memory_one_by_one_are_held_to_it_together(walls: str, also: str) -> None:
+    program = CHILDREN.replace("import os, time\n", f"import os, time\n{also}") + "time.sleep(60)"
+    limits = replace(LIMITS, seconds=30)
+    assert run(program, Isolation(walls, limits)).reason == "memory"
+    assert run(program, Isolation(walls, replace(limits, seconds=2, memory_bytes=2**30))).reason == "timeout"
+
+
+def ends(program: bytes, arch: int, number: int, argument: int = 0) -> str:
+    """What a filter says of one system call, by an interpreter of the few instructions that it has."""
+    data = struct.pack("=IIQ6Q", number, arch, 0, argument, 0, 0, 0, 0, 0)
+    instructions = list(struct.iter_unpack("=HBBI", program))
+    place = loaded = 0
+    while True:
+        opcode, holds, fails, operand = instructions[place]
+        if opcode == 0x06:
+            return {0x7FFF0000: "allow", 0x00050001: "EPERM"}[operand]
+        if opcode == 0x20:
+            loaded = int.from_bytes(data[operand : operand + 4], sys.byteorder)
+        place += 1
+        if opcode in (0x15, 0x35):
+            place += holds if (loaded == operand if opcode == 0x15 else loaded >= operand) else fails
+
+
+@pytest.mark.parametrize("machine", REFUSED)
+def test_the_filter_refuses_its_system_calls_other_abis_and_no_other_call(machine: str) -> None:
+    program, arch = syscall_filter(machine), AUDIT_ARCH[machine]
+    refused, sockets = set(REFUSED[machine].values()), set(SOCKETS[machine].values())
+    for number in range(500):
+        if number not in sockets:
+            assert ends(program, arch, number) == ("EPERM" if number in refused else "allow"), number
+        assert ends(program, arch, 0x40000000 + number) == "EPERM"
+        assert ends(program, 0x40000003, number) == "EPERM"  # i386
+    for number in sockets:
+        allowed = [family for family in range(64) if ends(program, arch, number, family) == "allow"]
+        assert allowed == [socket.AF_UNIX, socket.AF_INET, socket.AF_INET6]
+
+
+def test_a_machine_whose_numbers_are_not_known_has_no_filter() -> None:
+    assert syscall_filter("riscv64") == b""
+
+
+@pytest.mark.skipif(platform.machine() not in REFUSED, reason="no numbers of this machine")
+def test_every_refused_call_fails_behind_walls_and_in_children(walls: str) -> None:
+    numbers = REFUSED[platform.machine()]
+    program = f"""
+import ctypes, os
+syscall = ctypes.CDLL(None, use_errno=True).syscall
+if os.fork() == 0:
+    for name, number in {numbers!r}.items():
+        print(name, syscall(number, 0, 0, 0, 0, 0, 0), ctypes.get_errno(), flush=True)
+    os._exit(0)
+os.wait()
+"""
+    outcome = run(program, Isolation(walls, LIMITS))
+    assert outcome.output.splitlines() == [f"{name} -1 1" for name in numbers]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the calls of i386")
+def test_a_call_by_the_32_bit_interface_fails(walls: str) -> None:
+    program = """
+import ctypes, mmap
+page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+page.write(b"\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3")  # getpid by int 0x80
+print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))())
+"""
+    outcome = run(program, Isolation(walls, LIMITS))
+    assert outcome.output == "-1\n" or outcome.reason == "killed by SIGSEGV", outcome  # a kernel without it
+
+
+def test_what_a_terminal_would_obey_is_written_out(walls: str) -> None:
+    title = "\x1b]0;OWNED\x07"
+    outcome = run(
+        f"print({title!r}, 'é\\t\u202e', flush=True)\nraise ValueError({title + chr(0x202E)!r})",
+        Isolation(walls, LIMITS),
+    )
+    assert outcome.reason == r"ValueError: \x1b]0;OWNED\x07\u202e"
+    assert outcome.output == "\\x1b]0;OWNED\\x07 é\t\\u202e\n"
+    forged = "import os\nos.write(3, b'x\\x1b[2J\\ny' + b'\\x1b' * 999)\nos._exit(1)"
+    reason = run(forged, Isolation(walls, LIMITS)).reason
+    assert reason.startswith(r"x\x1b[2J\ny\x1b") and len(reason) == 300
+
+
+def test_walls_without_the_filter_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    if running._problem("namespaces"):
+        pytest.skip("no namespaces here")
+    monkeypatch.setattr(running, "syscall_filter", lambda: b"")
+    assert "no system call is refused" in running._problem.__wrapped__("namespaces")
+
+
 def test_walls_that_do_not_come_up_are_no_verdict(walls: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = building.visible()
     monkeypatch.setattr(building, "visible", lambda: [*seen, "/no/such/folder"])
@@ -362,7 +473,8 @@ def test_where_there_are_walls_they_are_found_without_a_warning(walls: str) -> N
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize(
     "name",
-    ["memory bomb", "endless loop", "huge output", "leave before the tests", "jump over the tests", "crash",
+    ["memory bomb", "file in memory", "socket to the machine's host",
+     "endless loop", "huge output", "leave before the tests", "jump over the tests", "crash",
      "one large file", "open files without end", "import from the host's working folder", "import of this package",
      "deaf to signals", "sleep at exit"],
 )  # fmt: skip

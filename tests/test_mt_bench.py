@@ -21,6 +21,7 @@ import transformers
 
 from conftest import build_pico
 from pissa.errors import ConfigError, OutputError
+from pissa.evaluation.evaluate import evaluate
 from pissa.evaluation.harness import Asked
 from pissa.evaluation.judge import Judge, conversation, rating_of
 from pissa.evaluation.model import subject
@@ -124,7 +125,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pissa.evaluation.mt_bench.TOKENS", 12)
 
 
-ASKED = Asked("paper", None, None, 2, "hf", None, False)
+ASKED = Asked(None, 2, "hf", None, False)
 
 
 def run(
@@ -230,7 +231,7 @@ def test_scores_are_means_of_ratings_by_turn_and_category(
     assert whole.stderr == pytest.approx(error)
     assert whole.interval == pytest.approx((5 - 1.96 * error, 5 + 1.96 * error), rel=1e-3)
     assert result.scores["judge, math"].stderr is None
-    assert result.settings["judge"]["host"] == "127.0.0.1" and result.settings["judge"]["model"] == "grader"
+    assert result.settings["judge"]["url"] == endpoint.judge.url and result.settings["judge"]["model"] == "grader"
     assert [s["extracted"] for s in lines(tmp_path / "out" / "mt_bench.samples.jsonl")] == [
         "2",
         "4",
@@ -433,3 +434,13 @@ def test_the_real_questions_have_thirty_references(shared: Path) -> None:
     assert (len(real.rows), len(references)) == (80, 30)
     assert source is not None and re.fullmatch("[0-9a-f]{64}", source["sha256"])
     assert references[101][0].startswith("If you have just overtaken the second person")
+
+
+def test_marks_stay_where_no_judge_is_named_the_next_time(
+    model: Path, serve: Callable[..., Endpoint], tmp_path: Path, shared: Path
+) -> None:
+    endpoint = serve(lambda messages: "[[7]]")
+    settings = {"data": str(shared / "data"), "limit": 1, "batch_size": 2, "device": "cpu"}
+    first = evaluate([str(model)], ["mt_bench"], tmp_path / "out", judge=endpoint.judge, **settings)
+    again = evaluate([str(model)], ["mt_bench"], tmp_path / "out", **settings)
+    assert first[0].scores["judge"] == again[0].scores["judge"]

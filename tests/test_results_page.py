@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 
+from pissa.cli.eval import print_results
 from pissa.evaluation import page
 from pissa.evaluation.page import results_table, visible, write_answers, write_results
-from pissa.evaluation.paired import Paired, paired
+from pissa.evaluation.paired import Paired, against_base, paired
 from pissa.evaluation.result import Perplexity, Score, TaskResult
-from pissa.evaluation.tracks import protocol
+from pissa.evaluation.tracks import file_stem, protocol
 from pissa.scoring.answers import score
 from pissa.scoring.verdict import Item, Verdict, summary
 
 CHROMIUM = shutil.which("chromium")
+OPEN: dict[str, Any] = {"scores": {}, "headline": ""}
+"""Of a result whose answers nobody has scored."""
 PROMPT = "Below is an instruction.\n\n### Instruction:\n{}\n\n### Response: Let's think step by step."
 Sample = dict[str, Any]
 
@@ -87,7 +90,7 @@ def _answer(number: int, row: dict[str, str], wrong: int) -> Sample:
 
 
 def result(samples: list[Sample], model: str = "pissa-r32", kind: str = "run", **changes: Any) -> TaskResult:
-    """What these samples come to."""
+    """What these samples come to; `base` is the name of another result."""
     said = protocol(changes.pop("task", "gsm8k"), changes.pop("track", "paper"))
     items = [
         Item(one["id"], Verdict(one["correct"], None), Verdict(one["authors"]["correct"], None)) for one in samples
@@ -105,7 +108,8 @@ def result(samples: list[Sample], model: str = "pissa-r32", kind: str = "run", *
         "versions": {"pissa": "0.1.0", "lm_eval": "0.4.12"},
         "seconds": 93.2,
     }
-    identity = {"path": f"runs/{model}", "kind": kind, "sha256": "5c" * 32}
+    base = changes.pop("base", None)
+    identity = {"path": f"runs/{model}", "kind": kind, "sha256": "5c" * 32, "base": base and f"runs/{base}"}
     return TaskResult(model, identity, said.task, said.track, said.says, **{**fields, **changes})
 
 
@@ -114,7 +118,7 @@ def keep(out: Path, found: TaskResult, samples: list[Sample]) -> TaskResult:
     folder = out / found.model
     folder.mkdir(exist_ok=True)
     lines = [json.dumps(sample) for sample in samples]
-    (folder / f"{found.task}.samples.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / f"{file_stem(found.task, found.track)}.samples.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return found
 
 
@@ -131,7 +135,7 @@ def place(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base, run = answered(shared, wrong=2), answered(shared, wrong=3, count=200)
     # By name the run comes first, as a listing of folders has it.
     found = [
-        keep(out, result(run, "a-run", notes=["12 of 200 prompts lost their beginning"]), run),
+        keep(out, result(run, "a-run", base="z-base", notes=["12 of 200 prompts lost their beginning"]), run),
         keep(out, result(base, "z-base", "model"), base),
     ]
     write_results(found, out)
@@ -183,11 +187,48 @@ def test_only_questions_in_the_same_words_are_paired() -> None:
     assert paired(run, []) is None
 
 
-def test_a_run_is_compared_with_its_own_base_and_with_none_where_that_is_open(tmp_path: Path) -> None:
-    found = [keep(tmp_path, result([], name, "model", scores={}, headline=""), [sample()]) for name in ("one", "two")]
-    run = keep(tmp_path, result([], scores={}, headline=""), [sample(False)])
-    write_results([*found, run], tmp_path)
-    assert "lost of" not in Page(tmp_path / "results.html").text
+def test_a_model_that_no_run_names_is_no_base(tmp_path: Path) -> None:
+    other = keep(tmp_path, result([], "other", "model", **OPEN), [sample()])
+    run = keep(tmp_path, result([], **OPEN), [sample(False)])
+    seen = Page(write_results([run, other], tmp_path))
+    assert "lost of" not in seen.text and "points to the base" not in seen.text
+    assert [row[0] for row in seen.tables[0][2:]] == ["pissa-r32", "other"]
+    seen = Page(write_results([result([], base="elsewhere", **OPEN), other], tmp_path))
+    assert "lost of" not in seen.text and "other base" not in [row[0] for row in seen.tables[0]]
+
+
+def test_each_track_has_its_own_comparison_with_the_base(tmp_path: Path) -> None:
+    found = []
+    # On one track 3 answers are better than the base's, on the other 2 are worse.
+    for track, answers, base in (("paper", [True] * 3, False), ("standard", [False] * 2, True)):
+        name, common = "ours" if track == "paper" else "exact_match", {"track": track, "gold": None}
+        scores = {"scores": {name: Score(0.5, 0.1, None, len(answers))}, "headline": name}
+        own = [sample(answer, id=str(n)) for n, answer in enumerate(answers)]
+        others = [{**one, "correct": base} for one in own]
+        found += [keep(tmp_path, result([], "run", base="root", **common, **scores), own)]
+        found += [keep(tmp_path, result([], "root", "model", **common, **scores), others)]
+    paper, standard = Page(write_results(found, tmp_path)).tables[:2]
+    assert [row[0] for row in paper[2:]] == [row[0] for row in standard[2:]] == ["root base", "run"]
+    assert "+100.0 points to the base 3 won, 0 lost of 3" in paper[3][1]
+    assert "-100.0 points to the base 0 won, 2 lost of 2" in standard[3][1]
+
+
+def test_a_base_in_two_dtypes_is_compared_in_the_runs_own(tmp_path: Path) -> None:
+    def of(name: str, dtype: str, correct: bool, **more: Any) -> TaskResult:
+        return keep(tmp_path, result([], name, settings={"dtype": dtype}, **OPEN, **more), [sample(correct)])
+
+    run = of("run", "bfloat16", False, base="root")
+    roots = [of("root-1", "float32", False), of("root-2", "bfloat16", True)]
+    for root in roots:
+        root.identity["path"] = "runs/root"
+    assert against_base(run, [run, *roots], tmp_path) == Paired(0, 1, 1)
+    run.settings["dtype"] = "float16"
+    assert against_base(run, [run, *roots], tmp_path) is None
+
+
+def test_a_run_is_compared_with_the_base_that_it_names_wherever_it_lies(tmp_path: Path) -> None:
+    found = [keep(tmp_path, result([], name, "model", **OPEN), [sample()]) for name in ("one", "two")]
+    run = keep(tmp_path, result([], **OPEN), [sample(False)])
     (tmp_path / "two/gsm8k.samples.jsonl").write_text(json.dumps(sample(False)), encoding="utf-8")
     for base, lost in {"runs/one": "0 won, 1 lost of 1", os.path.abspath("runs/two"): "0 won, 0 lost of 1"}.items():
         run.identity["base"] = base
@@ -244,7 +285,7 @@ def test_tracks_never_share_a_table(tmp_path: Path, shared: Path) -> None:
         "exact_match,flexible-extract": Score(0.5, 0.02, None, 10),
         "word_perplexity,none": Score(0.75, None, None, 10),
     }
-    standard = result(few, "base", "model", track="standard", scores=scores, gold=None, headline=[*scores][1])
+    standard = result(few, "other", "model", track="standard", scores=scores, gold=None, headline=[*scores][1])
     found = [standard, result(few)]
     text = write_results(found, tmp_path).read_text(encoding="utf-8")
     paper, other = text.index("<h2>Paper track"), text.index("<h2>Standard track")
@@ -260,7 +301,7 @@ def test_tracks_never_share_a_table(tmp_path: Path, shared: Path) -> None:
 
 def test_without_a_judge_there_is_no_number_and_the_answers_are_there(tmp_path: Path) -> None:
     silent = {"task": "mt_bench", "scores": {}, "gold": None, "headline": ""}
-    found = [result([], "base", "model", **silent), result([], **silent)]
+    found = [result([], "base", "model", **silent), result([], base="base", **silent)]
     seen = Page(write_results(found, tmp_path))
     assert seen.tables[0][1:] == [["no judge"], ["base base", "no number"], ["pissa-r32", "no number"]]
     assert "base/mt_bench.html" in seen.links
@@ -284,13 +325,38 @@ def test_a_judged_model_beside_one_that_is_not_keeps_its_number(tmp_path: Path) 
 def test_markdown_has_the_numbers_of_the_page(place: Path, shared: Path) -> None:
     run, base = answered(shared, 3, 200), answered(shared, 2)
     other = result(run, "pipe|d", task="math")
-    lines = results_table([result(run, "a-run"), result(base, "z-base", "model"), other])
+    lines = results_table([result(run, "a-run", base="z-base"), result(base, "z-base", "model"), other])
     assert lines[:2] == ["Paper track:", ""]
     assert [line.split(" | ")[0] for line in lines[4:]] == ["| z-base", "| a-run", "| pipe\\|d"]
     assert lines[4].endswith("| – | – | – |") and lines[6].startswith("| pipe\\|d | – | – | – | ")
     page_cells = Page(place / "results.html").tables[0][2]
     assert [text.replace("; ", " ") for text in lines[4].split(" | ")[1:4]] == page_cells[1:]
     assert "only 200 of 1,319 questions" in lines[5]
+
+
+def test_the_command_prints_the_figures_of_the_page(
+    place: Path, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = answered(shared, 3, 200)
+    words = Score(21.3, None, None, 10)
+    marks = Score(6.25, 0.21, None, 80)
+    print_results(
+        [
+            result(run, "a-run"),
+            result([], "words", task="wikitext", track="standard", scores={"word_perplexity,none": words},
+                   gold=None, headline="word_perplexity,none"),
+            result([], "marks", task="mt_bench", scores={"judge": marks}, gold=None, headline="judge"),
+            result([], "silent", task="mt_bench", gold=None, **OPEN),
+        ]
+    )  # fmt: skip
+    lines = {cells[2]: [cell.strip() for cell in cells] for line in capsys.readouterr().out.splitlines()
+             if len(cells := [cell.strip() for cell in line.split("│")]) > 4}  # fmt: skip
+    shown = Page(place / "results.html").tables[0][-1]
+    assert shown[1].startswith(f"{lines['a-run'][3]} {lines['a-run'][4]}") and "%" in lines["a-run"][3]
+    assert shown[2].startswith(lines["a-run"][5])
+    assert lines["words"][3:5] == ["21.3", "-"]
+    assert lines["marks"][3:5] == ["6.25 ± 0.21", "-"]
+    assert lines["silent"][3] == "no judge"
 
 
 def test_filters_count_what_they_show(place: Path, shared: Path) -> None:
@@ -378,6 +444,8 @@ def test_past_the_limit_of_a_page_it_says_what_it_leaves_out(tmp_path: Path, mon
     seen = Page(write_answers(result([]), [sample(bool(n % 2)) for n in range(8)], tmp_path / "a.html"))
     assert len(seen.answers) == 3
     assert "the first 3 of 8; all are in gsm8k.samples.jsonl" in seen.text
+    other = result([], track="standard")
+    assert "gsm8k.standard.samples.jsonl" in Page(write_answers(other, [sample()] * 4, tmp_path / "b.html")).text
     assert "right 4" in seen.text and "right (1)" in seen.text
 
 

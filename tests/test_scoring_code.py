@@ -319,6 +319,46 @@ def test_what_is_extracted_is_the_code_alone() -> None:
     assert code.extract(f"x = 1\n{AREA_CODE}\ny = 2\nprint(y)", "area") == f"x = 1\n{AREA_CODE.rstrip()}"
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [f"x{n} = {n}" for n in range(3000)] + ["!"],
+        [f"from a import b{n}" for n in range(2000)],
+        ["from a word it's"] * 2000,
+        ["def area(x):\n    return x0", *(f"x{n} = x{n + 1}" for n in range(3000))],
+        ["def area(x):\n    return x0", *(f"x{n + 1} = x{n}" for n in range(3000)), "!"],
+        ["```python\nx = 1\n```"] * 2000,
+        ["```python\n```"] * 3000,
+        ["x = ("] * 3000,
+        ['x = """'] * 2999,
+        ["if x:"] * 3000,
+        ["x = 1\nreturn"] * 3000,
+        ["```" + " " * 40_000] + ["x = 1"] * 10,
+        ["x" + " " * 40_000],
+        ["x = 1"] * 10**6,
+    ],
+    ids=lambda lines: f"{lines[0][:20]!r} x {len(lines)}",
+)
+@pytest.mark.parametrize("prompt", ["", ADD["prompt"].replace("add", "area")], ids=["asked", "begun"])
+def test_of_a_long_answer_a_bounded_amount_is_read(
+    lines: list[str], prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, parse = [], code._parse
+    monkeypatch.setattr(code, "_parse", lambda text: read.append(len(text)) or parse(text))
+    code.extract("\n".join(lines), "area", prompt)
+    assert len(read) <= 20 * code.MOST_PLACES
+    assert max(read, default=0) <= 3 * code.LONGEST + len(prompt)  # with indentation
+    readable = lines[0] in ("x0 = 0", "from a import b0")  # and need not be read again from each of its lines
+    assert sum(read) <= (20 if readable else 2 * code.MOST_PLACES) * code.LONGEST
+
+
+def test_code_is_found_after_much_that_only_looks_like_code() -> None:
+    prose = "from the task it's clear\nx = y z\n" * 40
+    assert code.extract(prose + AREA_CODE, "area") == AREA_CODE.rstrip()
+    constants = "".join(f"x{n} = {n}\n" for n in range(500))
+    assert code.extract(constants + AREA_CODE, "area") == (constants + AREA_CODE).rstrip()
+
+
 def test_a_question_of_another_data_set_is_an_error() -> None:
     with pytest.raises(DataError, match="expected also test_list"):
         code.score("mbpp", "", ADD, Isolation("none"))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pissa.errors import DataError
 from pissa.scoring import hendrycks, latex
 
 YES, NO = True, False
@@ -60,6 +61,24 @@ ANSWERS = [
     ("11 111 111 100", r"11,\! 111,\! 111,\! 100", YES, NO),
     (r"20,000/\pi", r"\frac{20000}{\pi}", YES, NO),
     ("(100,200)", "(100200)", NO, NO),
+    ("5 million", "5", NO, NO),
+    ("$5$ million", "5", NO, NO),
+    (r"5 \text{ million}", "5", NO, YES),
+    (r"5 \text{ million dollars}", "5000000", YES, NO),
+    ("5 million dollars", "5000000", YES, NO),
+    ("2.5 million", "2500000", YES, NO),
+    ("2 thousand", "2000", YES, NO),
+    ("2 thousand", "2", NO, NO),
+    ("3 hundredths", "3", NO, NO),
+    ("3 hundredths", "0.03", YES, NO),
+    ("5 times pi", "5", NO, NO),
+    ("12 divided by 4", "12", NO, NO),
+    ("5 squared", "5", NO, NO),
+    ("5 inches cubed", "5", YES, NO),
+    (r"5\text{ squared}", "5", NO, YES),
+    ("5 inches minus pi", "5", NO, NO),
+    ("5 minus x", "5", NO, NO),
+    ("not 7", "7", NO, NO),
     # words, bases, names
     ("Tuesday", r"\text{Tuesday}", YES, NO),
     (r"\textbf{tuesday}", r"\text{Tuesday}", YES, NO),
@@ -89,6 +108,9 @@ ANSWERS = [
     ("1,2", "1,-2", NO, NO),
     ("3,5", "3, 5, 7", NO, NO),
     (r"\{2,1\}", r"\{1,2\}", YES, NO),
+    ("(2,1)", r"\{1,2\}", NO, NO),
+    (r"\{1,2\}", "(1,2)", NO, NO),
+    ("2,1", r"\{1,2\}", YES, NO),
     ("[3,4]", "(3,4]", NO, NO),
     (r"x \le 0", r"(-\infty, 0]", YES, NO),
     (r"-2 \le x \le 7", r"x \in [-2,7]", YES, NO),
@@ -169,6 +191,12 @@ OUTPUTS = [
 @pytest.mark.parametrize(("output", "ours", "authors"), OUTPUTS)
 def test_where_the_answer_is_looked_for(output: str, ours: str | None, authors: str | None) -> None:
     assert (latex.ours(output, "0").extracted, latex.authors(output, "0").extracted) == (ours, authors)
+
+
+def test_an_empty_gold_answer_is_an_error() -> None:
+    for scorer in (latex.ours, latex.authors):
+        with pytest.raises(DataError, match="gold answer is empty"):
+            scorer("The answer is: 5", " ")
 
 
 def test_a_wrong_answer_says_why() -> None:

@@ -52,6 +52,14 @@ ANSWERS = [
     (A + "1.5e3", "1500", YES, NO),
     (A + "1.5 \\times 10^3", "1500", YES, NO),
     (A + "2 million dollars", "2000000", YES, NO),
+    (A + "5 hundred", "5", NO, YES),
+    (A + "5 hundred", "500", YES, NO),
+    (A + "5k", "5", NO, YES),
+    (A + "$5k", "5000", YES, NO),
+    (A + "5 km", "5", YES, YES),
+    (A + "5 dozen", "5", YES, YES),  # questions ask for dozens
+    (A + "minus 5", "5", NO, YES),
+    (A + "Minus $5", "-5", YES, NO),
     (A + "Rs.18", "18", YES, NO),  # read as .18
     # fractions
     (A + "7/2", "3.5", YES, NO),
@@ -96,6 +104,13 @@ ANSWERS = [
     (A + "18 or 20", "18", NO, YES),
     (A + "16, 18", "16", NO, YES),
     (A + "3:30", "3", NO, YES),
+    (A + "12 divided by 4", "12", NO, YES),
+    (A + "12 divided by 4 = 3", "3", YES, NO),
+    (A + "20 minus 5 = 15", "15", YES, NO),
+    (A + "20 minus 5", "20", NO, YES),
+    (A + "5 squared", "5", NO, YES),
+    (A + "5 cubed", "5", NO, YES),
+    (A + "5 square feet", "5", YES, YES),
     (A + "1.2.3", "1", NO, YES),
     # marks
     ("the answer is 18", "18", YES, NO),  # to the letter
@@ -110,6 +125,10 @@ ANSWERS = [
     (A + "20\nThe answer is: 18", "18", YES, YES),
     (A + "18\n\nThe answer is: ", "18", YES, NO),  # cut off while repeating itself
     ("#### Step 2\nSo " + A + "18", "18", YES, YES),
+    ("The answer is not 7", "7", NO, NO),
+    ("The answer is not 7.5, it is 8", "8", YES, NO),
+    ("The answer is not 7 but 8", "7", NO, NO),
+    (A + "20, not 18", "20", YES, YES),
     # no mark, no number, another question
     ("3 * 6 = 18 eggs", "18", YES, NO),
     ("18 - 3 = 15", "18", NO, NO),
@@ -184,6 +203,7 @@ def test_a_gold_answer_without_a_number_is_an_error() -> None:
     for scorer in (numbers.ours, numbers.authors):
         with pytest.raises(DataError, match="expected a number"):
             scorer(A + "18", "#### none")
+    assert numbers.gold_value("6 * 3 = 18\n#### 1,018") == 1018
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from pissa.cli import options, show
 from pissa.errors import InputError
 
 if TYPE_CHECKING:
+    from pissa.evaluation.fidelity import Fidelity
     from pissa.evaluation.judge import Judge
     from pissa.evaluation.result import TaskResult
 
+OF_BOTH = frozenset({"models", "output", "batch_size", "base", "device", "dtype", "trust_remote_code", "as_json"})
+"""Parameters that questions and --fidelity share; each refuses the other's."""
+OF_FIDELITY = frozenset({"fidelity", "text", "tokens", "max_length"})
+
 
 def evaluate(
+    context: Context,
     models: Annotated[list[str], Argument(help="Runs, adapters or models: folders, or Hub ids of whole models.")],
     tasks: Annotated[
         str, Option(help="gsm8k, math, humaneval, mbpp, mt_bench, with commas; on the standard track any of lm-eval's.")
@@ -28,7 +34,10 @@ def evaluate(
     ] = "paper",
     data: Annotated[str | None, Option(help="Folder with the questions as files. Default: the Hub.")] = None,
     limit: Annotated[int | None, Option(min=1, help="Ask the first so many questions only. Default: all.")] = None,
-    batch_size: Annotated[int, Option(min=1, help="Questions at a time, sorted by length.")] = 16,
+    batch_size: Annotated[
+        int | None,
+        Option(min=1, help="Questions at a time, sorted by length; windows of a text. Default: 16; 4 windows."),
+    ] = None,
     backend: Annotated[str, Option(help="hf or vllm.")] = "hf",
     base: Annotated[str | None, Option(help="The base, if it lies elsewhere by now.")] = None,
     no_base_row: Annotated[bool, Option("--no-base-row", help="Do not evaluate the base of a run beside it.")] = False,
@@ -46,24 +55,33 @@ def evaluate(
     ] = False,
     text: Annotated[str | None, Option(help="For --fidelity: a text file, or rows with `text`.")] = None,
     tokens: Annotated[int | None, Option(min=2, help="For --fidelity: read the first so many. Default: all.")] = None,
+    max_length: Annotated[
+        int | None, Option(min=2, help="For --fidelity: tokens in a window. Default: 512, or the base's positions.")
+    ] = None,
     force: Annotated[bool, Option("--force", help="Drop answers to another evaluation that are in the way.")] = False,
     trust_remote_code: options.RemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a run on its own base, which is checked, or any model; its base gets a row too."""
-    loading: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    given = _given(context, fidelity)
+    settings: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    settings |= {"batch_size": batch_size} if batch_size else {}
     if fidelity:
-        _fidelity(models, text, output, {**loading, "limit_tokens": tokens}, as_json)
+        settings |= {"max_length": max_length} if max_length else {}
+        _fidelity(models, text, output, {**settings, "limit_tokens": tokens}, as_json)
         return
-    if text or tokens:
-        raise InputError("--text and --tokens are for --fidelity: add it, or leave them out")
 
     from pissa.checkpoint.output import read_json
     from pissa.comparison.grid import names
     from pissa.evaluation.evaluate import RESULTS
     from pissa.evaluation.evaluate import evaluate as run
+    from pissa.evaluation.tracks import MT_BENCH
     from pissa.training.quiet import quiet
 
+    judging = [flag for name, flag in given.items() if name.startswith("judge")]
+    if judging and (judge is None or MT_BENCH not in names(tasks)):
+        lacks = "mt_bench is not among --tasks" if judge else "no --judge says where the judge is"
+        raise InputError(f"got {', '.join(judging)}, but {lacks}: add it, or leave {', '.join(judging)} out")
     out = Path(output or "results")
     with quiet(), show.steps_progress() as say:
         found = run(
@@ -73,7 +91,6 @@ def evaluate(
             track=track,
             data=data,
             limit=limit,
-            batch_size=batch_size,
             backend=backend,
             base_row=not no_base_row,
             allow_code_execution=allow_code_execution,
@@ -81,7 +98,7 @@ def evaluate(
             judge=_judge(judge, judge_model, judge_key_env),
             force=force,
             say=say,
-            **loading,
+            **settings,
         )
     if as_json:
         show.print_json(read_json(out / RESULTS))
@@ -91,18 +108,20 @@ def evaluate(
 
 
 def print_results(found: list[TaskResult]) -> None:
-    """One line a model and task; shares in percent."""
+    """One line a model and task, the figures as on the page."""
+    from pissa.evaluation.page import figure
+
     rows = []
     for one in sorted(found, key=lambda result: (result.task, result.track)):
         head, authors = one.scores.get(one.headline), one.scores.get("authors")
-        share = 1 if one.task == "mt_bench" else 100
+        value, *interval = figure(one.headline, head) if head else ["no judge"]
         rows.append(
             [
                 one.task if one.track == "paper" else f"{one.task} ({one.track})",
                 one.model,
-                f"{share * head.value:.2f} ± {share * (head.stderr or 0):.2f}" if head else "no judge",
-                "{:.1f} to {:.1f}".format(*(share * end for end in head.interval)) if head and head.interval else "-",
-                f"{100 * authors.value:.2f}" if authors else "-",
+                value,
+                *(interval or ["-"]),
+                figure("authors", authors)[0] if authors else "-",
                 f"{one.gold.value:.4g}" if one.gold else "-",
                 str(head.count if head else one.data["rows"]),
             ]
@@ -113,11 +132,25 @@ def print_results(found: list[TaskResult]) -> None:
         show.say(note)
 
 
+def _given(context: Context, fidelity: bool) -> dict[str, str]:
+    """The parameters that were typed, by name as they are typed.
+
+    Raises:
+        InputError: one that would be ignored.
+    """
+    spelt = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    typed = [name for name in context.params if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"]
+    given = {name: spelt[name] for name in typed}
+    if fidelity and (odd := [given[name] for name in typed if name not in OF_BOTH | OF_FIDELITY]):
+        raise InputError(f"--fidelity compares models on a text and takes no {', '.join(odd)}: leave it out")
+    if not fidelity and (odd := [given[name] for name in typed if name in OF_FIDELITY]):
+        raise InputError(f"got {', '.join(odd)}, which only --fidelity takes: add --fidelity, or leave it out")
+    return given
+
+
 def _judge(url: str | None, model: str, key_env: str) -> Judge | None:
     from pissa.evaluation.judge import Judge
 
-    if url is None and model:
-        raise InputError(f"--judge-model is {model}, but no --judge says where it is: give its address")
     return Judge(url, model, key_env) if url else None
 
 
@@ -132,11 +165,20 @@ def _fidelity(models: list[str], text: str | None, output: str | None, settings:
     if as_json:
         show.print_json(found.to_json())
         return
-    columns = ["model", "kind", "perplexity", "against base", "KL, nats", "top-1 agreement", "largest logit difference"]
+    print_fidelity(found)
+    if output:
+        show.say(f"{Path(output) / FILE}: the numbers")
+
+
+def print_fidelity(found: Fidelity) -> None:
+    """One line a model, then what must be known of them."""
+    columns = ["model", "kind", "computes in", "perplexity", "against base", "KL, nats", "top-1 agreement",
+               "largest logit difference"]  # fmt: skip
     rows = [
         [
             row.model,
             row.kind,
+            row.dtype,
             f"{row.perplexity:.4f}",
             f"{100 * (row.ratio - 1):+.3f} % ± {100 * (row.ratio_stderr or 0):.3f} %",
             f"{row.kl:.3e}",
@@ -146,7 +188,6 @@ def _fidelity(models: list[str], text: str | None, output: str | None, settings:
         for row in found.rows
     ]
     show.print_table(columns, rows)
-    facts = found.text
-    show.say(f"{facts['name']}: {facts['predicted']} tokens predicted")
-    if output:
-        show.say(f"{Path(output) / FILE}: the numbers")
+    show.say(f"{found.text['name']}: {found.text['predicted']} tokens predicted")
+    for note in found.notes:
+        show.say(note)

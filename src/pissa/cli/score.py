@@ -18,7 +18,7 @@ def score(
     as_json: options.Json = False,
 ) -> None:
     """Score answers that were generated anywhere, by our scorer and by the PiSSA authors'; needs no model."""
-    from pissa.evaluation.offline import score_file
+    from pissa.evaluation.answers_file import score_file
 
     with show.points_progress(task) as say:
         said = score_file(

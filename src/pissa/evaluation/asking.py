@@ -72,29 +72,32 @@ class Asking(LM):
 
         A batch gets `max_gen_toks`, or what its longest prompt leaves of the model's positions.
         """
-        limit = int(self.inner.max_length)
+        asked = [request.args for request in requests]
+        lengths = {context: len(self.inner.tok_encode(context)) for context, _ in asked}
 
-        def run(batch: Sequence[tuple[str, dict[str, Any]]], longest: int) -> list[str]:
-            settings = dict(batch[0][1])
-            asked = int(settings.pop("max_gen_toks", self.inner.max_gen_toks))
-            room = max(limit - longest, min(asked, limit // LEAST_ROOM))
-            settings["max_gen_toks"] = min(asked, room)
+        def run(batch: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+            settings = {**batch[0][1], "max_gen_toks": room(batch)}
             work = [_request(context, settings) for context, _ in batch]
             return list(self.inner.generate_until(work, disable_tqdm=True))
 
-        asked = [request.args for request in requests]
-        lengths = {context: len(self.inner.tok_encode(context)) for context, _ in asked}
-        for context, settings in asked:
-            most = int(settings.get("max_gen_toks", self.inner.max_gen_toks))
-            self.asked += 1
-            self.cut += lengths[context] > limit - min(most, limit // LEAST_ROOM)
-            self.shortened += lengths[context] + most > limit
-        return self._answers("generate", asked, lambda request: lengths[request[0]], run)
+        def room(batch: Sequence[tuple[str, dict[str, Any]]]) -> int:
+            most, limit = self._most(batch[0][1]), int(self.inner.max_length)
+            return min(most, max(limit - lengths[batch[0][0]], min(most, limit // LEAST_ROOM)))
+
+        def count(batch: Sequence[tuple[str, dict[str, Any]]]) -> None:
+            self.asked += len(batch)
+            self.cut += sum(lengths[context] + room(batch) > self.inner.max_length for context, _ in batch)
+            self.shortened += len(batch) * (room(batch) < self._most(batch[0][1]))
+
+        return self._answers("generate", asked, lambda request: lengths[request[0]], run, count)
+
+    def _most(self, settings: dict[str, Any]) -> int:
+        return int(settings.get("max_gen_toks", self.inner.max_gen_toks))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """As the harness splits context and continuation; for its own tasks."""
 
-        def run(batch: Sequence[tuple[str, str]], longest: int) -> list[tuple[float, bool]]:
+        def run(batch: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
             return list(self.inner.loglikelihood([_request(*request) for request in batch], disable_tqdm=True))
 
         asked = [request.args for request in requests]
@@ -104,7 +107,7 @@ class Asking(LM):
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Of whole texts."""
 
-        def run(batch: Sequence[tuple[str]], longest: int) -> list[float]:
+        def run(batch: Sequence[tuple[str]]) -> list[float]:
             return list(self.inner.loglikelihood_rolling([_request(*request) for request in batch], disable_tqdm=True))
 
         asked = [request.args for request in requests]
@@ -122,7 +125,7 @@ class Asking(LM):
             for pair in pairs
         }
 
-        def run(batch: Sequence[tuple[str, str]], longest: int) -> list[list[Any]]:
+        def run(batch: Sequence[tuple[str, str]]) -> list[list[Any]]:
             work = [(pair, ids[pair][0], ids[pair][1][: limit - 1]) for pair in batch]
             found = self.inner._loglikelihood_tokens(work, disable_tqdm=True)
             # The harness sees limit + 1 tokens: the last one is only predicted.
@@ -140,15 +143,18 @@ class Asking(LM):
         kind: str,
         asked: list[Any],
         length: Callable[[Any], int],
-        run: Callable[[Sequence[Any], int], list[Any]],
+        run: Callable[[Sequence[Any]], list[Any]],
+        count: Callable[[Sequence[Any]], None] = lambda batch: None,
     ) -> list[Any]:
         """What the log has, and what `run` makes of the batches that it lacks."""
         keys = [request_key(kind, *request) for request in asked]
         once = dict(zip(keys, asked, strict=True))
         done = 0
         for batch in self._batches(once, length):
+            requests = [once[key] for key in batch]
+            count(requests)
             if not all(key in self.log.answers for key in batch):
-                found = run([once[key] for key in batch], length(once[batch[0]]))
+                found = run(requests)
                 self.log.add(list(zip(batch, found, strict=True)))
             done += len(batch)
             self.say(done, len(once))

@@ -10,9 +10,9 @@ from typing import Any
 
 from pissa.checkpoint.output import write_json
 from pissa.errors import require
-from pissa.evaluation.harness import SEED, Asked, Sample, quiet, run_task, write_samples
+from pissa.evaluation.harness import SEED, Asked, Sample, loaded_task, quiet, run_task, write_samples
 from pissa.evaluation.log import AnswerLog
-from pissa.evaluation.model import Subject, harness_model
+from pissa.evaluation.model import Subject, device_type, harness_model
 from pissa.evaluation.questions import Questions
 from pissa.evaluation.result import Perplexity, Score, TaskResult
 from pissa.evaluation.tracks import PAPER, Protocol
@@ -22,6 +22,8 @@ from pissa.scoring.code import verbatim
 from pissa.scoring.isolation.run import Isolation
 from pissa.scoring.verdict import Item, summary
 
+ANSWERING = ("torch", "transformers", "peft", "bitsandbytes")
+"""Packages that answers depend on; scores depend on more."""
 Say = Callable[[str, int, int], None]
 
 
@@ -43,30 +45,28 @@ def benchmark(
 
     begun = time.monotonic()
     job = job_of(subject, protocol, found, asked)
-    with quiet():
+    with quiet(), loaded_task(protocol, found) as loaded:
         model = harness_model(subject, asked.backend, asked.batch_size)
         log = AnswerLog(folder / f"{protocol.stem}.answers.jsonl", job, force=asked.force)
         lm = Asking(model, log, asked.batch_size, lambda done, total: say("answers", done, total))
-        raw, metrics = run_task(lm, protocol, found, asked)
+        raw, metrics = run_task(lm, loaded, protocol, None if found else asked.limit)
     lm.say = lambda done, total: say("right answers", done, total)
     samples, scores = _scored(protocol, raw, metrics, asked, say)
     with quiet():
         gold = _gold(lm, protocol, raw)
     result = TaskResult(
         subject.name,
-        subject.identity,
+        identity_of(subject, model),
         protocol.task,
         protocol.track,
         protocol.says,
         protocol.headline if protocol.headline in scores else next(iter(scores), ""),
         scores,
         gold,
-        found.source
-        if found
-        else {"name": f"as the harness's task {protocol.harness} names it", "rows": _questions(raw)},
-        _notes(subject, protocol, lm),
+        source_of(found) or {"name": f"as the harness's task {protocol.harness} names it", "rows": _questions(raw)},
+        _notes(subject, protocol, lm, asked.isolation),
         job,
-        versions("lm_eval", "datasets", "math_verify"),
+        scoring_versions(),
         time.monotonic() - begun,
     )
     write_samples(folder / f"{protocol.stem}.samples.jsonl", samples)
@@ -76,23 +76,45 @@ def benchmark(
 
 def job_of(subject: Subject, protocol: Protocol, found: Questions | None, asked: Asked) -> dict[str, Any]:
     """What must be the same for the answers to be the same."""
+    places = ("path", "base", "name")  # may move
+    source = source_of(found) or {}
     return {
-        "model": {key: value for key, value in subject.identity.items() if key not in ("path", "base")},
+        "model": {key: value for key, value in subject.identity.items() if key not in places},
         "task": protocol.task,
         "track": protocol.track,
-        "data": found.source if found else None,
+        "data": {key: value for key, value in source.items() if key not in places},
         "limit": asked.limit,
         "batch_size": asked.batch_size,
         "backend": asked.backend,
+        "device": device_type(subject.device),
         "dtype": subject.dtype or "auto",
         "seed": SEED,
+        "versions": {name: version for name, version in versions().items() if name in ANSWERING},
     }
+
+
+def source_of(found: Questions | None) -> dict[str, Any] | None:
+    """Of the questions, and of the examples that prompts show."""
+    if found is None or found.examples is None:
+        return found.source if found else None
+    return {**found.source, "examples_sha256": found.examples.source.get("sha256")}
+
+
+def identity_of(subject: Subject, model: Any) -> dict[str, Any]:
+    """Which weights answered, and in what they were computed."""
+    own = getattr(getattr(model, "model", None), "dtype", None)
+    return {**subject.identity, "dtype": str(own).removeprefix("torch.") if own else subject.dtype}
+
+
+def scoring_versions() -> dict[str, str]:
+    """Of all packages that a score depends on."""
+    return versions("lm_eval", "datasets", "math_verify")
 
 
 def _scored(
     protocol: Protocol, raw: list[dict[str, Any]], metrics: dict[str, Any], asked: Asked, say: Say
 ) -> tuple[list[Sample], dict[str, Score]]:
-    if not str(protocol.harness).startswith("pissa_"):
+    if not protocol.ours:
         return _as_the_harness(protocol, raw), _metrics(metrics)
     items, samples = [], []
     for done, one in enumerate(raw, 1):
@@ -125,7 +147,7 @@ def _as_the_harness(protocol: Protocol, raw: list[dict[str, Any]]) -> list[Sampl
         samples.append(
             {
                 "id": str(one["doc_id"]),
-                "correct": bool(value) if isinstance(value, (bool, int, float)) else None,
+                "correct": bool(value) if value in (0, 1) else None,  # None: a part of a point
                 "extracted": str(one["filtered_resps"][0]),
                 "reason": "",
                 "authors": None,
@@ -186,7 +208,7 @@ def _questions(raw: list[dict[str, Any]]) -> int:
     return len({(one["task"], one["doc_id"]) for one in raw})
 
 
-def _notes(subject: Subject, protocol: Protocol, lm: Any) -> list[str]:
+def _notes(subject: Subject, protocol: Protocol, lm: Any, isolation: Isolation | None) -> list[str]:
     """What a reader must know of how this model was asked."""
     notes, limit = [], lm.inner.max_length
     if lm.cut:
@@ -194,6 +216,11 @@ def _notes(subject: Subject, protocol: Protocol, lm: Any) -> list[str]:
     if lm.shortened:
         notes.append(
             f"{lm.shortened} of {lm.asked} answers had less room than asked for: the model has {limit} positions"
+        )
+    if protocol.runs_code and isolation:
+        limits = isolation.limits
+        notes.append(
+            f"programs had {limits.seconds:g} s and {limits.memory_bytes // 2**20} MiB, walls: {isolation.walls}"
         )
     if protocol.track == PAPER and subject.template not in (None, "alpaca"):
         notes.append(f"trained in the template {subject.template!r}, asked in Alpaca's as the paper does")

@@ -9,21 +9,25 @@ OUT/results.html               the table; OUT/MODEL/TASK.html: right and wrong a
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pissa.checkpoint.output import read_json, write_json
 from pissa.errors import ConfigError, OutputError
-from pissa.evaluation.benchmark import benchmark, job_of
+from pissa.evaluation.benchmark import benchmark, job_of, scoring_versions
 from pissa.evaluation.harness import TASKS, Asked
 from pissa.evaluation.judge import Judge
-from pissa.evaluation.model import Subject, base_of, check_backend, subject
+from pissa.evaluation.log import request_key
+from pissa.evaluation.model import DTYPES, Subject, base_of, check_backend, check_subject, device_type, subject
 from pissa.evaluation.mt_bench import mt_bench, settings_of
 from pissa.evaluation.page import write_answers, write_results
-from pissa.evaluation.questions import SOURCES, Questions, questions
+from pissa.evaluation.questions import SOURCES, Questions, examples, questions
 from pissa.evaluation.result import FORMAT, TaskResult
 from pissa.evaluation.tracks import MT_BENCH, PAPER, Protocol, protocol
 from pissa.scoring.isolation.run import find_isolation
@@ -86,15 +90,18 @@ def evaluate(
         OutputError: the folder holds something else, or answers to another evaluation.
     """
     out = Path(output)
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    device_type(device)
     protocols = _protocols(tasks, track, allow_code_execution)
     walls = find_isolation(allow_none=not isolation) if any(p.runs_code for p in protocols) else None
-    asked = Asked(track, data, limit, batch_size, backend, walls, force)
-    loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    subjects = _subjects(models, base, base_row, loading)
-    check_backend(backend, subjects, [p.harness for p in protocols if p.harness], TASKS)
-    found = {p.task: questions(p.task, data, limit) if p.task in SOURCES else None for p in protocols}
-    if (out / "run.json").exists() or (out / "config.json").exists():
-        raise OutputError(f"{out} holds a run or a model: name another folder for the results")
+    asked = Asked(limit, batch_size, backend, walls, force)
+    subjects = _subjects(
+        models, base, base_row, {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    )
+    _check_place(out, subjects)
+    check_backend(backend, subjects, protocols, TASKS, limit)
+    found = {p.task: _questions(p, data, limit) for p in protocols}
     for one in subjects:
         for asks in protocols:
             where = f"{one.name} {asks.task}"
@@ -110,11 +117,7 @@ def report(out: Path) -> list[TaskResult]:
     Raises:
         OutputError: there are none.
     """
-    found = {
-        file: TaskResult.from_json(read_json(file), str(file))
-        for file in sorted(out.glob("*/*.json"))
-        if _samples(file).is_file()
-    }
+    found = _results(out)
     if not found:
         raise OutputError(f"{out} holds no results: run pissa eval first")
     write_json(out / RESULTS, {"format": FORMAT, "results": [one.to_json() for one in found.values()]})
@@ -125,6 +128,14 @@ def report(out: Path) -> list[TaskResult]:
                 write_answers(one, [json.loads(line) for line in lines], page)
     write_results(list(found.values()), out)
     return list(found.values())
+
+
+def _results(out: Path) -> dict[Path, TaskResult]:
+    return {
+        file: TaskResult.from_json(read_json(file), str(file))
+        for file in sorted(out.glob("*/*.json"))
+        if _samples(file).is_file()
+    }
 
 
 def _samples(result: Path) -> Path:
@@ -144,21 +155,43 @@ def _protocols(tasks: Sequence[str], track: str, allow_code_execution: bool) -> 
     return protocols
 
 
+def _questions(asks: Protocol, data: str | None, limit: int | None) -> Questions | None:
+    """None for a task whose data are the harness's own business."""
+    if asks.task not in SOURCES:
+        return None
+    found = questions(asks.task, data, limit)
+    return found if asks.track == PAPER else dataclasses.replace(found, examples=examples(asks.task, data))
+
+
 def _subjects(models: Sequence[str], base: str | None, base_row: bool, loading: dict[str, Any]) -> list[Subject]:
-    """The models and their bases, each once and under a name of its own; bases first."""
-    own = [subject(path, base=base, **loading) for path in models]
+    """The models, and behind them their bases, which are the right ones only if the runs say so; names of their own."""
+    once = {os.path.realpath(path): path for path in models}
+    own = [subject(path, base=base, **loading) for path in once.values()]
+    bases: dict[tuple[str, str | None, str | None], Subject] = {}
     for one in own:
-        one.identity["base"] = base_of(one)
-    bases = dict.fromkeys(name for one in own if base_row and (name := one.identity["base"]))
-    there = {str(Path(one.path).resolve()) for one in own}
-    first = [subject(name, **loading) for name in bases if str(Path(name).resolve()) not in there]
-    taken: set[str] = set()
-    for one in (*first, *own):
-        place = Path(one.path).resolve()
-        names = [one.name, f"{place.parent.name}--{place.name}", *(f"{one.name}-{n}" for n in range(2, 100))]
-        one.name = next(name for name in names if name not in taken)
-        taken.add(one.name)
-    return [*first, *own]
+        check_subject(one)
+        origin = base_of(one)
+        one.identity["base"] = origin.path if origin else None
+        if origin and base_row:
+            bases.setdefault((os.path.realpath(origin.path), origin.revision, origin.dtype), origin)
+    there = {os.path.realpath(one.path) for one in own}
+    subjects = [*own, *(origin for (place, *_), origin in bases.items() if place not in there)]
+    names = Counter(one.name for one in subjects)
+    for one in subjects:
+        if names[one.name] > 1:
+            one.name += "-" + request_key(one.identity.get("sha256") or one.path, one.dtype)[:8]
+    return subjects
+
+
+def _check_place(out: Path, subjects: Sequence[Subject]) -> None:
+    """Results in a model's folder would be a part of it; broken ones there would be found out at the end."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file: name a folder for the results")
+    for one in subjects:
+        model = Path(one.path).resolve()
+        if model.exists() and (out.resolve().is_relative_to(model) or (out / one.name).resolve() == model):
+            raise OutputError(f"{out} would put results into {one.path}: name another folder for them")
+    _results(out)
 
 
 def _one(
@@ -179,7 +212,9 @@ def _one(
     file = folder / f"{protocol.stem}.json"
     if file.is_file() and not asked.force:
         there = TaskResult.from_json(read_json(file), str(file))
-        if there.settings == settings:
+        if talk and judge is None:
+            settings["judge"] = there.settings.get("judge")  # a mark that is there stays
+        if there.settings == settings and there.versions == scoring_versions():
             return
     if talk and found is not None:
         mt_bench(subject, protocol, found, asked, folder, judge, say)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pissa.adapters import plain
 from pissa.checkpoint.fingerprint import check_same, model_tensors
@@ -18,7 +17,17 @@ from pissa.checkpoint.output import read_json, write_json
 from pissa.config import TrainSettings
 from pissa.errors import InputError, OutputError, WrongBaseError
 from pissa.evaluation.model import Subject, subject
-from pissa.evaluation.windows import Compared, check_tokenizer, compare, encode, mean, read_text, windows
+from pissa.evaluation.windows import (
+    Compared,
+    Row,
+    check_tokenizer,
+    compare,
+    device_of,
+    encode,
+    mean_row,
+    read_text,
+    windows,
+)
 from pissa.records import Base, Record, versions
 from pissa.surgery.folders import RESIDUAL
 from pissa.training.models import load_tokenizer
@@ -31,42 +40,6 @@ WHOLE = ("model", "merged", "hub")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model beside the base. Each standard error is that of a mean over windows.
-
-    Attributes:
-        model: as it was named.
-        kind: of the folder; "base"; of a run also "run, converted": its plain LoRA.
-        dtype: it computed in.
-        identity: path, kind, digest.
-        loss: natural, mean of a token.
-        perplexity: exp of it.
-        difference: of the loss from the base's, window by window.
-        ratio: of the perplexity to the base's, exp of the difference.
-        kl: KL(base || model) of a token, in nats.
-        agreement: share of tokens at which both find the same next token likeliest.
-        largest: the largest absolute difference of a logit.
-    """
-
-    model: str
-    kind: str
-    dtype: str
-    identity: dict[str, Any]
-    loss: float
-    loss_stderr: float | None
-    perplexity: float
-    difference: float
-    difference_stderr: float | None
-    ratio: float
-    ratio_stderr: float | None
-    kl: float
-    kl_stderr: float | None
-    agreement: float
-    agreement_stderr: float | None
-    largest: float
-
-
-@dataclass(frozen=True)
 class Fidelity:
     """Several models beside one base.
 
@@ -75,6 +48,7 @@ class Fidelity:
         text: name, sha256, tokens read, tokens predicted, windows and their length.
         device: the models were on.
         rows: the base, then the models in the order they were named.
+        notes: what a reader must know: logits that are not finite, another dtype than the base's.
         versions: of the packages that matter.
     """
 
@@ -82,11 +56,15 @@ class Fidelity:
     text: dict[str, Any]
     device: str
     rows: list[Row]
+    notes: list[str]
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Everything."""
-        return {"format": FORMAT, **asdict(self)}
+        said = asdict(self)
+        for row in said["rows"]:
+            row |= {key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+        return {"format": FORMAT, **said}
 
 
 def fidelity(
@@ -111,14 +89,15 @@ def fidelity(
     Args:
         models: folders: decomposed, in few bits, runs, plain LoRAs, merged, w4a4, any model with the base's tokenizer.
         text: a UTF-8 file, or rows with a field `text`.
-        output: a folder for `fidelity.json`, which is replaced; None writes nothing.
+        output: a folder for `fidelity.json`, which is replaced, outside of all models; None writes nothing.
         base: the original model. Default: the one that all records name.
         max_length: tokens in a window, 2 or more; fewer where the base has fewer positions. Windows do not overlap and
             begin with BOS where the tokenizer writes one.
         limit_tokens: read the first so many tokens; None for all.
         batch_size: windows at a time, 1 or more.
         device: cpu, cuda, cuda:1. Default: cuda where there is one.
-        dtype: float32, bfloat16 or float16. Default: each as stored, a run as trained.
+        dtype: float32, bfloat16 or float16. Default: each as stored, a run as trained. Models in few bits compute in
+            the dtype that their config says, whatever this is; a note tells of it where it is not the base's.
         trust_remote_code: run Python code that comes with a model.
         say: told (model, what, done, in all).
 
@@ -126,23 +105,24 @@ def fidelity(
         WrongBaseError: a model that was made from another base, or several bases on record.
         InputError: no base, another tokenizer, another number of logits, or settings below their least value.
         DataError: no such text, or too little of it.
-        OutputError: the output is no folder.
+        OutputError: the output is no folder, or is or lies inside a model.
     """
     for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
         if value < least:
             raise InputError(f"{name} is {value}, expected {least} or more")
     content, source = read_text(Path(text))
-    _prepare(output)
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     subjects = [subject(path, **loading) for path in models]
     records = [_base_on_record(one) for one in subjects]
     origin = subject(base or _common_base(subjects, records), **loading)
     if origin.identity["kind"] not in WHOLE:
         raise InputError(f"the base {origin.path} is a {origin.identity['kind']} folder, expected a whole model")
+    _refuse_inside(output, [*subjects, origin])
     opened = origin.open()
     _check_bases(subjects, records, origin, opened.model)
     ids = encode(opened.tokenizer, content)[:limit_tokens]
     batches = windows(opened.model, opened.tokenizer, ids, max_length, batch_size)
+    _prepare(output)
     count = sum(len(batch) for batch in batches)
     facts = {
         **source,
@@ -155,9 +135,9 @@ def fidelity(
     def row(name: str, kind: str, identity: dict[str, Any], other: Any) -> Row:
         found: list[Compared] = []
         for batch in batches:
-            found += _compare(opened.model, other, batch, name)
+            found += compare(opened.model, other, batch, name)
             say(name, kind, len(found), count)
-        return _row(name, kind, identity, _dtype(other), found)
+        return mean_row(name, kind, identity, _dtype(other), found)
 
     rows = [row(origin.path, "base", origin.identity, opened.model)]
     for one, record in zip(subjects, records, strict=True):
@@ -171,10 +151,18 @@ def fidelity(
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    result = Fidelity(origin.identity, facts, str(_device(opened.model)), rows, versions())
+    result = Fidelity(origin.identity, facts, str(device_of(opened.model)), rows, _notes(rows), versions())
     if output is not None:
         write_json(Path(output) / FILE, result.to_json())
     return result
+
+
+def _refuse_inside(output: str | Path | None, models: Sequence[Subject]) -> None:
+    """A file in a model's folder would change what is evaluated, by its digest."""
+    for one in models if output is not None else ():
+        folder = Path(one.path).resolve()
+        if folder.is_dir() and Path(str(output)).resolve().is_relative_to(folder):
+            raise OutputError(f"{output} is or lies inside {one.path}, which is compared: choose another folder")
 
 
 def _prepare(output: str | Path | None) -> None:
@@ -250,43 +238,19 @@ def _open_w4a4(one: Subject) -> Opened:
     return Opened(model, load_tokenizer(TrainSettings.model_validate(settings)), "w4a4", one.path, None, None, {})
 
 
-@torch.no_grad()
-def _compare(base: Any, other: Any, batch: Tensor, name: str) -> list[Compared]:
-    ours = base(input_ids=batch.to(_device(base))).logits[:, :-1]
-    theirs = ours if other is base else other(input_ids=batch.to(_device(other))).logits[:, :-1]
-    if theirs.shape != ours.shape:
-        raise InputError(
-            f"{name} gives {theirs.shape[-1]} logits and the base {ours.shape[-1]}: one was padded or resized, and "
-            "their distributions are over different tokens"
-        )
-    return [compare(*window) for window in zip(ours, theirs.to(ours.device), batch[:, 1:].to(ours.device), strict=True)]
-
-
-def _row(name: str, kind: str, identity: dict[str, Any], dtype: str, found: list[Compared]) -> Row:
-    counts = [one.tokens for one in found]
-    loss, loss_error = mean([one.loss for one in found], counts)
-    difference, error = mean([one.loss - one.base_loss for one in found], counts)
-    ratio = math.exp(difference)
-    return Row(
-        name,
-        kind,
-        dtype,
-        identity,
-        loss,
-        loss_error,
-        math.exp(loss),
-        difference,
-        error,
-        ratio,
-        None if error is None else ratio * error,
-        *mean([one.kl for one in found], counts),
-        *mean([one.agreed for one in found], counts),
-        max(one.largest for one in found),
-    )
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
+def _notes(rows: Sequence[Row]) -> list[str]:
+    base = rows[0]
+    said = [
+        f"{row.model} ({row.kind}): not all logits are finite here or in the base, so its figures say nothing"
+        for row in rows
+        if not math.isfinite(row.largest)
+    ]
+    return said + [
+        f"{row.model} ({row.kind}) computes in {row.dtype} and the base in {base.dtype}, so a part of the difference "
+        "is rounding: --dtype makes them equal, but for models in few bits, which compute as their config says"
+        for row in rows
+        if row.dtype != base.dtype
+    ]
 
 
 def _dtype(model: Any) -> str:

@@ -13,23 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PrinterCallback
 
 from pissa.adapters import runs
 from pissa.checkpoint.output import read_json, write_json
 from pissa.comparison import compare
-from pissa.comparison.grid import Cell, cells, numbers, variant
+from pissa.comparison.grid import Cell, cells, check_common, numbers, variant
 from pissa.config import TrainSettings, config_error, load_settings
 from pissa.config.spellings import ALIASES
 from pissa.errors import DataError, InputError, OutputError, did_you_mean
 from pissa.evaluation.glue_page import write_glue
-from pissa.evaluation.glue_results import DATA, FURTHER, PAGE, RESULT, Results, TaskResult
-from pissa.evaluation.glue_tasks import Loaded, Task, load, stage
+from pissa.evaluation.glue_results import DATA, FURTHER, PAGE, RESULT, Results, TaskComparison
+from pissa.evaluation.glue_tasks import FACTS, TASKS, Loaded, Task, load, stage, staged
 from pissa.surgery.folders import RESIDUAL
 from pissa.training import classification
 from pissa.training.checks import check
 from pissa.training.data import Rows, read
-from pissa.training.folder import RECORD
+from pissa.training.folder import RECORD, SETTINGS
 from pissa.training.models import load_tokenizer
 from pissa.training.quiet import quiet
 
@@ -80,27 +81,36 @@ def glue(
         PissaError: wrong data, settings or names, before anything is trained; or what a run raised.
     """
     out = Path(output)
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}, expected 1 or more")
+    if not (tasks and methods):
+        raise InputError(f"got {len(tasks)} tasks and {len(methods)} methods, expected one or more of both")
     _refuse_other_folder(out)
     loaded = [load(task, data) for task in tasks]
     common = {known.task: settings_of(model, known, out, given or {}) for known in loaded}
-    grids = {task: {method: rates_of(rates, task, method) for method in methods} for task in tasks}
+    groups = {task: _by_rates(rates, task, methods) for task in tasks}
+    fresh = [known for known in loaded if not staged(known, out / DATA / known.task.name)]
+    if fresh:
+        load_tokenizer(common[fresh[0].task])  # a model that is not there is told now
     total = 0
     for task in tasks:
-        for method, grid in grids[task].items():
-            for cell in cells([method], grid, seeds):
-                check(cell.settings(common[task], out / task.name), resume=True)
+        folder = out / task.name
+        if (folder / SETTINGS).is_file():
+            check_common(yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8")), common[task], folder)
+        for grid, group in groups[task].items():
+            for cell in cells(group, grid, seeds):
+                check(cell.settings(common[task], folder), resume=True)
                 total += 1
-    for known in loaded:
+    for known in fresh:
         stage(known, out / DATA / known.task.name)
-    del loaded
+    del loaded, fresh
     before = 0
     for task in tasks:
-        for grid in dict.fromkeys(grids[task].values()):
-            group = [method for method in methods if grids[task][method] == grid]
+        for grid, group in groups[task].items():
             told = _counting(say, task, before, total)
             compare(common[task], group, grid, seeds, jobs=jobs, say=told)
             before += len(group) * len(grid) * len(seeds)
-        measure_further(TaskResult.read(out, task))
+        measure_further(TaskComparison.read(out, task))
         report(out)
     return Results.read(out)
 
@@ -152,6 +162,14 @@ def rates_of(rates: Rates, task: Task, method: str) -> tuple[float, ...]:
     raise InputError(f"lr has no rates for {method} on {task.name}: say those of all others, as in 1e-4;cola=1e-3")
 
 
+def _by_rates(rates: Rates, task: Task, methods: Sequence[str]) -> dict[tuple[float, ...], list[str]]:
+    """The methods that share their rates, by these: each group is a grid."""
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for method in methods:
+        groups.setdefault(rates_of(rates, task, method), []).append(method)
+    return groups
+
+
 def settings_of(model: str, loaded: Loaded, out: Path, given: Mapping[str, Any]) -> TrainSettings:
     """What all runs of a task share: `given` over `USUAL`, evaluated once an epoch and at the end.
 
@@ -184,11 +202,15 @@ def _counting(
 
 
 def _refuse_other_folder(out: Path) -> None:
-    if out.exists() and not (out / DATA).is_dir() and (not out.is_dir() or any(out.iterdir())):
+    if any((out / DATA / name / FACTS).is_file() for name in TASKS):
+        return
+    # Of a call that was killed at its first task there are hidden folders in data/, and nothing else.
+    others = [path for path in (*out.glob("*"), *(out / DATA).glob("[!.]*")) if path != out / DATA]
+    if others or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} is there and holds no results of pissa glue: choose another folder")
 
 
-def measure_further(result: TaskResult) -> None:
+def measure_further(result: TaskComparison) -> None:
     """Score the runs at each method's best rate on the task's second evaluation set, which training never saw."""
     for part in result.task.parts[1:]:
         rows = result.folder.parent / DATA / result.task.name / f"{part}.jsonl"

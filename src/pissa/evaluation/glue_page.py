@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
 from pissa.comparison.figures import style
 from pissa.comparison.grid import DIFFER
 from pissa.errors import require
-from pissa.evaluation.glue_results import FLOOR, PROTOCOL, SHORT, Results, TaskResult, spread
+from pissa.evaluation.glue_results import FLOOR, PROTOCOL, SHORT, Results, TaskComparison, spread
 from pissa.reports.page import render, svg, write_page
 from pissa.reports.run_record import set_by_hand
 
@@ -67,7 +68,7 @@ def over_rates(results: Results) -> Any:
     return figure
 
 
-def _draw(axes: Any, result: TaskResult) -> None:
+def _draw(axes: Any, result: TaskComparison) -> None:
     comparison, measure = result.comparison, result.task.measures[0]
     for method in comparison.methods:
         grid = comparison.grid_of(method)
@@ -90,7 +91,7 @@ def seconds(results: Results) -> dict[str, dict[str, float]]:
     times: dict[str, dict[str, float]] = {}
     for task in results.tasks:
         for method in task.comparison.methods:
-            found = sorted(r.seconds for r in task.comparison.outcomes if r.cell.method == method and r.finished)
+            found = [run.seconds for run in task.comparison.outcomes if run.cell.method == method and run.finished]
             if found:
-                times.setdefault(task.task.name, {})[method] = found[len(found) // 2]
+                times.setdefault(task.task.name, {})[method] = statistics.median(found)
     return times

@@ -68,8 +68,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """One task.
+class TaskComparison:
+    """One task: its comparison by GLUE's measures.
 
     Attributes:
         task: which.
@@ -86,7 +86,7 @@ class TaskResult:
     facts: dict[str, Any]
 
     @classmethod
-    def read(cls, out: Path, task: Task) -> TaskResult:
+    def read(cls, out: Path, task: Task) -> TaskComparison:
         """From the folder of `pissa glue`."""
         folder = out / task.name
         data = read_json(out / DATA / task.name / FACTS)
@@ -166,8 +166,7 @@ class TaskResult:
                 said.append(f"{title}, {part}: {source['left_out']} lines with a wrong number of columns left out.")
         limits = (("data_limit", "train"), ("eval_limit", self.task.parts[0]))
         cut = [(settings[key], self.data["rows"][part], part) for key, part in limits if settings[key]]
-        rows = [f"{limit:,} of {count:,} rows of {part}" for limit, count, part in cut if limit < count]
-        if rows:
+        if rows := [f"{limit:,} of {count:,} rows of {part}" for limit, count, part in cut if limit < count]:
             said.append(f"{title}: only the first {' and '.join(rows)}.")
         for part in self.task.parts[1:]:
             if part not in self.data["rows"]:
@@ -179,8 +178,10 @@ class TaskResult:
                 said.append(f"{title}: {lost} of {len(self.comparison.seeds)} runs of {method} diverged.")
             elif found and found.median <= self.floor[first]:
                 said.append(f"{title}: {method} is no better than the majority class ({SHORT[first]}).")
-        edges = ", ".join(f"{method} ({rate:g})" for method, rate in self.best.items() if self.at_edge(method))
-        if edges:
+        if left := len(self.comparison.left_out):
+            runs, seeds = len(self.comparison.outcomes), ", ".join(map(str, self.comparison.seeds))
+            said.append(f"{title}: {left} of {runs} runs count nowhere: numbers are over seeds {seeds}, all of them.")
+        if edges := ", ".join(f"{method} ({rate:g})" for method, rate in self.best.items() if self.at_edge(method)):
             said.append(f"{title}: the best rate is at the edge of the grid for {edges}.")
         return said
 
@@ -217,7 +218,7 @@ class TaskResult:
 class Results:
     """All tasks that a folder holds, in GLUE's order."""
 
-    tasks: list[TaskResult]
+    tasks: list[TaskComparison]
 
     @classmethod
     def read(cls, out: Path) -> Results:
@@ -226,7 +227,7 @@ class Results:
         Raises:
             OutputError: none.
         """
-        found = [TaskResult.read(out, task) for task in TASKS.values() if (out / task.name / COMPARISON).is_file()]
+        found = [TaskComparison.read(out, task) for task in TASKS.values() if (out / task.name / COMPARISON).is_file()]
         if not found:
             raise OutputError(f"{out} holds no finished run of a GLUE task: run pissa glue first")
         return cls(found)
@@ -244,7 +245,7 @@ class Results:
         return task.comparison.runs(method, task.best[method])[0].cell.folder(task.folder)
 
     def average(self, method: str) -> float | None:
-        """The mean over tasks of `TaskResult.score`; None where one is missing."""
+        """The mean over tasks of `TaskComparison.score`; None where one is missing."""
         scores = [task.score(method) for task in self.tasks]
         return None if None in scores else statistics.fmean(score for score in scores if score is not None)
 
@@ -278,7 +279,7 @@ class Results:
         }
 
 
-def _cell(result: TaskResult, method: str) -> str:
+def _cell(result: TaskComparison, method: str) -> str:
     if method not in result.best:
         return "-"
     lost = result.diverged(method)

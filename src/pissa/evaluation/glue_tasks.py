@@ -144,20 +144,29 @@ def stage(loaded: Loaded, folder: Path) -> None:
     """Write FOLDER/train.jsonl and FOLDER/PART.jsonl for ordinary runs to read, and FOLDER/data.json.
 
     Raises:
-        OutputError: FOLDER holds other rows.
+        OutputError: FOLDER is there.
     """
-    if (folder / FACTS).is_file():
-        if _content(read_json(folder / FACTS)) != _content(loaded.facts):
-            names = ", ".join(source["name"] for source in loaded.facts["sources"].values())
-            raise OutputError(
-                f"{folder} holds other rows than {names}, and runs on both cannot be compared: choose another output"
-            )
-        return
     with staged_output(folder) as fresh:
         for part, rows in loaded.rows.items():
             lines = (json.dumps(row.fields, ensure_ascii=False) + "\n" for row in rows)
             (fresh / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
         write_json(fresh / FACTS, loaded.facts)
+
+
+def staged(loaded: Loaded, folder: Path) -> bool:
+    """Whether FOLDER holds these rows already.
+
+    Raises:
+        OutputError: it holds other ones.
+    """
+    if not (folder / FACTS).is_file():
+        return False
+    if _content(read_json(folder / FACTS)) != _content(loaded.facts):
+        names = ", ".join(source["name"] for source in loaded.facts["sources"].values())
+        raise OutputError(
+            f"{folder} holds other rows than {names}, and runs on both cannot be compared: choose another output"
+        )
+    return True
 
 
 def _content(facts: dict[str, Any]) -> list[Any]:
@@ -215,6 +224,7 @@ def _expected(part: str) -> str:
 
 def _read_tsv(path: Path, task: Task) -> tuple[list[Row], dict[str, Any], int]:
     """Rows of an official file: tabs between columns, quotation marks are text, a line is a row."""
+    # Unlike training's own reader, since there a torn row is an error and the first line has names.
     content = path.read_bytes()
     try:
         lines = [line.rstrip("\r") for line in content.decode("utf-8-sig").split("\n")]

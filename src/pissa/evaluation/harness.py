@@ -15,14 +15,16 @@ import yaml
 
 from pissa.checkpoint.output import write_text
 from pissa.errors import ConfigError, did_you_mean
-from pissa.evaluation.questions import Questions, examples
-from pissa.evaluation.tracks import PAPER, Protocol
+from pissa.evaluation.questions import Questions
+from pissa.evaluation.tracks import Protocol
 from pissa.scoring.isolation.run import Isolation
 
 TASKS = Path(__file__).parent / "tasks"
 SEED = 1234
 """Of few-shot draws, as the harness has it."""
 BOOTSTRAP = 1000
+RUN_UNSAID = ("cruxeval",)
+"""Of the harness's tasks those that run programs and are not marked as unsafe."""
 Sample = dict[str, Any]
 """One answer: id, correct, extracted, reason, authors, prompt, output, gold."""
 
@@ -31,8 +33,6 @@ Sample = dict[str, Any]
 class Asked:
     """What is the same for all models and benchmarks of a call."""
 
-    track: str
-    data: str | None
     limit: int | None
     batch_size: int
     backend: str
@@ -40,15 +40,17 @@ class Asked:
     force: bool
 
 
-def run_task(
-    lm: Any, protocol: Protocol, found: Questions | None, asked: Asked
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The harness's samples, and its own metrics."""
+@contextlib.contextmanager
+def loaded_task(protocol: Protocol, found: Questions | None) -> Iterator[dict[str, Any]]:
+    """The task on our rows, for `run_task`; its files are there as long as the block lasts.
+
+    Raises:
+        ConfigError: no such task, or one that runs programs without our walls, or asks a question several times.
+    """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     assert protocol.harness is not None
-    ours = protocol.harness.startswith("pissa_")
     own = Path(lm_eval.__file__).parent / "tasks" / (protocol.folder or ".")
     # All of the harness's thousands of task files are read only where one of them was named by hand.
     places = [str(TASKS), *([str(own)] if protocol.folder else [])]
@@ -57,31 +59,49 @@ def run_task(
         near = did_you_mean(protocol.harness, manager.all_tasks)
         raise ConfigError(f"task is {protocol.harness!r}, expected one of lm-evaluation-harness's (lm_eval ls).{near}")
     with TemporaryDirectory() as place:
-        loaded = manager.load([_task_file(manager, protocol, found, asked, Path(place)) if found else protocol.harness])
-        for task in loaded["tasks"].values():
+        loaded = manager.load([_task_file(manager, protocol, found, Path(place)) if found else protocol.harness])
+        for name, task in loaded["tasks"].items():
+            if not protocol.ours:
+                _refuse(name, task)
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=SEED)
-            if ours:
-                # Scored below, once, with the verdicts kept.
+            if protocol.ours:
+                # Scored by us, once, with the verdicts kept.
                 task.override_metric("bypass")
                 task.set_config(key="process_results", value=lambda doc, results: {"bypass": 0.0})
-        told = lm_eval.evaluate(
-            lm=lm,
-            task_dict=loaded,
-            limit=None if found else asked.limit,
-            bootstrap_iters=BOOTSTRAP,
-            confirm_run_unsafe_code=ours,
-        )
+        yield loaded
+
+
+def run_task(
+    lm: Any, loaded: dict[str, Any], protocol: Protocol, limit: int | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The harness's samples, and its own metrics."""
+    import lm_eval
+
+    told = lm_eval.evaluate(
+        lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, confirm_run_unsafe_code=protocol.ours
+    )
     samples = [{"task": name, **sample} for name, all_of_it in told["samples"].items() for sample in all_of_it]
     return samples, told["results"]
 
 
-def _task_file(manager: Any, protocol: Protocol, found: Questions, asked: Asked, place: Path) -> str:
+def _refuse(name: str, task: Any) -> None:
+    """Tasks whose scorers run what a model wrote, as the user that types the command; not all of them say so."""
+    if getattr(task, "UNSAFE_CODE", False) or name.startswith(RUN_UNSAID):
+        raise ConfigError(
+            f"task is {name!r}, which runs programs that a model wrote, without walls: expected humaneval or mbpp, "
+            "which run behind ours, or lm_eval run --confirm_run_unsafe_code at your own risk"
+        )
+    if int(task.get_config("repeats") or 1) > 1:
+        raise ConfigError(f"task is {name!r}, which draws several answers to a question: here each is asked once")
+
+
+def _task_file(manager: Any, protocol: Protocol, found: Questions, place: Path) -> str:
     """The task as it is, on our rows: a task file that includes it."""
     sets = {"test": found.rows}
-    if asked.track != PAPER and (more := examples(protocol.task, asked.data)):
-        sets["train"] = sets["prompt"] = more.rows
+    if found.examples:
+        sets["train"] = sets["prompt"] = found.examples.rows
     for name, rows in sets.items():
         write_samples(place / f"{name}.jsonl", rows)
     config = {

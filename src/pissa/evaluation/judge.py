@@ -117,7 +117,7 @@ class Judge:
     @property
     def facts(self) -> dict[str, str]:
         """What results and logs say of the judge."""
-        return {"model": self.model, "host": str(urlsplit(self.url).hostname), "prompts": prompts_digest()}
+        return {"model": self.model, "url": self.url, "prompts": prompts_digest()}
 
     @property
     def _key(self) -> str:

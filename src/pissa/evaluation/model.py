@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from pissa.adapters import plain
 from pissa.checkpoint.output import read_json
 from pissa.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WrongBaseError, require
+from pissa.evaluation.tracks import Protocol
 from pissa.reports.commands import served_rank
 from pissa.surgery.folders import kind_of_folder
 from pissa.surgery.inspection import inspect
-from pissa.training.opening import HUB, HUB_ID, Opened, open_model
+from pissa.training.opening import HUB, HUB_ID, Opened, find_model, open_model
 
 BACKENDS = ("hf", "vllm")
-CHUNK = 2**24
+DTYPES = ("float32", "bfloat16", "float16")
+TALK = (".md", ".html", ".png", ".svg", ".jpg", ".pdf")
+"""Endings of files that are for people."""
 
 
 @dataclass
@@ -33,13 +37,16 @@ class Subject:
         path: a run, an adapter, a model, or a Hub id.
         base: where its base lies, if not where its record says.
         identity: which weights; the same for the same files.
+        revision: of a Hub model.
         template: of the training; None where nothing is known.
+        device, dtype, trust_remote_code: as `pissa.training.opening.open_model` takes them.
     """
 
     name: str
     path: str
     base: str | None
     identity: dict[str, Any]
+    revision: str | None = None
     template: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -52,6 +59,7 @@ class Subject:
             self._opened = open_model(
                 self.path,
                 base=self.base,
+                revision=self.revision,
                 device=self.device,
                 dtype=self.dtype,
                 trust_remote_code=self.trust_remote_code,
@@ -63,39 +71,72 @@ class Subject:
         self._opened = None
 
 
-def subject(path: str, *, base: str | None = None, **loading: Any) -> Subject:
+def subject(path: str, *, base: str | None = None, revision: str | None = None, **loading: Any) -> Subject:
     """What is known of a model before its weights are loaded.
 
     Args:
         path: a folder, or a Hub id.
         base: where its base lies, if not where its record says.
+        revision: of a Hub model.
         loading: device, dtype and trust_remote_code of `pissa.training.opening.open_model`.
 
     Raises:
-        CheckpointError: nothing that could be evaluated.
-        InputError: a classifier.
+        CheckpointError: no model, run or adapter.
     """
     folder = Path(path)
     if HUB_ID.fullmatch(path) and not folder.exists():
-        identity = {"path": path, "kind": HUB, "revision": _commit(path, bool(loading.get("trust_remote_code")))}
-        return Subject(path.replace("/", "--"), path, base, identity, **loading)
+        commit = _commit(path, revision, bool(loading.get("trust_remote_code")))
+        identity = {"path": path, "kind": HUB, "revision": commit}
+        return Subject(path.replace("/", "--"), path, base, identity, revision, **loading)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     identity = {"path": path, "kind": "run" if record else kind_of_folder(folder), "sha256": _digest(folder)}
+    loading["dtype"] = loading.get("dtype") or record.get("settings", {}).get("dtype")
     template = record.get("data", {}).get("template")
-    return Subject(folder.resolve().name, path, base, identity, template, **loading)
+    return Subject(folder.resolve().name, path, base, identity, template=template, **loading)
 
 
-def base_of(subject: Subject) -> str | None:
-    """The original model of a run or an adapter, where it is still there; None for a whole model."""
-    folder = Path(subject.path)
-    file = next(
-        (f for f in (folder / "state" / plain.RECORD, folder / plain.RECORD) if f.is_file()), folder / "run.json"
-    )
-    if subject.identity["kind"] in ("model", HUB, "w4a4") or not file.is_file():
+def check_subject(one: Subject) -> None:
+    """Raise for what is there and can answer nothing: an unfinished run, a classifier, an adapter without its base.
+
+    Raises:
+        InputError, CheckpointError: as `open_model`.
+    """
+    if one.identity["kind"] != HUB:
+        find_model(Path(one.path), one.base)
+
+
+def base_of(one: Subject) -> Subject | None:
+    """The original model of a run or an adapter in the same dtype; None for a whole model, and where it is gone."""
+    folder = Path(one.path)
+    places = (folder / "state" / plain.RECORD, folder / plain.RECORD, folder / "run.json")
+    file = next((place for place in places if place.is_file()), None)
+    if file is None or one.identity["kind"] in ("model", HUB):
         return None
-    said = read_json(file).get("base") or {}
-    name = subject.base or said.get("name")
-    return str(name) if name and (Path(name).is_dir() or not Path(name).is_absolute()) else None
+    said = read_json(file)
+    on_residual = (said.get("recipe") or {}).get("quant") is not None
+    origin = said.get("base") or {}
+    name, revision = origin.get("name"), origin.get("revision")
+    if one.base and not on_residual:
+        name, revision = one.base, None
+    if not name or not (Path(name).is_dir() or HUB_ID.fullmatch(name)):
+        return None
+    loading = {key: getattr(one, key) for key in ("device", "dtype", "trust_remote_code")}
+    return subject(str(name), revision=revision, **loading)
+
+
+def device_type(device: str | None) -> str:
+    """cpu or cuda.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    try:
+        kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}, expected cpu, cuda or cuda:1: {error}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device}, and this machine has no CUDA: expected cpu")
+    return kind
 
 
 def harness_model(subject: Subject, backend: str, batch_size: int) -> Any:
@@ -128,6 +169,10 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
     """
     folder, kind = Path(subject.path), subject.identity["kind"]
     shared: dict[str, Any] = {"dtype": subject.dtype or "auto", "enable_prefix_caching": True}
+    if subject.trust_remote_code:
+        shared["trust_remote_code"] = True
+    if subject.revision:
+        shared["revision"] = subject.revision
     if kind in (HUB, "model", "merged"):
         return {"pretrained": subject.path, **shared}
     if kind == "run" and not (folder / "adapter").is_dir():
@@ -143,30 +188,37 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
     return {"pretrained": base, "lora_local_path": str(adapter), "max_lora_rank": rank, **shared}
 
 
-def vllm_command(subject: Subject, tasks: list[str], folder: Path) -> str:
-    """The same evaluation by the harness's own command, on a machine that has vLLM."""
+def vllm_command(subject: Subject, protocols: Sequence[Protocol], folder: Path, limit: int | None) -> str:
+    """The same questions by the harness's own command, on a machine that has vLLM; it takes them from the Hub."""
     arguments = ",".join(f"{key}={value}" for key, value in vllm_arguments(subject).items())
-    return (
-        f"lm_eval run --model vllm --model_args {shlex.quote(arguments)} --tasks {','.join(tasks)} "
-        f"--include_path {shlex.quote(str(folder))} --batch_size auto"
-    )
+    words = ["lm_eval", "run", "--model", "vllm", "--model_args", shlex.quote(arguments)]
+    words += ["--tasks", ",".join(str(asks.harness) for asks in protocols if asks.harness)]
+    words += ["--include_path", shlex.quote(str(folder)), "--batch_size", "auto"]
+    words += ["--limit", str(limit)] if limit else []
+    words += ["--confirm_run_unsafe_code"] if any(asks.runs_code for asks in protocols) else []
+    return " ".join(words)
 
 
-def check_backend(backend: str, subjects: list[Subject], tasks: list[str], folder: Path) -> None:
+def check_backend(
+    backend: str, subjects: Sequence[Subject], protocols: Sequence[Protocol], folder: Path, limit: int | None
+) -> None:
     """Raise before anything is loaded where a backend is unknown, or vllm is not installed."""
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "vllm" and find_spec("vllm") is None:
-        commands = "\n  ".join(vllm_command(one, tasks, folder) for one in subjects)
+        commands = "\n  ".join(vllm_command(one, protocols, folder, limit) for one in subjects)
+        left_out = [asks.task for asks in protocols if not asks.harness]
+        without = f" (without {', '.join(left_out)}, which lm_eval does not ask)" if left_out else ""
         raise MissingExtraError(
-            f"vllm is not installed here. Where it is (pip install 'lm-eval[vllm]'):\n  {commands}\nor use --backend hf"
+            f"vllm is not installed here. Where it is (pip install 'lm-eval[vllm]'){without}:\n  {commands}\n"
+            "or use --backend hf"
         )
 
 
-def _commit(name: str, trust_remote_code: bool) -> str | None:
+def _commit(name: str, revision: str | None, trust_remote_code: bool) -> str | None:
     """Which commit of a Hub model this machine sees."""
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name} is neither a folder nor a model that the Hub gives here: {error}") from error
     return getattr(config, "_commit_hash", None)
@@ -178,21 +230,15 @@ def _vllm(subject: Subject, batch_size: int) -> Any:
 
 
 def _digest(folder: Path) -> str:
-    """Of all weights and configs that a folder holds, hidden ones and checkpoints of a training aside."""
+    """Of all that a folder holds and that could change an answer: weights, configs, tokenizer, code."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
-        if file.suffix in (".safetensors", ".json") and not _aside(inside) and file.is_file():
-            digest.update(f"{inside}\n".encode())
-            _feed(file, digest.update)
+        if file.is_file() and file.suffix not in TALK and not _aside(inside):
+            with file.open("rb") as stream:
+                digest.update(f"{inside} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
 def _aside(inside: Path) -> bool:
     return any(part.startswith(".") or part in ("checkpoints", "trainer") for part in inside.parts)
-
-
-def _feed(file: Path, update: Callable[[bytes], None]) -> None:
-    with file.open("rb") as stream:
-        while piece := stream.read(CHUNK):
-            update(piece)

@@ -25,7 +25,7 @@ from typing import Any
 
 from pissa.checkpoint.output import write_json, write_text
 from pissa.errors import require
-from pissa.evaluation.benchmark import Say, job_of, perplexity
+from pissa.evaluation.benchmark import Say, identity_of, job_of, perplexity, scoring_versions
 from pissa.evaluation.harness import Asked, Sample, quiet, write_samples
 from pissa.evaluation.judge import LEAST, MOST, Judge, Judgement, conversation
 from pissa.evaluation.log import AnswerLog
@@ -33,7 +33,6 @@ from pissa.evaluation.model import Subject, harness_model
 from pissa.evaluation.questions import Questions
 from pissa.evaluation.result import Score, TaskResult
 from pissa.evaluation.tracks import MT_BENCH, Protocol
-from pissa.records import versions
 from pissa.scoring.verdict import Z
 from pissa.training.chat import Chat
 from pissa.training.data import read
@@ -116,7 +115,7 @@ def mt_bench(
     scores = _scores(turns, judgements)
     result = TaskResult(
         subject.name,
-        subject.identity,
+        identity_of(subject, inner),
         protocol.task,
         protocol.track,
         protocol.says,
@@ -126,7 +125,7 @@ def mt_bench(
         {**found.source, "references": reference_source},
         notes,
         settings,
-        versions("lm_eval"),
+        scoring_versions(),
         time.monotonic() - begun,
     )
     samples = [_sample(turn, one, references) for turn, one in zip(turns, judgements, strict=True)]
@@ -199,6 +198,8 @@ def _prompt(lm: Any, questions: Sequence[str], answers: Sequence[str], in_chat: 
 
 def _notes(subject: Subject, lm: Any, turns: Sequence[_Turn], in_chat: bool) -> list[str]:
     notes, count, limit = [], len(turns), lm.inner.max_length
+    if in_chat:
+        notes.append("asked in the tokenizer's chat template")
     ran_on = sum(turn.cut for turn in turns)
     if ran_on:
         notes.append(f"{ran_on} of {count} answers ran on into an instruction of their own and were cut there")

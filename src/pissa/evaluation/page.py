@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pissa.evaluation.paired import Paired, against_base, is_whole
+from pissa.evaluation.paired import Paired, against_base, bases, bases_first
 from pissa.evaluation.result import Perplexity, Score, TaskResult
 from pissa.evaluation.tracks import TRACKS, file_stem
 from pissa.reports.page import cell, number, plain, render, write_page
@@ -20,12 +20,9 @@ from pissa.reports.page import cell, number, plain, render, write_page
 SHARES = ("ours", "authors", "pass@1", "acc", "acc_norm", "acc_mutual_info", "em", "exact_match", "math_verify")
 """Scores that are means of right and wrong, so that percent fits; others keep the scorer's own unit."""
 TITLES = {
-    "ours": "our scorer",
-    "authors": "authors' scorer",
-    "gold": "perplexity",
-    "judge": "judge, 1 to 10",
+    "ours": "our scorer", "authors": "authors' scorer", "gold": "perplexity", "judge": "judge, 1 to 10",
     "": "no judge",
-}
+}  # fmt: skip
 MOST = 5000
 """Answers on a page: as many as the largest of our benchmarks has."""
 READING = (
@@ -51,7 +48,7 @@ class Table:
         track: its name.
         columns: by task its columns, key to title.
         rows: by model and task the cells of these columns, each of one or more lines; a task may be missing.
-        bases: the models that others are compared with.
+        bases: the models that others name as theirs, on any track.
     """
 
     track: str
@@ -70,8 +67,8 @@ def write_results(found: list[TaskResult], out: Path) -> Path:
     Raises:
         OutputError: it cannot be written.
     """
-    found = sorted(found, key=lambda one: not is_whole(one))
-    pairs = {(one.model, one.task): pair for one in found if (pair := against_base(one, found, out))}
+    found = bases_first(found)
+    pairs = {(one.model, one.task, one.track): pair for one in found if (pair := against_base(one, found, out))}
     packages = sorted({name for one in found for name in one.versions})
     html = render(
         "results.html",
@@ -106,6 +103,7 @@ def write_answers(result: TaskResult, samples: list[dict[str, Any]], path: Path)
     html = render(
         "answers.html",
         result=result,
+        stem=file_stem(result.task, result.track),
         limited=_limited(result),
         shown=shown,
         count=len(answers),
@@ -115,7 +113,7 @@ def write_answers(result: TaskResult, samples: list[dict[str, Any]], path: Path)
         scored_twice=any(answer["authors"] for answer in answers),
         only_ours=sum(answer["disagree"] and answer["verdict"] == "right" for answer in answers),
         only_authors=sum(answer["disagree"] and answer["verdict"] == "wrong" for answer in answers),
-        figures={_title(name): _figure(name, score) for name, score in result.scores.items()},
+        figures={_title(name): figure(name, score) for name, score in result.scores.items()},
     )
     return write_page(path, visible(html))
 
@@ -138,25 +136,40 @@ def results_table(found: list[TaskResult]) -> list[str]:
     return lines[:-1]
 
 
-def tables(found: Sequence[TaskResult], pairs: Mapping[tuple[str, str], Paired] | None = None) -> list[Table]:
+def tables(found: Sequence[TaskResult], pairs: Mapping[tuple[str, str, str], Paired] | None = None) -> list[Table]:
     """One table a track: bases first, then the others in their order.
 
     Args:
         found: the results.
-        pairs: by model and task, how it compares with its base.
+        pairs: by model, task and track, how it compares with its base.
     """
     made = []
-    for track, own in sorted(_by(found, lambda one: one.track).items(), key=lambda item: TRACKS.index(item[0])):
+    by_track = _by(bases_first(found), lambda one: one.track)
+    for track, own in sorted(by_track.items(), key=lambda item: TRACKS.index(item[0])):
         columns = {task: _columns(group) for task, group in _by(own, lambda one: one.task).items()}
         rows = {
             model: {
-                one.task: [_cell(one, key, (pairs or {}).get((model, one.task))) for key in columns[one.task]]
+                one.task: [_cell(one, key, (pairs or {}).get((model, one.task, track))) for key in columns[one.task]]
                 for one in group
             }
-            for model, group in _by(sorted(own, key=lambda one: not is_whole(one)), lambda one: one.model).items()
+            for model, group in _by(own, lambda one: one.model).items()
         }
-        made.append(Table(track, columns, rows, [one.model for one in own if is_whole(one)]))
+        made.append(Table(track, columns, rows, bases(found)))
     return made
+
+
+def figure(key: str, score: Score) -> list[str]:
+    """A score as all tables show it: value and error on one line, the interval on the next where there is one.
+
+    Args:
+        key: of the score; those of `SHARES` are in percent, others in the scorer's own unit.
+        score: what it came to.
+    """
+    if key.rpartition(": ")[2].partition(",")[0] not in SHARES:
+        return [number(score.value) + ("" if score.stderr is None else f" ± {number(score.stderr)}")]
+    error = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
+    between = ["{:.1f}–{:.1f}".format(*(100 * end for end in score.interval))] if score.interval else []
+    return [f"{100 * score.value:.1f}{error} %", *between]
 
 
 def visible(text: str) -> str:
@@ -182,18 +195,15 @@ def _by(found: Iterable[TaskResult], key: Callable[[TaskResult], Any]) -> dict[A
 
 def _columns(group: Sequence[TaskResult]) -> dict[str, str]:
     """Of one task: all its results are of one track, and have one headline."""
-    keys = [next((one.headline for one in group if one.headline), "")]
-    if any("authors" in one.scores for one in group):
-        keys.append("authors")
-    if any(one.gold for one in group):
-        keys.append("gold")
-    return {key: _title(key) for key in keys}
+    headline = next((one.headline for one in group if one.headline), "")
+    further = {"authors": any("authors" in one.scores for one in group), "gold": any(one.gold for one in group)}
+    return {key: _title(key) for key in (headline, *(key for key, there in further.items() if there))}
 
 
 def _cell(one: TaskResult, key: str, pair: Paired | None) -> list[str]:
     if key == "gold":
         return [number(one.gold.value)] if one.gold else ["–"]
-    lines = _figure(key, one.scores[key]) if key in one.scores else ["no number"]
+    lines = figure(key, one.scores[key]) if key in one.scores else ["no number"]
     if key == one.headline and pair:
         lines.append(f"{100 * pair.difference:+.1f} points to the base")
         lines.append(f"{pair.won:,} won, {pair.lost:,} lost of {pair.count:,}, p = {pair.p:.2g}")
@@ -202,23 +212,13 @@ def _cell(one: TaskResult, key: str, pair: Paired | None) -> list[str]:
     return lines
 
 
-def _figure(key: str, score: Score) -> list[str]:
-    """Value and error on one line, the interval on the next."""
-    if key.rpartition(": ")[2].partition(",")[0] not in SHARES:
-        error = "" if score.stderr is None else f" ± {number(score.stderr)}"
-        return [number(score.value) + error]
-    error = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
-    between = ["{:.1f}–{:.1f}".format(*(100 * end for end in score.interval))] if score.interval else []
-    return [f"{100 * score.value:.1f}{error} %", *between]
-
-
 def _title(key: str) -> str:
     return TITLES.get(key, key.removesuffix(",none").replace(",", ", "))
 
 
 def _others(one: TaskResult) -> dict[str, list[str]]:
     """Scores that the table leaves out."""
-    return {_title(k): _figure(k, score) for k, score in one.scores.items() if k not in (one.headline, "authors")}
+    return {_title(k): figure(k, score) for k, score in one.scores.items() if k not in (one.headline, "authors")}
 
 
 def _asked(one: TaskResult) -> str:

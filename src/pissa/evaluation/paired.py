@@ -14,9 +14,6 @@ from typing import Any
 from pissa.evaluation.result import TaskResult
 from pissa.evaluation.tracks import file_stem
 
-WHOLE = ("model", "hub")
-"""Kinds of what is no run and no adapter: the rows that others are compared with."""
-
 
 @dataclass(frozen=True)
 class Paired:
@@ -63,13 +60,20 @@ def paired(first: Iterable[dict[str, Any]], second: Iterable[dict[str, Any]]) ->
     return Paired(counted[True, False], counted[False, True], len(common)) if common else None
 
 
-def is_whole(one: TaskResult) -> bool:
-    """Whether a model stands for itself: a base to compare with."""
-    return one.identity["kind"] in WHOLE
+def bases(found: Sequence[TaskResult]) -> list[str]:
+    """The models that results name as their base, in the order of the results."""
+    named = {os.path.realpath(base) for one in found if (base := one.identity.get("base"))}
+    return list(dict.fromkeys(one.model for one in found if os.path.realpath(one.identity["path"]) in named))
+
+
+def bases_first(found: Sequence[TaskResult]) -> list[TaskResult]:
+    """The results of `bases`, then the others, both in their order."""
+    above = bases(found)
+    return sorted(found, key=lambda one: one.model not in above)
 
 
 def against_base(one: TaskResult, found: Sequence[TaskResult], out: Path) -> Paired | None:
-    """With the base that a result names, or else with the only whole model that there is.
+    """With the base that a result names, asked the same on the same track.
 
     Args:
         one: the result.
@@ -77,14 +81,18 @@ def against_base(one: TaskResult, found: Sequence[TaskResult], out: Path) -> Pai
         out: the folder of the evaluation, with OUT/MODEL/TASK.samples.jsonl.
 
     Returns:
-        None for a base, and where there is nothing to compare with.
+        None where no base is named, or it was not asked, or more than once in this dtype.
     """
-    bases = [other for other in found if is_whole(other) and (other.task, other.track) == (one.task, one.track)]
-    if named := one.identity.get("base"):
-        bases = [other for other in bases if os.path.realpath(other.identity["path"]) == os.path.realpath(named)]
-    if is_whole(one) or len(bases) != 1:
+    named = one.identity.get("base")
+    asked = [other for other in found if (other.task, other.track) == (one.task, one.track)]
+    origins = [
+        other for other in asked if named and os.path.realpath(other.identity["path"]) == os.path.realpath(named)
+    ]
+    if len(origins) > 1:  # in several dtypes
+        origins = [other for other in origins if other.settings.get("dtype") == one.settings.get("dtype")]
+    if len(origins) != 1:
         return None
-    files = [out / who.model / f"{file_stem(who.task, who.track)}.samples.jsonl" for who in (one, *bases)]
+    files = [out / who.model / f"{file_stem(who.task, who.track)}.samples.jsonl" for who in (one, *origins)]
     return paired(*map(_samples, files)) if all(file.is_file() for file in files) else None
 
 

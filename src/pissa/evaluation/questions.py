@@ -62,10 +62,12 @@ class Questions:
     Attributes:
         rows: as the data set has them, under one set of names.
         source: name and digest, and how many rows there are of how many.
+        examples: for the few-shot prompts of the standard track, where they are drawn from data.
     """
 
     rows: list[dict[str, Any]]
     source: dict[str, Any]
+    examples: Questions | None = None
 
 
 def questions(task: str, data: str | Path | None = None, limit: int | None = None, *, whole: bool = False) -> Questions:

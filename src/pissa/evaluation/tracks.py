@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from pissa.errors import ConfigError, did_you_mean
@@ -11,6 +12,8 @@ from pissa.scoring.answers import CODE
 PAPER, STANDARD = "paper", "standard"
 TRACKS = (PAPER, STANDARD)
 MT_BENCH = "mt_bench"
+NAME = re.compile(r"\w[\w.+-]*")
+"""A task's name is a file's name too."""
 
 
 def file_stem(task: str, track: str) -> str:
@@ -39,6 +42,11 @@ class Protocol:
     headline: str
     runs_code: bool = False
     folder: str | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether the task file and the scorer are ours."""
+        return str(self.harness).startswith("pissa_")
 
     @property
     def stem(self) -> str:
@@ -71,6 +79,8 @@ def protocol(task: str, track: str) -> Protocol:
     Raises:
         ConfigError: no such track, or no such task on it.
     """
+    if not NAME.fullmatch(task):
+        raise ConfigError(f"task is {task!r}, expected a name: letters, digits, and any of _ . + -")
     if track not in TRACKS:
         raise ConfigError(f"track is {track!r}, expected one of {', '.join(TRACKS)}")
     if track == PAPER:

@@ -29,7 +29,7 @@ class Compared:
         base_loss, loss: natural, of the base and of the model.
         kl: KL(base || model).
         agreed: tokens at which both find the same one likeliest.
-        largest: absolute difference of a logit.
+        largest: absolute difference of a logit; NaN where logits of either are not finite.
     """
 
     tokens: int
@@ -37,6 +37,44 @@ class Compared:
     loss: float
     kl: float
     agreed: int
+    largest: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model beside the base. Each standard error is that of a mean over windows.
+
+    Figures are NaN or infinite, in JSON null, where logits were not finite or too large.
+
+    Attributes:
+        model: as it was named.
+        kind: of the folder; "base"; of a run also "run, converted": its plain LoRA.
+        dtype: it computed in.
+        identity: path, kind, digest.
+        loss: natural, mean of a token.
+        perplexity: exp of it.
+        difference: of the loss from the base's, window by window.
+        ratio: of the perplexity to the base's, exp of the difference.
+        kl: KL(base || model) of a token, in nats.
+        agreement: share of tokens at which both find the same next token likeliest.
+        largest: the largest absolute difference of a logit.
+    """
+
+    model: str
+    kind: str
+    dtype: str
+    identity: dict[str, Any]
+    loss: float
+    loss_stderr: float | None
+    perplexity: float
+    difference: float
+    difference_stderr: float | None
+    ratio: float
+    ratio_stderr: float | None
+    kl: float
+    kl_stderr: float | None
+    agreement: float
+    agreement_stderr: float | None
     largest: float
 
 
@@ -122,20 +160,44 @@ def check_tokenizer(other: Any, tokenizer: Any, content: str, ids: list[int], pa
         raise InputError(f"{path} has the base's vocabulary and splits the text otherwise: copy the base's tokenizer")
 
 
-def compare(base: Tensor, model: Tensor, labels: Tensor) -> Compared:
-    """Compare what two models say of a window.
+@torch.no_grad()
+def compare(base: Any, model: Any, batch: Tensor, name: str) -> list[Compared]:
+    """Compare what two models say of each window of a batch.
 
     Args:
-        base: logits [tokens, vocabulary].
-        model: the same of the other.
-        labels: [tokens], what comes next.
+        base: a causal language model.
+        model: another, maybe on another device; or the base itself.
+        batch: token ids [windows, tokens].
+        name: of the model, for the message.
+
+    Raises:
+        InputError: another number of logits.
     """
-    base_loss = loss = kl = largest = 0.0
-    agreed = 0
+    ours = base(input_ids=batch.to(device_of(base))).logits[:, :-1]
+    theirs = ours if model is base else model(input_ids=batch.to(device_of(model))).logits[:, :-1]
+    if theirs.shape != ours.shape:
+        raise InputError(
+            f"{name} gives {theirs.shape[-1]} logits and the base {ours.shape[-1]}: one was padded or resized, and "
+            "their distributions are over different tokens"
+        )
+    return [
+        _compare(*window) for window in zip(ours, theirs.to(ours.device), batch[:, 1:].to(ours.device), strict=True)
+    ]
+
+
+def device_of(model: Any) -> torch.device:
+    """Where its inputs belong."""
+    return torch.device(next(model.parameters()).device)
+
+
+def _compare(base: Tensor, model: Tensor, labels: Tensor) -> Compared:
+    """Two models' logits [tokens, vocabulary] on what comes next [tokens]."""
+    base_loss = loss = kl = 0.0
+    agreed, differences = 0, []
     rows = max(1, PIECE // base.shape[-1])
     for ours, theirs, right in zip(base.split(rows), model.split(rows), labels.split(rows), strict=True):
         ours, theirs, right = ours.float(), theirs.float(), right[:, None]
-        largest = max(largest, float((ours - theirs).abs().max()))
+        differences.append(float((ours - theirs).abs().max()))
         agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
         base_loss -= float(log_p.gather(-1, right).double().sum())
@@ -144,7 +206,12 @@ def compare(base: Tensor, model: Tensor, labels: Tensor) -> Compared:
         p, q = log_p.exp(), log_q.exp()
         # `q - p` sums to zero but for the rounding of both norms, which it takes out: no term is below zero.
         kl += float((p * (log_p - log_q) + q - p).sum())
-    return Compared(len(labels), base_loss, loss, kl, agreed, largest)
+    return Compared(len(labels), base_loss, loss, kl, agreed, largest(differences))
+
+
+def largest(values: Sequence[float]) -> float:
+    """The largest one, NaN where one is not finite: `max` passes over NaN."""
+    return max(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
@@ -153,10 +220,42 @@ def mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | N
     Args:
         sums: of each window.
         counts: tokens in each window.
+
+    Returns:
+        NaN where a sum is not finite; no error for one window.
     """
     total, windows = sum(counts), len(counts)
+    if not all(map(math.isfinite, sums)):
+        return math.nan, None
     value = math.fsum(sums) / total
     if windows < 2:
         return value, None
     squares = math.fsum((one - value * count) ** 2 for one, count in zip(sums, counts, strict=True))
     return value, math.sqrt(squares * windows / (windows - 1)) / total
+
+
+def mean_row(name: str, kind: str, identity: dict[str, Any], dtype: str, found: Sequence[Compared]) -> Row:
+    """One model over all windows.
+
+    Args:
+        name: as the model was named.
+        kind: of its folder.
+        identity: path, kind, digest.
+        dtype: it computed in.
+        found: of its windows, one or more.
+    """
+    counts = [one.tokens for one in found]
+    loss, loss_error = mean([one.loss for one in found], counts)
+    difference, error = mean([one.loss - one.base_loss for one in found], counts)
+    ratio = _exp(difference)
+    return Row(
+        name, kind, dtype, identity,
+        loss, loss_error, _exp(loss), difference, error, ratio, None if error is None else ratio * error,
+        *mean([one.kl for one in found], counts),
+        *mean([one.agreed for one in found], counts),
+        largest([one.largest for one in found]),
+    )  # fmt: skip
+
+
+def _exp(value: float) -> float:
+    return math.inf if value > 709 else math.exp(value)

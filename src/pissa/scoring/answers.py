@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pissa.errors import DataError, InputError, did_you_mean
+from pissa.errors import ConfigError, DataError, InputError, did_you_mean
 from pissa.scoring import code, latex, numbers
 from pissa.scoring.isolation.run import Isolation
 from pissa.scoring.verdict import Item, Verdict
@@ -24,15 +24,17 @@ class Scorers:
     Attributes:
         ours: the verdict that counts.
         authors: that of the PiSSA authors' script.
+        check_gold: raises DataError where there is no gold answer in what the data set has for it.
     """
 
     ours: Scorer
     authors: Scorer
+    check_gold: Callable[[str], object]
 
 
 TEXT = {
-    "gsm8k": Scorers(numbers.ours, numbers.authors),
-    "math": Scorers(latex.ours, latex.authors),
+    "gsm8k": Scorers(numbers.ours, numbers.authors, numbers.gold_value),
+    "math": Scorers(latex.ours, latex.authors, latex.gold_answer),
 }
 TASKS = (*TEXT, *CODE)
 
@@ -41,6 +43,16 @@ def check_task(task: str) -> None:
     """Raise InputError for a task without a scorer."""
     if task not in TASKS:
         raise InputError(f"task is {task!r}, expected one of {', '.join(TASKS)}.{did_you_mean(task, TASKS)}")
+
+
+def check_permission(tasks: Sequence[str], allowed: bool) -> None:
+    """Raise ConfigError where one of the tasks is scored by running programs and that is not allowed."""
+    code = [task for task in tasks if task in CODE]
+    if code and not allowed:
+        raise ConfigError(
+            f"{', '.join(code)}: scored by running programs that a model wrote, in a process without network, files or "
+            "rights: permit it with --allow-code-execution, or leave it out"
+        )
 
 
 def score(task: str, output: str, doc: Mapping[str, Any], *, isolation: Isolation | None = None) -> Item:
@@ -53,17 +65,16 @@ def score(task: str, output: str, doc: Mapping[str, Any], *, isolation: Isolatio
         isolation: the walls that a program runs behind; needed for code.
 
     Raises:
-        InputError: another task, or code without isolation.
+        InputError: another task.
+        ConfigError: code without isolation.
     """
     check_task(task)
     if task in TEXT:
         scorers, gold = TEXT[task], str(doc["answer"])
         name = str(doc.get("id", doc.get("unique_id", "")))
         return Item(name, scorers.ours(output, gold), scorers.authors(output, gold))
-    if isolation is None:
-        raise InputError(
-            f"{task} is scored by running the programs that a model wrote: --allow-code-execution permits it"
-        )
+    check_permission([task], isolation is not None)
+    assert isolation is not None
     return code.score(task, output, doc, isolation)
 
 
@@ -86,16 +97,29 @@ def score_rows(
         say: told of rows done.
 
     Raises:
-        DataError: naming the first wrong row, before anything is scored.
+        DataError: naming the first wrong row, before anything is scored; for code also the second of two answers to
+            one question.
+        ConfigError: code without isolation.
     """
     check_task(task)
     by_id = {str(question["task_id"]): question for question in questions if "task_id" in question}
+    check_permission([task], isolation is not None)
     docs = [_doc(task, number, where, row, by_id) for number, (where, row) in enumerate(rows)]
+    if task in CODE:
+        _check_once([(where, str(doc["task_id"])) for (where, _), doc in zip(rows, docs, strict=True)])
     items = []
     for done, ((_, row), doc) in enumerate(zip(rows, docs, strict=True), 1):
         items.append(score(task, row["output"], doc, isolation=isolation))
         say(done, len(rows))
     return items
+
+
+def _check_once(asked: Sequence[tuple[str, str]]) -> None:
+    first: dict[str, str] = {}
+    for where, name in asked:
+        if name in first:
+            raise DataError(f"{where}: answers {name} as {first[name]} does, expected one answer to each question")
+        first[name] = where
 
 
 def _doc(task: str, number: int, where: str, row: Mapping[str, Any], by_id: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -104,6 +128,10 @@ def _doc(task: str, number: int, where: str, row: Mapping[str, Any], by_id: Mapp
     if task in TEXT:
         if not isinstance(row.get("answer"), (str, int, float)):
             raise DataError(f"{where}: got fields {', '.join(row)}, expected the gold answer in `answer`")
+        try:
+            TEXT[task].check_gold(str(row["answer"]))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
         return {"id": str(row.get("id", number)), **row}
     name = str(row.get("task_id", row.get("answer", "")))  # the authors keep the task's name in `answer`
     if name not in by_id:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 import re
 import textwrap
 import warnings
@@ -24,7 +25,13 @@ FIELDS = {
 }
 NOTHING = "no code found"
 PYTHON = ("", "py", "python", "python3")
-BLOCK = re.compile(r"```[ \t]*([\w+#.-]*)[ \t]*\n(.*?)(?:^[ \t]*```(?!\w)|```[ \t]*$|\Z)", re.S | re.M)
+LONGEST = 50_000
+"""Characters of an answer that are read; of both data sets' solutions the longest has 1,993."""
+MOST_PLACES = 100
+"""Fences, and lines without fences, where code is looked for."""
+MOST_CUTS = 10
+"""Statements that are taken away until the rest can be read; one with a mistake takes one or two."""
+BLOCK = re.compile(r"```[ \t]*+([\w+#.-]*+)[ \t]*+\n(.*?)(?:^[ \t]*```(?!\w)|```[ \t]*$|\Z)", re.S | re.M)
 """Language and text between fences, the second of which may have been cut off."""
 CODE_LINE = re.compile(r"^(?:import |from |def |async def |class |@|[A-Za-z_]\w* *=(?!=))", re.M)
 """Where code may begin in a text without fences."""
@@ -131,18 +138,27 @@ def extract(output: str, name: str, prompt: str = "") -> str | None:
     Returns:
         Code for `whole`; None where there is none.
     """
-    text = output.replace("\r\n", "\n")
-    blocks = [block for language, block in BLOCK.findall(text) if language.lower() in PYTHON]
+    text = output[:LONGEST].replace("\r\n", "\n")
+    blocks = [block for language, block in BLOCK.findall(text) if language.lower() in PYTHON][:MOST_PLACES]
     plain = text.split("```", 1)[0]
     goes_on = _indented(plain)
     if prompt and goes_on and (found := _body(plain, name, prompt)):
         return found
     plain = plain.lstrip()
     margin = [textwrap.dedent(block) if _indented(block) else block for block in blocks]  # dedent alters empty lines
-    pieces = [*margin, *(plain[match.start() :] for match in CODE_LINE.finditer(plain))]
-    for piece in pieces:
-        if found := _trim(piece, name):
+    for block in margin:
+        if found := _trim(block, name):
             return found
+    starts = [match.start() for match in itertools.islice(CODE_LINE.finditer(plain), MOST_PLACES)]
+    read = 0
+    for start in starts:
+        if start < read:  # with what stands above, and the function is not defined there
+            continue
+        tree, lines = _readable(plain[start:])
+        if found := _needed(tree, lines, name):
+            return found
+        read = start + len("\n".join(lines))
+    pieces = [*margin, *(plain[start:] for start in starts)]
     for piece in pieces:
         if _head(name).search(piece):
             return piece
@@ -200,24 +216,39 @@ def _trim(code: str, name: str, *, first: bool = False) -> str | None:
     Returns:
         None where the function is not defined.
     """
+    return _needed(*_readable(code), name, first=first)
+
+
+def _readable(code: str) -> tuple[ast.Module, list[str]]:
     lines = code.split("\n")
-    while not isinstance(tree := _parse("\n".join(lines)), ast.Module):
+    for _ in range(MOST_CUTS):
+        if isinstance(tree := _parse("\n".join(lines)), ast.Module):
+            return tree, lines
         start = min(tree, len(lines)) - 1
         # A statement goes as a whole: a mistake inside the function is the answer's own.
         while start > 0 and (not lines[start].strip() or lines[start][0] in " \t"):
             start -= 1
         lines = lines[:start]
+    return ast.Module([], []), []
+
+
+def _needed(tree: ast.Module, lines: list[str], name: str, *, first: bool = False) -> str | None:
     places = [place for place, node in enumerate(tree.body) if name in _bound(node)]
     if not places:
         return None
     place = places[0] if first else places[-1]
     kept, rest = tree.body[: place + 1], [node for node in tree.body[place + 1 :] if name not in _bound(node)]
-    needed = set().union(*(_free(node) for node in kept))
-    while more := [node for node in rest if needed & _bound(node)]:
-        rest = [node for node in rest if node not in more]
-        needed |= set().union(*(_free(node) for node in more))
-        kept += more
-    stay = {line for node in kept for line in _lines(node)}
+    givers: dict[str, list[ast.stmt]] = {}
+    for node in rest:
+        for bound in _bound(node):
+            givers.setdefault(bound, []).append(node)
+    stay: set[int] = set()
+    queue = list(kept)
+    while queue:
+        node = queue.pop()
+        stay.update(_lines(node))
+        for wanted in _free(node):
+            queue += givers.pop(wanted, [])
     end = kept[place].end_lineno or 0
     return "\n".join(line for number, line in enumerate(lines, 1) if number <= end or number in stay)
 

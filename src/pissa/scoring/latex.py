@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from fractions import Fraction
 
-from pissa.errors import require
+from pissa.errors import DataError, require
 from pissa.scoring import hendrycks
 from pissa.scoring.numbers import AUTHORS_MARK, DIFFERS, NOT_FOUND, before_next_question, last_box, marked
 from pissa.scoring.verdict import Verdict
@@ -42,11 +42,21 @@ _SPELLINGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\\sqrt\s*(?:\(([^()]*)\)|(\w))", r"\\sqrt{\1\2}"),
     (r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r"\\frac{\1\2}{\3\4}"),
 )
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
+           "tenth": -1, "hundredth": -2, "thousandth": -3, "millionth": -6}  # fmt: skip
+"""Powers of ten that are written as words."""
+_OPERATORS = r"(?:times|multiplied|divided|plus|minus|over)\b"
+_POWERS = r"(?:squared|cubed)\b"
 _TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*"
+_SCALE = re.compile(
+    rf"(?<=[\d}}])\s*(?P<text>{_TEXT}\{{\s*)?(?P<word>{'|'.join(_SCALES)})(?:(?<=th)s)?\b(?(text)[A-Za-z\s]*\}})"
+)
+_GOES_ON = re.compile(rf"[\d$\\%]|\b(?:or|and|{_OPERATORS}|{_POWERS}|(?:{'|'.join(_SCALES)})s?)\b")
+"""What, after a formula, may change what it is worth."""
 _SHORT_UNITS = "mm|cm|km|ft|in|kg|mg|lbs?|oz|ml|mi|yds?|hrs?|min|sec|mph|feet"
 _UNITS = re.compile(
-    rf"(?<=[\d}})\w])\s*(?:{_TEXT}\{{[^{{}}]*\}}"
-    rf"|(?<=[\d}})])(?:\s[A-Za-z]{{4,}}(?:\s[A-Za-z]{{2,}})*|\s?(?:{_SHORT_UNITS})\b))"
+    rf"(?<=[\d}})\w])\s*(?:{_TEXT}\{{(?!\s*(?:{_OPERATORS}|{_POWERS}))[^{{}}]*\}}"
+    rf"|(?<=[\d}})])(?:\s(?!{_OPERATORS}|{_POWERS})[A-Za-z]{{4,}}(?:\s(?!{_OPERATORS})[A-Za-z]{{2,}})*|\s?(?:{_SHORT_UNITS})\b))"
     r"\.?\s*(?:\^\s*\{?\d\}?)?\s*\Z"
 )
 _WORDS = re.compile(rf"\s*(?:{_TEXT}\{{(?P<words>[^{{}}\\]*)\}}|(?P<bare>[A-Za-z][A-Za-z ]+|\(?[A-Z]\)?))\s*")
@@ -82,12 +92,13 @@ def ours(output: str, gold: str) -> Verdict:
         The verdict; `extracted` is the text that was compared. Outside the main thread Math-Verify has no time limit.
 
     Raises:
+        DataError: gold is empty.
         MissingExtraError: without Math-Verify.
     """
     answer = _answer(before_next_question(output))
     if not answer:
         return Verdict(False, None, NOT_FOUND)
-    correct = _equal(answer, _gold(gold))
+    correct = _equal(answer, gold_answer(gold))
     return Verdict(correct, answer, "" if correct else DIFFERS)
 
 
@@ -105,12 +116,20 @@ def authors(output: str, gold: str) -> Verdict:
     if not mark:
         return Verdict(False, None, NOT_FOUND)
     answer = text.split(".\n")[0].strip().removesuffix(".").strip()
-    correct = hendrycks.equivalent(answer, _gold(gold))
+    correct = hendrycks.equivalent(answer, gold_answer(gold))
     return Verdict(correct, answer, "" if correct else DIFFERS)
 
 
-def _gold(gold: str) -> str:
-    return last_box(gold) or gold.strip()
+def gold_answer(gold: str) -> str:
+    """What stands in a solution's last box, or the answer itself.
+
+    Raises:
+        DataError: there is nothing.
+    """
+    found = last_box(gold) or gold.strip()
+    if not found:
+        raise DataError("gold answer is empty, expected one, or a solution that has it in a box")
+    return found
 
 
 def _answer(text: str) -> str | None:
@@ -127,7 +146,7 @@ def _sentence(text: str) -> str:
     first = _FORMULA.match(text)
     ends = (end.start() for end in _END.finditer(text) if _whole(text[: end.start()]))
     sentence = text[: next(ends, len(text))]
-    if first and not re.search(r"[\d$\\%]|\b(?:or|and)\b", sentence[first.end() :]):
+    if first and not _GOES_ON.search(sentence[first.end() :]):
         sentence = "".join(first.groups(""))
     return sentence.strip().rstrip(".").removesuffix(".$").strip()
 
@@ -156,6 +175,8 @@ def _equal(answer: str, gold: str) -> bool:
         answer, gold = _NAME.sub("", answer, count=1), _NAME.sub("", gold, count=1)
     if _BASED.fullmatch(answer) or _BASED.fullmatch(gold):
         return _same_in_base(answer, gold)
+    if {_grouping(answer), _grouping(gold)} == {"set", "tuple"}:
+        return False
     value, wanted = _number(answer), _number(gold)
     if value is not None and wanted is not None:
         return value == wanted
@@ -165,6 +186,7 @@ def _equal(answer: str, gold: str) -> bool:
 def _spelled(text: str) -> str:
     for pattern, replacement in _SPELLINGS:
         text = re.sub(pattern, replacement, text)
+    text = _SCALE.sub(lambda scale: rf"\cdot 10^{{{_SCALES[scale['word']]}}}", text)
     return _UNITS.sub("", text.strip()).strip().rstrip(".")
 
 
@@ -184,6 +206,12 @@ def _words(text: str) -> str | None:
     if found is None:
         return None
     return " ".join((found["words"] or found["bare"] or "").strip(" ().'\"").casefold().split())
+
+
+def _grouping(text: str) -> str:
+    """What the brackets around several parts make of them."""
+    found = re.fullmatch(r"\s*(?:(\\\{.*,.*\\\})|(\([^()]*,[^()]*\)))\s*", text, re.DOTALL)
+    return "" if found is None else "set" if found[1] else "tuple"
 
 
 def _same_in_base(answer: str, gold: str) -> bool:

@@ -30,6 +30,8 @@ _SPELLINGS = (
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\\$"), "$"),
     (re.compile(r"(?<!\d)\*\*|\*\*(?!\d)"), ""),
+    (re.compile(r"\bnot\s+[-$£€]*\.?\d[\d.,/]*", re.IGNORECASE), ""),  # what is denied is no answer
+    (re.compile(r"\b(?:minus|negative)\s+(?=[$£€]?\.?\d)", re.IGNORECASE), "-"),
     (re.compile(r"\\(?:times|cdot)\b"), "×"),
     (re.compile(r"\\div\b"), "÷"),
     (re.compile(r"\s*[×x*]\s*10\s*(?:\^|\*\*)\s*\{?([-+]?\d+)\}?"), r"e\1"),
@@ -47,17 +49,19 @@ _NUMBER = re.compile(
     (?P<top>(?:{_INDIAN}|{_GROUPED}|\d+)(?:\.\d+|,\d{{1,2}}(?!\d))?|(?<!\w)\.\d+)
     (?:[eE](?P<exponent>[-+]?\d+)(?![A-Za-z\d]))?
     (?:\s*/\s*(?P<bottom>\d+(?:\.\d+)?))?
-    (?:\s*(?P<scale>thousand|million|billion)\b)?
+    (?:\s*(?P<scale>hundred|thousand|million|billion|trillion)\b|(?P<kilo>[kK])\b)?
     """,
     re.VERBOSE,
 )
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
-_OPERATOR = r"(?:[-+/×÷·^&]|\*\*?|(?:x|of|plus|minus|times)\b|x(?=\d))"
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "k": 10**3}
+_OPERATOR = r"(?:[-+/×÷·^&]|\*\*?|(?:x|of|plus|minus|times|(?:divided|multiplied)\s+by)\b|x(?=\d))"
 # Nothing is given back: 50 terms without "=" must not be tried in all ways that their blanks can be shared out.
 _OPERAND = rf"(?>[$£€( ]*[-+]?[\d.,]+\s*%?\s*(?:(?!{_OPERATOR})[A-Za-z]+\s*)?\)*\s*)"
 _LEFT_SIDE = re.compile(rf"\s*(?:(?:{_OPERAND}{_OPERATOR}\s*)*+{_OPERAND}|[A-Za-z]\w*\s*)=\s*")
-_ANOTHER = re.compile(rf"\s*%?\s*(?:[A-Za-z]+\s*)?(?:{_OPERATOR}|(?:to|or|and)\b)[\s$£€(]*\d|[,;]\s*\d|[:.]\d")
-"""What follows a number that is not the whole answer: `5 * 4`, `10-20`, `3 eggs or 4`, `3, 4`, `3:30`."""
+_ANOTHER = re.compile(
+    rf"\s*%?\s*(?:[A-Za-z]+\s*)?(?:{_OPERATOR}|(?:to|or|and)\b)[\s$£€(]*\d|[,;]\s*\d|[:.]\d|\s*(?:squared|cubed)\b"
+)
+"""What follows a number that is not the whole answer: `5 * 4`, `10-20`, `3 eggs or 4`, `3, 4`, `3:30`, `3 squared`."""
 _AUTHORS_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 
 
@@ -67,7 +71,8 @@ def ours(output: str, gold: str) -> Verdict:
     The answer is the first number in the last box or, without boxes, after the last mark that has something behind it:
     `the answer is`, `answer:` or `####`. Left sides of equations are passed over. A text without any mark is worth its
     last number, as in lm-evaluation-harness's flexible extraction; a wrong one says so in `reason`. A range, a list or
-    a sum that is not worked out is no answer. `50%` is 50, `12,5` is 12.5, `2 million` is 2,000,000.
+    a sum that is not worked out is no answer. `50%` is 50, `12,5` is 12.5, `2 million` is 2,000,000,
+    `5k` is 5,000, `minus 5` is -5, and `5 dozen` is 5, because questions ask for dozens.
 
     Args:
         output: what the model wrote after the prompt. Where it goes on to a next question ("### Instruction" or
@@ -80,7 +85,7 @@ def ours(output: str, gold: str) -> Verdict:
     Raises:
         DataError: gold without a number.
     """
-    wanted = _gold(gold)
+    wanted = gold_value(gold)
     text = before_next_question(output)
     answer = marked(text)
     if answer is None:
@@ -107,7 +112,7 @@ def authors(output: str, gold: str) -> Verdict:
     Raises:
         DataError: gold without a number.
     """
-    wanted = _gold(gold)
+    wanted = gold_value(gold)
     _, mark, text = output.rpartition(AUTHORS_MARK)
     found = _AUTHORS_NUMBER.search(text) if mark else None
     if found is None:
@@ -153,7 +158,15 @@ def last_box(text: str) -> str | None:
     return None
 
 
-def _gold(gold: str) -> Fraction:
+def gold_value(gold: str) -> Fraction:
+    """The number that a worked answer ends in.
+
+    Args:
+        gold: as for `ours`.
+
+    Raises:
+        DataError: there is none.
+    """
     text = str(gold)
     found = _last(text.rpartition("####")[2])
     value = _value(found) if found else None
@@ -187,7 +200,7 @@ def _value(found: re.Match[str]) -> Fraction | None:
     if re.fullmatch(r"\d+,\d{1,2}|.*[ '’_]\d{3},\d{1,2}", top):
         top = top.replace(",", ".")
     value = Fraction(re.sub(r"[,'’_ ]", "", top)) * Fraction(10) ** exponent / bottom
-    value = (value + int(found["whole"] or 0)) * _SCALES.get(found["scale"] or "", 1)
+    value = (value + int(found["whole"] or 0)) * _SCALES.get(found["scale"] or (found["kilo"] or "").lower(), 1)
     return -value if found["sign"] == "-" else value
 
 

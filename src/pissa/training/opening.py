@@ -49,6 +49,7 @@ def open_model(
     path: str | Path,
     *,
     base: str | None = None,
+    revision: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
@@ -59,6 +60,7 @@ def open_model(
         path: a finished run, a plain LoRA or a decomposed folder made here, a merged model, any model folder, or the
             Hub id of a whole model.
         base: where the base lies, if not where the record says.
+        revision: of a Hub model: commit, tag or branch.
         device: where it runs. Default: cuda where there is one.
         dtype: float32, bfloat16 or float16 of the base. Default: as it was trained on, or as stored.
         trust_remote_code: run Python code that comes with the model.
@@ -68,11 +70,8 @@ def open_model(
         CheckpointError: no language model, or not finished.
         WrongBaseError: another base.
     """
-    path = Path(path)
-    record = _run_record(path)
-    if record.get("settings", {}).get("method") == "full":
-        path = path / "model"
-    name, revision, adapter = _model_of(path, base)
+    record, path, name, own_revision, adapter = find_model(Path(path), base)
+    revision = revision or own_revision
     dtype = dtype or record.get("settings", {}).get("dtype", "auto")
     loaded = {"model": name, "revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     settings = TrainSettings.model_validate({**loaded, "data": "none", "output": "none"})
@@ -87,6 +86,22 @@ def open_model(
     return Opened(on, tokenizer, _kind(path), name, revision, adapter, record)
 
 
+def find_model(path: Path, base: str | None) -> tuple[dict[str, Any], Path, str, str | None, Path | None]:
+    """What `open_model` would load, refused where it cannot be.
+
+    Returns:
+        run.json of a run (else empty), the folder in question (of a full fine-tune its model/), name and revision of
+        the model to load, and what to put on it.
+
+    Raises:
+        InputError, CheckpointError: as `open_model`.
+    """
+    record = _run_record(path)
+    if record.get("settings", {}).get("method") == "full":
+        path = path / "model"
+    return record, path, *_model_of(path, base)
+
+
 def _kind(path: Path) -> str:
     """As `kind_of_folder`; what is no path and may be a Hub id is one."""
     return HUB if HUB_ID.fullmatch(str(path)) and not path.exists() else kind_of_folder(path)
@@ -99,9 +114,9 @@ def _run_record(path: Path) -> dict[str, Any]:
     record = read_json(path / "run.json")
     if record.get("status") != "finished":
         raise CheckpointError(f"{path} is not finished: go on with pissa train {path}/settings.yaml --resume")
-    if record["settings"]["task"] != "language":
+    if (task := record.get("settings", {}).get("task", "language")) != "language":
         raise InputError(
-            f"{path} learnt {record['settings']['task']}: it gives a class or a score and no text, so there is "
+            f"{path} learnt {task}: it gives a class or a score and no text, so there is "
             "nothing to talk to or to ask. Load its adapter/ with peft, see adapter/README.md"
         )
     return record
@@ -116,6 +131,10 @@ def _model_of(path: Path, base: str | None) -> tuple[str, str | None, Path | Non
         return str(path), None, None
     if kind == "decomposed":
         return base or str(path), None, path
+    if kind == "w4a4":
+        raise CheckpointError(
+            f"{path} is a model in 4 bits that transformers does not load: pissa merge BASE {path} OUT"
+        )
     if kind not in ("run", "state", "lora"):
         raise CheckpointError(
             f"{path} is a {kind} folder, whose base cannot be checked: see pissa inspect {path}, then pissa convert it"

@@ -6,6 +6,7 @@ import functools
 import marshal
 import math
 import os
+import resource
 import secrets
 import selectors
 import signal
@@ -19,17 +20,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pissa.errors import InputError
-from pissa.scoring.isolation.inside import BEGUN
+from pissa.scoring.isolation.inside import BEGUN, LONGEST
+from pissa.scoring.isolation.syscalls import syscall_filter
 from pissa.scoring.isolation.walls import NOBODY, WALLS, command
 
 STARTUP = 30.0
 """Seconds for the walls to come up; a program's own time begins afterwards."""
 LONGEST_ANSWER = 2**12
 OPEN_FILES = 64
+POLL = 0.05
+"""Seconds between two looks at the memory of a program and of all that it started."""
 PROBE = """
-import os, socket
+import array, ctypes, errno, fcntl, os, socket, struct
 assert os.getuid() == os.geteuid() == 65534, "it is not nobody"
-assert [name for _, name in socket.if_nameindex()] == ["lo"], "there is a network"
+names = array.array("B", bytes(4096))  # of all interfaces that have an address: SIOCGIFCONF of netdevice(7)
+request = struct.pack("iP", len(names), names.buffer_info()[0])
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as anything:
+    size, _ = struct.unpack("iP", fcntl.ioctl(anything, 0x8912, request))
+assert size <= 40 and bytes(names[:3]) in (b"lo\\0", bytes(3)), "there is a network"
+assert ctypes.CDLL(None).prctl(21, 0, 0, 0, 0) == 2, "no system call is refused"
+try:
+    socket.socket(40, 1)
+except PermissionError:
+    pass
+else:
+    raise AssertionError("a socket to the machine's host can be made")
 assert os.getcwd() == "/tmp" and os.listdir("/tmp") == [], "its folder is not empty"
 assert not os.path.exists("/proc") and not os.path.exists("/sys"), "the machine can be seen"
 assert not os.path.exists("/etc/passwd"), "the machine's settings can be read"
@@ -43,7 +58,7 @@ class Limits:
 
     Attributes:
         seconds: of wall time.
-        memory_bytes: of address space, each process.
+        memory_bytes: of address space, each process; and resident, of all processes together.
         processes: at a time, threads included.
         file_bytes: of all that it writes into its folder.
         output_bytes: kept of what it prints; more ends it.
@@ -62,7 +77,8 @@ class Isolation:
 
     Attributes:
         walls: `bubblewrap`, `namespaces`, or `none`: then the program sees files and network as its user does, its
-            number of processes is not limited, and what it starts in a session of its own stays.
+            number of processes is not limited, what it starts in a session of its own stays, and what has lost its
+            parent is not counted in memory.
         limits: of each program.
     """
 
@@ -72,12 +88,13 @@ class Isolation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended.
+    r"""How a program ended.
 
     Attributes:
         passed: it ran to its end, tests included.
         reason: why it did not, in a few words: `timeout`, `AssertionError: ...`, `memory`; empty where it passed.
-        output: the start of what it printed, at most `Limits.output_bytes`.
+        output: the start of what it printed, at most `Limits.output_bytes`. Here and in `reason` control characters and
+            marks of direction are written out (`\x1b`), except line breaks and tabs of the output.
         seconds: of wall time.
     """
 
@@ -147,7 +164,7 @@ def run(program: str, isolation: Isolation, tests: str = "") -> Outcome:
     limits = isolation.limits
     argv = command(isolation.walls, limits.file_bytes)
     token = secrets.token_hex(16)
-    request = marshal.dumps((token, _resource_limits(isolation), program, tests))
+    request = marshal.dumps((token, _resource_limits(isolation), syscall_filter(), program, tests))
     # No limit on the number of processes binds root, not even within a user namespace; `namespaces` drops root itself.
     user = NOBODY if isolation.walls == "bubblewrap" and os.getuid() == 0 else None
     bare = isolation.walls == "none"
@@ -194,6 +211,7 @@ def _listen(process: subprocess.Popen[bytes], channel: socket.socket, token: str
     heard = {process.stdout.fileno(): b"", channel.fileno(): b""}
     most = {process.stdout.fileno(): limits.output_bytes, channel.fileno(): LONGEST_ANSWER}
     start, seconds, reason = time.monotonic(), STARTUP, ""
+    looked = start
     with selectors.DefaultSelector() as selector:
         for source in heard:
             os.set_blocking(source, False)
@@ -205,7 +223,7 @@ def _listen(process: subprocess.Popen[bytes], channel: socket.socket, token: str
                 reason = "timeout"
             elif not selector.get_map():
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(left)
+                    process.wait(min(left, POLL))
             events = selector.select(min(max(left, 0), 0.02)) if selector.get_map() else []
             for key, _ in events:
                 part = b""
@@ -218,14 +236,34 @@ def _listen(process: subprocess.Popen[bytes], channel: socket.socket, token: str
                     reason = "output"
             if not begun and heard[channel.fileno()].startswith(BEGUN):
                 begun, start, seconds = True, time.monotonic(), limits.seconds
+            if begun and not reason and time.monotonic() >= looked + POLL:
+                looked = time.monotonic()
+                if _resident(process.pid) > limits.memory_bytes:
+                    reason = "memory"
             if over and not events:  # what a process left behind holds the pipes open: no walls
                 break
             over = process.poll() is not None
     took = time.monotonic() - start
     printed, answer = (part[: most[source]].decode("utf-8", "replace") for source, part in heard.items())
     if not begun:
-        raise InputError(f"{isolation.walls}: {printed.strip() or reason or 'ended'}"[-500:])
-    return Outcome(*_ending(reason, answer[len(BEGUN) :], token, process.returncode), printed, took)
+        raise InputError(f"{isolation.walls}: {_visible(printed).strip() or reason or 'ended'}"[-500:])
+    passed, reason = _ending(reason, answer[len(BEGUN) :], token, process.returncode)
+    return Outcome(passed, _visible(reason, "")[:LONGEST], _visible(printed)[: limits.output_bytes], took)
+
+
+def _visible(text: str, kept: str = "\n\t") -> str:
+    """With what a terminal would obey, or show in another order, written out as in a Python string."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def _resident(process: int) -> int:
+    """Bytes in memory of a process and all below it; pages that two of them share count twice. 0 without /proc."""
+    folder, pages = Path(f"/proc/{process}"), 0
+    with suppress(OSError):  # ended meanwhile
+        pages = int((folder / "statm").read_text().split()[1])
+        children = [child for task in folder.glob("task/*/children") for child in task.read_text().split()]
+        return pages * resource.getpagesize() + sum(_resident(int(child)) for child in children)
+    return pages * resource.getpagesize()
 
 
 def _ending(reason: str, answer: str, token: str, code: int) -> tuple[bool, str]:
