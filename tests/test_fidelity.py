@@ -400,3 +400,10 @@ def test_the_command_passes_batch_length_and_tokens_on_and_prints_notes(
     language_model(trained.merged, torch.bfloat16).save_pretrained(half)
     save_tokenizer(half)
     assert "computes in bfloat16 and the base in float32" in typed(half, *words[1:]).stderr
+
+
+def test_one_base_in_two_dtypes_is_one_base(base: Path, text: Path, tmp_path: Path) -> None:
+    pissa.decompose(base, tmp_path / "folder", rank=4)
+    make_run(base, tmp_path / "run", dtype=torch.bfloat16)
+    found = fidelity([str(tmp_path / "folder"), str(tmp_path / "run")], text, device="cpu", max_length=16)
+    assert [row.kind for row in found.rows] == ["base", "decomposed", "run", "run, converted"]

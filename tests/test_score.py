@@ -62,10 +62,13 @@ def test_mathematics_is_compared_as_mathematics(tmp_path: Path) -> None:
 
 
 def test_code_runs_only_where_it_is_allowed(tmp_path: Path) -> None:
-    file_of(tmp_path / "data/humaneval/HumanEval.jsonl", [FUNCTION])
+    file_of(
+        tmp_path / "data/humaneval/HumanEval.jsonl",
+        [FUNCTION, FUNCTION | {"task_id": "T/1"}, FUNCTION | {"task_id": "T/2"}],
+    )
     answers = file_of(
         tmp_path / "a.jsonl",
-        [{"output": "    return x + x", "task_id": "T/0"}, {"output": "    return x", "task_id": "T/0"}],
+        [{"output": "    return x + x", "task_id": "T/0"}, {"output": "    return x", "task_id": "T/1"}],
     )
     refused = score("humaneval", answers, "--data", tmp_path / "data")
     assert isinstance(refused.exception, ConfigError)
@@ -73,6 +76,7 @@ def test_code_runs_only_where_it_is_allowed(tmp_path: Path) -> None:
     said = told("humaneval", answers, "--data", tmp_path / "data", "--allow-code-execution")
     assert [item["correct"] for item in said["items"]] == [True, False]
     assert said["items"][1]["reason"].startswith("AssertionError")
+    assert said["coverage"] == {"answered": 2, "questions": 3}
 
 
 @pytest.mark.parametrize(

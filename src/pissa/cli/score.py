@@ -38,6 +38,8 @@ def score(
         ends = f"{100 * low:.1f} to {100 * high:.1f}"
         rows.append([name, f"{100 * found['value']:.2f}", ends, f"{found['correct']} of {found['count']}"])
     show.print_table(["scorer", "correct, %", "95 % interval", "answers"], rows)
+    if (covered := said["coverage"]) and covered["answered"] < covered["questions"]:
+        show.say(f"answers to {covered['answered']} of {covered['questions']} questions")
     reasons = [item["reason"] for item in said["items"] if not item["correct"]]
     for reason, count in sorted(
         {reason: reasons.count(reason) for reason in reasons}.items(), key=lambda pair: -pair[1]

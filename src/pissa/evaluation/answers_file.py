@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pissa.errors import ConfigError, DataError
+from pissa.errors import DataError
 from pissa.evaluation.questions import questions
 from pissa.records import versions
-from pissa.scoring.answers import CODE, check_task, score_rows
+from pissa.scoring.answers import CODE, check_permission, check_task, score_rows
 from pissa.scoring.isolation.run import find_isolation
 from pissa.scoring.verdict import summary
 from pissa.training.data import read
@@ -35,7 +35,7 @@ def score_file(
         say: told of rows done, and in all.
 
     Returns:
-        task, answers (name and digest), summary by scorer, items, versions.
+        task, answers (name and digest), how many of the questions they cover, summary by scorer, items, versions.
 
     Raises:
         InputError: no such task.
@@ -45,11 +45,7 @@ def score_file(
     check_task(task)
     if not Path(answers).is_file():
         raise DataError(f"{answers} is not a file: give JSON lines with `output` and the right answer")
-    if task in CODE and not allow_code_execution:
-        raise ConfigError(
-            f"{task} is scored by running programs that a model wrote, in a process without network, files or rights: "
-            "permit it with --allow-code-execution"
-        )
+    check_permission([task], allow_code_execution)
     rows, source = read(str(answers), "answers")
     asked = questions(task, data, whole=True) if task in CODE else None
     walls = find_isolation(allow_none=not isolation) if task in CODE else None
@@ -60,6 +56,7 @@ def score_file(
         "task": task,
         "answers": source | {"rows": len(rows)},
         "data": asked.source if asked else None,
+        "coverage": {"answered": len(items), "questions": len(asked.rows)} if asked else None,
         "summary": summary(items),
         "items": [item.to_json() for item in items],
         "versions": versions("math_verify"),

@@ -30,6 +30,7 @@ from pissa.evaluation.page import write_answers, write_results
 from pissa.evaluation.questions import SOURCES, Questions, examples, questions
 from pissa.evaluation.result import FORMAT, TaskResult
 from pissa.evaluation.tracks import MT_BENCH, PAPER, Protocol, protocol
+from pissa.scoring.answers import check_permission
 from pissa.scoring.isolation.run import find_isolation
 
 RESULTS = "results.json"
@@ -146,12 +147,7 @@ def _protocols(tasks: Sequence[str], track: str, allow_code_execution: bool) -> 
     if not tasks or len(set(tasks)) < len(tasks):
         raise ConfigError(f"tasks: got {', '.join(tasks) or 'none'}, expected one or more, each once")
     protocols = [protocol(task, track) for task in tasks]
-    code = [p.task for p in protocols if p.runs_code]
-    if code and not allow_code_execution:
-        raise ConfigError(
-            f"{', '.join(code)} runs programs that a model wrote, in a process without network, files or rights: "
-            "permit it with --allow-code-execution, or leave it out"
-        )
+    check_permission([p.task for p in protocols if p.runs_code], allow_code_execution)
     return protocols
 
 

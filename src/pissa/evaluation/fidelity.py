@@ -187,17 +187,16 @@ def _base_on_record(one: Subject) -> Record | None:
 
 
 def _common_base(subjects: Sequence[Subject], records: Sequence[Record | None]) -> str:
-    named = {
-        one.path: (record.base.fingerprint or record.base.name, record.base.name)
-        for one, record in zip(subjects, records, strict=True)
-        if record and record.base
-    }
+    pairs = zip(subjects, records, strict=True)
+    named = {one.path: record.base for one, record in pairs if record and record.base}
     if not named:
         raise InputError("none of the models has its base on record: name it with --base")
-    if len({key for key, _ in named.values()}) > 1:
-        said = "; ".join(f"{path} was made from {name}" for path, (_, name) in named.items())
+    # One base has another digest where it was loaded in another dtype, and another name where it was copied.
+    names, digests = ({getattr(base, key) for base in named.values()} for key in ("name", "fingerprint"))
+    if len(names) > 1 and len(digests) > 1:
+        said = "; ".join(f"{path} was made from {base.name}" for path, base in named.items())
         raise WrongBaseError(f"the models have several bases, expected one: {said}. Compare those of one base")
-    return next(iter(named.values()))[1]
+    return str(next(iter(named.values())).name)
 
 
 def _check_bases(
