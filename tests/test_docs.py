@@ -81,3 +81,13 @@ def test_the_readmes_table_is_that_of_the_results() -> None:
         assert len(numbers["learning_rates"]) >= 3, name
         text = (ROOT / "docs/results" / name / "compare.html").read_text()
         assert "/work" not in text and "/tmp" not in text and "/root" not in text, name
+
+
+def test_the_page_of_evaluations_is_that_of_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = importlib.import_module("write_evaluation")
+    page = script.PAGE.read_text()
+    assert script.filled(page) == page
+    for file in [script.PAGE, *(ROOT / "docs/results").glob("eval-*/*")]:
+        text = file.read_text()
+        assert "/work" not in text and "/tmp" not in text and "/root" not in text, file

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +32,10 @@ from pissa.errors import (
 from pissa.evaluation.asking import Asking
 from pissa.evaluation.benchmark import _trained_prompt
 from pissa.evaluation.log import AnswerLog
-from pissa.evaluation.model import harness_model, subject
+from pissa.evaluation.model import base_of, harness_model, subject
 from pissa.evaluation.questions import questions
 from pissa.evaluation.tracks import protocol
+from pissa.training import train
 from pissa.training.templates import ALPACA
 
 PROMPT = ALPACA.format(instruction=QUESTIONS[0]["question"]) + " Let's think step by step."
@@ -417,3 +420,12 @@ def test_runs_of_one_name_get_names_of_their_own(place: Path, tmp_path: Path) ->
     found = ask([tmp_path / "a/run", tmp_path / "b/run", tmp_path / "a/run"], tmp_path / "out", place / "data", limit=1)
     assert len({one.model for one in found}) == 2
     assert all(one.model.startswith("run-") for one in found)
+
+
+def test_a_base_is_evaluated_in_the_dtype_of_its_run(settings: Callable[..., Any]) -> None:
+    run = settings("run", dtype="bfloat16", max_steps=1)
+    train(run)
+    one = subject(run.output)
+    origin = base_of(one)
+    assert origin is not None
+    assert (one.dtype, origin.dtype, origin.path) == ("bfloat16", "bfloat16", run.model)
