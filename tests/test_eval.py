@@ -31,8 +31,9 @@ from pissa.errors import (
 )
 from pissa.evaluation.asking import Asking
 from pissa.evaluation.benchmark import _trained_prompt
+from pissa.evaluation.evaluate import _subjects
 from pissa.evaluation.log import AnswerLog
-from pissa.evaluation.model import base_of, harness_model, subject
+from pissa.evaluation.model import harness_model, subject
 from pissa.evaluation.questions import questions
 from pissa.evaluation.tracks import protocol
 from pissa.training import train
@@ -426,6 +427,5 @@ def test_a_base_is_evaluated_in_the_dtype_of_its_run(settings: Callable[..., Any
     run = settings("run", dtype="bfloat16", max_steps=1)
     train(run)
     one = subject(run.output)
-    origin = base_of(one)
-    assert origin is not None
+    origin = _subjects([run.output], None, True, {})[1]
     assert (one.dtype, origin.dtype, origin.path) == ("bfloat16", "bfloat16", run.model)

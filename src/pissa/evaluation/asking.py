@@ -91,6 +91,16 @@ class Asking(LM):
 
         return self._answers("generate", asked, lambda request: lengths[request[0]], run, count)
 
+    def notes(self) -> list[str]:
+        """What a reader must know of prompts and answers that did not fit."""
+        notes = []
+        if self.cut:
+            notes.append(f"{self.cut} of {self.asked} prompts are longer than the model takes and lost their beginning")
+        if self.shortened:
+            room = f"the model has {self.inner.max_length} positions"
+            notes.append(f"{self.shortened} of {self.asked} answers had less room than asked for: {room}")
+        return notes
+
     def _most(self, settings: dict[str, Any]) -> int:
         return int(settings.get("max_gen_toks", self.inner.max_gen_toks))
 

@@ -210,13 +210,7 @@ def _questions(raw: list[dict[str, Any]]) -> int:
 
 def _notes(subject: Subject, protocol: Protocol, lm: Any, isolation: Isolation | None) -> list[str]:
     """What a reader must know of how this model was asked."""
-    notes, limit = [], lm.inner.max_length
-    if lm.cut:
-        notes.append(f"{lm.cut} of {lm.asked} prompts are longer than the model takes and lost their beginning")
-    if lm.shortened:
-        notes.append(
-            f"{lm.shortened} of {lm.asked} answers had less room than asked for: the model has {limit} positions"
-        )
+    notes: list[str] = lm.notes()
     if protocol.runs_code and isolation:
         limits = isolation.limits
         notes.append(

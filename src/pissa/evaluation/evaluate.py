@@ -166,10 +166,10 @@ def _subjects(models: Sequence[str], base: str | None, base_row: bool, loading: 
     bases: dict[tuple[str, str | None, str | None], Subject] = {}
     for one in own:
         check_subject(one)
-        origin = base_of(one)
-        one.identity["base"] = origin.path if origin else None
-        if origin and base_row:
-            bases.setdefault((os.path.realpath(origin.path), origin.revision, origin.dtype), origin)
+        name, revision = base_of(one) or (None, None)
+        one.identity["base"] = name
+        if name and base_row and (key := (os.path.realpath(name), revision, one.dtype)) not in bases:
+            bases[key] = subject(name, revision=revision, **{**loading, "dtype": one.dtype})
     there = {os.path.realpath(one.path) for one in own}
     subjects = [*own, *(origin for (place, *_), origin in bases.items() if place not in there)]
     names = Counter(one.name for one in subjects)

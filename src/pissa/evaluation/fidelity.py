@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from pissa.adapters import plain
 from pissa.checkpoint.fingerprint import check_same, model_tensors
-from pissa.checkpoint.output import read_json, write_json
+from pissa.checkpoint.output import write_json
 from pissa.config import TrainSettings
 from pissa.errors import InputError, OutputError, WrongBaseError
-from pissa.evaluation.model import Subject, subject
+from pissa.evaluation.model import Subject, record_of, subject
 from pissa.evaluation.windows import (
     Compared,
     Row,
@@ -28,7 +27,7 @@ from pissa.evaluation.windows import (
     read_text,
     windows,
 )
-from pissa.records import Base, Record, versions
+from pissa.records import Record, versions
 from pissa.surgery.folders import RESIDUAL
 from pissa.training.models import load_tokenizer
 from pissa.training.opening import Opened
@@ -113,7 +112,7 @@ def fidelity(
     content, source = read_text(Path(text))
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     subjects = [subject(path, **loading) for path in models]
-    records = [_base_on_record(one) for one in subjects]
+    records = [record_of(one) for one in subjects]
     origin = subject(base or _common_base(subjects, records), **loading)
     if origin.identity["kind"] not in WHOLE:
         raise InputError(f"the base {origin.path} is a {origin.identity['kind']} folder, expected a whole model")
@@ -172,18 +171,6 @@ def _prepare(output: str | Path | None) -> None:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output} cannot be made ({error}): choose another folder") from error
-
-
-def _base_on_record(one: Subject) -> Record | None:
-    """What made the folder, with the base it was made from; None where nothing is on record."""
-    folder = Path(one.path)
-    places = (folder / "state" / plain.RECORD, folder / plain.RECORD)
-    for file in places:
-        if file.is_file():
-            record = Record.from_json(read_json(file), str(file))
-            return record if record.base else None
-    said = read_json(folder / "run.json").get("base") if (folder / "run.json").is_file() else None
-    return Record("run", base=Base(said["name"], said["revision"], "", said["tensors"])) if said else None
 
 
 def _common_base(subjects: Sequence[Subject], records: Sequence[Record | None]) -> str:

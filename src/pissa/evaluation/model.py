@@ -17,6 +17,7 @@ from pissa.adapters import plain
 from pissa.checkpoint.output import read_json
 from pissa.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WrongBaseError, require
 from pissa.evaluation.tracks import Protocol
+from pissa.records import Base, Record
 from pissa.reports.commands import served_rank
 from pissa.surgery.folders import kind_of_folder
 from pissa.surgery.inspection import inspect
@@ -105,23 +106,26 @@ def check_subject(one: Subject) -> None:
         find_model(Path(one.path), one.base)
 
 
-def base_of(one: Subject) -> Subject | None:
-    """The original model of a run or an adapter in the same dtype; None for a whole model, and where it is gone."""
+def record_of(one: Subject) -> Record | None:
+    """What made the folder, with the base it was made from; None where nothing is on record."""
     folder = Path(one.path)
-    places = (folder / "state" / plain.RECORD, folder / plain.RECORD, folder / "run.json")
-    file = next((place for place in places if place.is_file()), None)
-    if file is None or one.identity["kind"] in ("model", HUB):
+    for file in (folder / "state" / plain.RECORD, folder / plain.RECORD):
+        if file.is_file():
+            record = Record.from_json(read_json(file), str(file))
+            return record if record.base else None
+    said = read_json(folder / "run.json").get("base") if (folder / "run.json").is_file() else None
+    return Record("run", base=Base(said["name"], said["revision"], "", said["tensors"])) if said else None
+
+
+def base_of(one: Subject) -> tuple[str, str | None] | None:
+    """Name and revision of a run's or an adapter's original model; None for a whole model, and where it is gone."""
+    record = record_of(one)
+    if record is None or record.base is None or one.identity["kind"] in ("model", HUB):
         return None
-    said = read_json(file)
-    on_residual = (said.get("recipe") or {}).get("quant") is not None
-    origin = said.get("base") or {}
-    name, revision = origin.get("name"), origin.get("revision")
-    if one.base and not on_residual:
+    name, revision = record.base.name, record.base.revision
+    if one.base and not (record.recipe and record.recipe.needs_residual):
         name, revision = one.base, None
-    if not name or not (Path(name).is_dir() or HUB_ID.fullmatch(name)):
-        return None
-    loading = {key: getattr(one, key) for key in ("device", "dtype", "trust_remote_code")}
-    return subject(str(name), revision=revision, **loading)
+    return (name, revision) if name and (Path(name).is_dir() or HUB_ID.fullmatch(name)) else None
 
 
 def device_type(device: str | None) -> str:

@@ -197,16 +197,11 @@ def _prompt(lm: Any, questions: Sequence[str], answers: Sequence[str], in_chat: 
 
 
 def _notes(subject: Subject, lm: Any, turns: Sequence[_Turn], in_chat: bool) -> list[str]:
-    notes, count, limit = [], len(turns), lm.inner.max_length
-    if in_chat:
-        notes.append("asked in the tokenizer's chat template")
+    notes = ["asked in the tokenizer's chat template"] if in_chat else []
     ran_on = sum(turn.cut for turn in turns)
     if ran_on:
-        notes.append(f"{ran_on} of {count} answers ran on into an instruction of their own and were cut there")
-    if lm.cut:
-        notes.append(f"{lm.cut} of {count} prompts are longer than the model takes and lost their beginning")
-    if lm.shortened:
-        notes.append(f"{lm.shortened} of {count} answers had less room than asked for: the model has {limit} positions")
+        notes.append(f"{ran_on} of {len(turns)} answers ran on into an instruction of their own and were cut there")
+    notes += lm.notes()
     if not in_chat and subject.template not in (None, "alpaca"):
         notes.append(f"trained in the template {subject.template!r}, asked in Alpaca's")
     return notes
