@@ -24,7 +24,16 @@ from pissa.evaluation.benchmark import benchmark, job_of, scoring_versions
 from pissa.evaluation.harness import TASKS, Asked
 from pissa.evaluation.judge import Judge
 from pissa.evaluation.log import request_key
-from pissa.evaluation.model import DTYPES, Subject, base_of, check_backend, check_subject, device_type, subject
+from pissa.evaluation.model import (
+    DTYPES,
+    Subject,
+    base_of,
+    check_backend,
+    check_subject,
+    device_type,
+    refuse_inside,
+    subject,
+)
 from pissa.evaluation.mt_bench import mt_bench, settings_of
 from pissa.evaluation.page import write_answers, write_results
 from pissa.evaluation.questions import SOURCES, Questions, examples, questions
@@ -180,12 +189,12 @@ def _subjects(models: Sequence[str], base: str | None, base_row: bool, loading: 
 
 
 def _check_place(out: Path, subjects: Sequence[Subject]) -> None:
-    """Results in a model's folder would be a part of it; broken ones there would be found out at the end."""
+    """Before anything is asked: results that are there and broken would be found out at the end."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file: name a folder for the results")
+    refuse_inside(out, subjects)
     for one in subjects:
-        model = Path(one.path).resolve()
-        if model.exists() and (out.resolve().is_relative_to(model) or (out / one.name).resolve() == model):
+        if Path(one.path).exists() and (out / one.name).resolve() == Path(one.path).resolve():
             raise OutputError(f"{out} would put results into {one.path}: name another folder for them")
     _results(out)
 

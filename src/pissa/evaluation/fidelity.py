@@ -15,7 +15,7 @@ from pissa.checkpoint.fingerprint import check_same, model_tensors
 from pissa.checkpoint.output import write_json
 from pissa.config import TrainSettings
 from pissa.errors import InputError, OutputError, WrongBaseError
-from pissa.evaluation.model import Subject, record_of, subject
+from pissa.evaluation.model import Subject, record_of, refuse_inside, subject
 from pissa.evaluation.windows import (
     Compared,
     Row,
@@ -116,7 +116,8 @@ def fidelity(
     origin = subject(base or _common_base(subjects, records), **loading)
     if origin.identity["kind"] not in WHOLE:
         raise InputError(f"the base {origin.path} is a {origin.identity['kind']} folder, expected a whole model")
-    _refuse_inside(output, [*subjects, origin])
+    if output is not None:
+        refuse_inside(Path(output), [*subjects, origin])
     opened = origin.open()
     _check_bases(subjects, records, origin, opened.model)
     ids = encode(opened.tokenizer, content)[:limit_tokens]
@@ -154,14 +155,6 @@ def fidelity(
     if output is not None:
         write_json(Path(output) / FILE, result.to_json())
     return result
-
-
-def _refuse_inside(output: str | Path | None, models: Sequence[Subject]) -> None:
-    """A file in a model's folder would change what is evaluated, by its digest."""
-    for one in models if output is not None else ():
-        folder = Path(one.path).resolve()
-        if folder.is_dir() and Path(str(output)).resolve().is_relative_to(folder):
-            raise OutputError(f"{output} is or lies inside {one.path}, which is compared: choose another folder")
 
 
 def _prepare(output: str | Path | None) -> None:

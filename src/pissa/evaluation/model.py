@@ -15,7 +15,15 @@ from transformers import AutoConfig
 
 from pissa.adapters import plain
 from pissa.checkpoint.output import read_json
-from pissa.errors import CheckpointError, ConfigError, InputError, MissingExtraError, WrongBaseError, require
+from pissa.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    MissingExtraError,
+    OutputError,
+    WrongBaseError,
+    require,
+)
 from pissa.evaluation.tracks import Protocol
 from pissa.records import Base, Record
 from pissa.reports.commands import served_rank
@@ -104,6 +112,14 @@ def check_subject(one: Subject) -> None:
     """
     if one.identity["kind"] != HUB:
         find_model(Path(one.path), one.base)
+
+
+def refuse_inside(output: Path, models: Sequence[Subject]) -> None:
+    """Raise OutputError for a place in a model's folder: a file there would change the model's digest."""
+    for one in models:
+        folder = Path(one.path).resolve()
+        if folder.is_dir() and output.resolve().is_relative_to(folder):
+            raise OutputError(f"{output} is or lies inside {one.path}, which is compared: choose another folder")
 
 
 def record_of(one: Subject) -> Record | None:
