@@ -1,6 +1,6 @@
 """`pissa decompose` of a whole checkpoint beside its engine alone, and beside peft's start on the model in memory.
 
-python benchmarks/decompose.py [--gigabytes 4] [--ranks 16,128] [--repeats 3] [--peft]
+python benchmarks/decompose.py [--gigabytes 4] [--ranks 16,128] [--repeats 3] [--device cuda] [--peft]
 
 The checkpoint is a synthetic bf16 Llama of 2048 columns, made in a temporary folder. "engine" is `truncated_svd` alone
 over the same weights, with the same workers, read from the page cache; "command" is the whole command, from start to
@@ -65,27 +65,27 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def engine(folder: Path, rank: int) -> None:
+def engine(folder: Path, rank: int, device: str) -> None:
     checkpoint = Checkpoint.open(folder)
     names = [name for name in checkpoint.tensors if name.endswith("proj.weight")]
 
     def work(name: str) -> None:
-        truncated_svd(checkpoint.read(name), rank, "fast", name=name)
+        truncated_svd(checkpoint.read(name).to(device), rank, "fast", name=name)
 
     for _ in in_order(work, names):
         pass
 
 
-def command(folder: Path, out: Path, rank: int) -> None:
-    words = [sys.executable, "-m", "pissa", "decompose", folder, out, "--rank", rank, "--force"]
+def command(folder: Path, out: Path, rank: int, device: str) -> None:
+    words = [sys.executable, "-m", "pissa", "decompose", folder, out, "--rank", rank, "--device", device, "--force"]
     subprocess.run(list(map(str, words)), check=True, capture_output=True)
 
 
-def peft_start(folder: Path, rank: int) -> float:
+def peft_start(folder: Path, rank: int, device: str) -> float:
     """Seconds that peft takes to start a model that is in memory already."""
     from peft import LoraConfig, get_peft_model
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights="pissa_niter_16")
     return seconds(lambda: get_peft_model(model, config))
 
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--ranks", default="16,128")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--peft", action="store_true", help="also peft's pissa_niter_16, once: needs the model in memory"
     )
@@ -106,13 +107,13 @@ def main() -> None:
         for rank in map(int, options.ranks.split(",")):
             times: dict[str, list[float]] = {"engine": [], "command": []}
             for _ in range(options.repeats):
-                times["engine"].append(seconds(lambda r=rank: engine(source, r)))
-                times["command"].append(seconds(lambda r=rank: command(source, out, r)))
+                times["engine"].append(seconds(lambda r=rank: engine(source, r, options.device)))
+                times["command"].append(seconds(lambda r=rank: command(source, out, r, options.device)))
                 shutil.rmtree(out)
             row = {"gigabytes": options.gigabytes, "rank": rank, **{name: median(t) for name, t in times.items()}}
             row["ratio"] = row["command"] / row["engine"]
             if options.peft:
-                row["peft_niter_16"] = peft_start(source, rank)
+                row["peft_niter_16"] = peft_start(source, rank, options.device)
             rows.append(row)
             print("  ".join(f"{key} {value:.3g}" for key, value in row.items()), flush=True)
     print(json.dumps({"threads": torch.get_num_threads(), "rows": rows}))

@@ -1,6 +1,6 @@
 """A training step and a start, PiSSA beside stock peft, in one process: medians and ratios.
 
-python benchmarks/step.py [--repeats 5] [--hidden 512] [--rank 16]
+python benchmarks/step.py [--repeats 5] [--hidden 512] [--rank 16] [--device cuda]
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ import pissa
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = []
     for _ in range(repeats):
+        wait()
         began = time.perf_counter()
         work()
+        wait()
         times.append(time.perf_counter() - began)
     return median(times)
 
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -53,8 +57,8 @@ def main() -> None:
         num_attention_heads=8,
         vocab_size=1024,
     )
-    base = LlamaForCausalLM(config)
-    tokens = torch.randint(0, 1024, (4, 256))
+    base = LlamaForCausalLM(config).to(options.device)
+    tokens = torch.randint(0, 1024, (4, 256), device=options.device)
 
     def stock(start: str | bool) -> torch.nn.Module:
         lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear", init_lora_weights=start)

@@ -184,6 +184,12 @@ def test_unknown_base_form_is_refused():
         pissa.attach(build_pico(), rank=4, base="kept")
 
 
+@pytest.mark.parametrize("device", ["abacus", "cuda:64"])
+def test_a_device_that_is_not_here_is_refused(device):
+    with pytest.raises(pissa.PissaError, match=f"device is '{device}', "):
+        pissa.attach(build_pico(), rank=4, device=device)
+
+
 def test_a_model_without_weights_is_refused_by_name():
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(build_pico().config)

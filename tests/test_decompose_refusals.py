@@ -136,6 +136,8 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "pisa"}, "'pisa'.*Did you mean 'pissa'"),
     "dtype": ({"dtype": "fp16"}, "dtype is 'fp16', expected one of float32"),
     "workers": ({"workers": 0}, "workers is 0, expected 1 or more"),
+    "device": ({"device": "abacus"}, "device is 'abacus', expected cpu, cuda or cuda:1"),
+    "far device": ({"device": "cuda:64"}, "device is 'cuda:64', "),
     "svd": ({"svd": "quick"}, "svd is 'quick', expected 'fast', 'exact' or a tolerance"),
     "shard size": ({"max_shard_bytes": "5 apples"}, "'5 apples' is not a size"),
 }

@@ -274,7 +274,7 @@ def test_both_tracks_may_lie_in_one_folder(place: Path, tmp_path: Path) -> None:
         ({"backend": "jax"}, ConfigError, "hf, vllm"),
         ({"tasks": ["../../escaped"], "track": "standard"}, ConfigError, "expected a name"),
         ({"dtype": "float8"}, ConfigError, "float32, bfloat16, float16"),
-        ({"device": "abacus"}, ConfigError, "expected cpu, cuda"),
+        ({"device": "abacus"}, InputError, "expected cpu, cuda"),
         ({"base": "other"}, InputError, "whole model and needs none"),
         pytest.param(
             {"tasks": ["no_such_task"], "track": "standard"}, ConfigError, "no_such_task", marks=pytest.mark.slow

@@ -112,6 +112,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_the_interval_is_wilson_s(correct: int, count: int, low: float, high: float) -> None:
     """At 0 of n its upper end is z^2 / (n + z^2), at half of n its half width is z / 2 / sqrt(n + z^2)."""
     assert Share(correct, count).interval == pytest.approx((low, high), abs=1e-4)
+    assert (low == 0) == (Share(correct, count).interval[0] == 0) and Share(0, 500).interval[0] == 0
 
 
 def test_the_error_is_the_harness_s() -> None:

@@ -14,6 +14,8 @@ from pissa.errors import DataError, InputError
 from pissa.scoring import code
 from pissa.scoring.isolation.run import Isolation, Limits, find_isolation
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in MBPP's own solutions
+
 ADD = {
     "task_id": "Tiny/0",
     "prompt": """import math

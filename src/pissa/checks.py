@@ -79,6 +79,23 @@ def check_rank(rank: int, shape: torch.Size | tuple[int, ...], name: str) -> Non
         )
 
 
+def chosen_device(device: str | None) -> torch.device:
+    """The device that is meant: cpu, cuda, cuda:1; by default cuda where there is one.
+
+    Raises:
+        InputError: no such device here.
+    """
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError(f"device is {device!r}, expected cpu, cuda or cuda:1") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {device!r}, and torch sees no CUDA device here: use cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {device!r}, expected one of the {torch.cuda.device_count()} that are here")
+    return found
+
+
 def typed(kind: Any, value: Any, what: str) -> Any:
     """`value` as an annotation says, also from the words of a command line.
 

@@ -105,6 +105,10 @@ class Factors:
         """All parts but the pattern in another dtype."""
         return Factors(**{name: part if name == "pattern" else part.to(dtype) for name, part in self.named().items()})
 
+    def on(self, device: torch.device) -> Factors:
+        """All parts on a device."""
+        return Factors(**{name: part.to(device) for name, part in self.named().items()})
+
 
 def whole_core(values: Tensor, pattern: Tensor | None, rank: int) -> Tensor:
     """A core [k, k] from its values along a pattern; values of a whole core as they are.

@@ -20,7 +20,7 @@ from pissa.adapters.state import keeps_start, trains_drift
 from pissa.adapters.storing import describe, store
 from pissa.checkpoint.fingerprint import canonical, combined, fingerprint, model_tensors
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
-from pissa.checks import scale_of
+from pissa.checks import chosen_device, scale_of
 from pissa.errors import InputError, WrongBaseError
 from pissa.observe import Observations
 from pissa.presets import choose
@@ -57,6 +57,7 @@ def attach(
     adapter_name: str = "default",
     observations: Observations | str | Path | None = None,
     options: Mapping[str, Any] | None = None,
+    device: str | None = None,
 ) -> PeftModel:
     """Split a model's weights and return it as a `peft.PeftModel`, ready to train.
 
@@ -75,6 +76,7 @@ def attach(
         adapter_name: peft's name for the adapter.
         observations: what was seen of this model on calibration rows, for the methods that need it; or the file of it.
         options: the method's own settings by name.
+        device: where the algebra runs, one weight at a time; by default where each weight lies.
 
     Raises:
         InputError: anything that cannot be right, naming the tensor; the model is untouched then.
@@ -82,6 +84,7 @@ def attach(
     """
     if base not in ("keep", "residual"):
         raise InputError(f"base is {base!r}, expected 'keep' or 'residual'")
+    chosen_device(device)
     observations = given_observations(method, observations)
     if choose(method).quant:
         raise InputError(
@@ -106,7 +109,7 @@ def attach(
     refuse_unfit_targets(get(method), found)
     if observations:
         observations.check(model_tensors(inner))
-    recipe, starts, layers = split_model(inner, found, recipe, observations)
+    recipe, starts, layers = split_model(inner, found, recipe, observations, device)
     digests = fingerprint(model_tensors(inner, skip=heads))
     notes = {"observed": observations.facts} if observations else {}
     record = Record("state", recipe, base_of(inner, digests), layers, notes=notes, versions=versions())
@@ -115,7 +118,11 @@ def attach(
 
 
 def split_model(
-    model: nn.Module, targets: list[Target], recipe: Recipe, observations: Observations | None = None
+    model: nn.Module,
+    targets: list[Target],
+    recipe: Recipe,
+    observations: Observations | None = None,
+    device: str | None = None,
 ) -> tuple[Recipe, dict[str, Factors], list[Layer]]:
     """The start of every target and what it keeps; the model is only read.
 
@@ -126,7 +133,8 @@ def split_model(
     prefix = getattr(model, "base_model_prefix", "")
 
     def matrix(target: Target) -> Tensor:
-        return target.to_matrix(modules[target.module].weight.data)
+        weight = modules[target.module].weight.data
+        return target.to_matrix(weight.to(device or weight.device))
 
     def seen(target: Target) -> Any:
         return seen_of(observations, recipe.method, canonical(target.weight, prefix))
@@ -138,7 +146,7 @@ def split_model(
             continue
         weight, name, rank = matrix(target), target.weight, recipe.rank_of(target.module)
         split = split_by(recipe, weight, name, weight.dtype, rank=rank, observed=seen(target))
-        starts[target.module] = split.start
+        starts[target.module] = split.start.on(modules[target.module].weight.device)
         kept = recipe.base_form == "keep"
         layers.append(describe(name, split) if kept else store(name, split, split.left.dtype, weight.dtype).layer)
     return recipe, starts, layers

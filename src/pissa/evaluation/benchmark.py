@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pissa.checkpoint.output import write_json
+from pissa.checks import chosen_device
 from pissa.errors import require
 from pissa.evaluation.harness import SEED, Asked, Sample, loaded_task, quiet, run_task, write_samples
 from pissa.evaluation.log import AnswerLog
-from pissa.evaluation.model import Subject, device_type, harness_model
+from pissa.evaluation.model import Subject, harness_model
 from pissa.evaluation.questions import Questions
 from pissa.evaluation.result import Perplexity, Score, TaskResult
 from pissa.evaluation.tracks import PAPER, Protocol
@@ -86,7 +87,7 @@ def job_of(subject: Subject, protocol: Protocol, found: Questions | None, asked:
         "limit": asked.limit,
         "batch_size": asked.batch_size,
         "backend": asked.backend,
-        "device": device_type(subject.device),
+        "device": chosen_device(subject.device).type,
         "dtype": subject.dtype or "auto",
         "seed": SEED,
         "versions": {name: version for name, version in versions().items() if name in ANSWERING},

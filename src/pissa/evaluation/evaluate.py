@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa.checkpoint.output import read_json, write_json
+from pissa.checks import chosen_device
 from pissa.errors import ConfigError, OutputError
 from pissa.evaluation.benchmark import benchmark, job_of, scoring_versions
 from pissa.evaluation.harness import TASKS, Asked
@@ -30,7 +31,6 @@ from pissa.evaluation.model import (
     base_of,
     check_backend,
     check_subject,
-    device_type,
     refuse_inside,
     subject,
 )
@@ -102,7 +102,7 @@ def evaluate(
     out = Path(output)
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    device_type(device)
+    chosen_device(device)
     protocols = _protocols(tasks, track, allow_code_execution)
     walls = find_isolation(allow_none=not isolation) if any(p.runs_code for p in protocols) else None
     asked = Asked(limit, batch_size, backend, walls, force)

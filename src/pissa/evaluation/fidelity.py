@@ -13,6 +13,7 @@ import torch
 
 from pissa.checkpoint.fingerprint import check_same, model_tensors
 from pissa.checkpoint.output import write_json
+from pissa.checks import chosen_device
 from pissa.config import TrainSettings
 from pissa.errors import InputError, OutputError, WrongBaseError
 from pissa.evaluation.model import Subject, record_of, refuse_inside, subject
@@ -109,6 +110,7 @@ def fidelity(
     for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
         if value < least:
             raise InputError(f"{name} is {value}, expected {least} or more")
+    chosen_device(device)
     content, source = read_text(Path(text))
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     subjects = [subject(path, **loading) for path in models]
@@ -211,8 +213,7 @@ def _forms(one: Subject, record: Record | None, base: str) -> list[tuple[str, Ca
 
 
 def _open_w4a4(one: Subject) -> Opened:
-    device = one.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_w4a4(one.path, device=device, trust_remote_code=one.trust_remote_code)
+    model = load_w4a4(one.path, device=str(chosen_device(one.device)), trust_remote_code=one.trust_remote_code)
     settings = {"model": one.path, "data": "none", "output": "none", "trust_remote_code": one.trust_remote_code}
     return Opened(model, load_tokenizer(TrainSettings.model_validate(settings)), "w4a4", one.path, None, None, {})
 

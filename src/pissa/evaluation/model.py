@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from pissa.adapters import plain
@@ -142,21 +141,6 @@ def base_of(one: Subject) -> tuple[str, str | None] | None:
     if one.base and not (record.recipe and record.recipe.needs_residual):
         name, revision = one.base, None
     return (name, revision) if name and (Path(name).is_dir() or HUB_ID.fullmatch(name)) else None
-
-
-def device_type(device: str | None) -> str:
-    """cpu or cuda.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    try:
-        kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    except RuntimeError as error:
-        raise ConfigError(f"device is {device!r}, expected cpu, cuda or cuda:1: {error}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {device}, and this machine has no CUDA: expected cpu")
-    return kind
 
 
 def harness_model(subject: Subject, backend: str, batch_size: int) -> Any:

@@ -100,7 +100,10 @@ def entry_point(doc: Mapping[str, Any]) -> str:
     """The function that is asked for. MBPP does not name it: it is the first that its first test calls."""
     if "entry_point" in doc:
         return str(doc["entry_point"])
-    calls = [node.func for node in ast.walk(ast.parse(doc["test_list"][0])) if isinstance(node, ast.Call)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in strings
+        test = ast.parse(doc["test_list"][0])
+    calls = [node.func for node in ast.walk(test) if isinstance(node, ast.Call)]
     names = [call.id for call in calls if isinstance(call, ast.Name)]
     return next((name for name in names if not hasattr(builtins, name)), names[0] if names else "")
 

@@ -73,7 +73,8 @@ class Share:
         n, p = self.count, self.value
         middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
         half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        # At 0 and 1 the limit is exact, and rounding would leave 4e-19 of it.
+        return 0.0 if p == 0 else middle - half, 1.0 if p == 1 else middle + half
 
     def to_json(self) -> dict[str, Any]:
         """With error and interval."""

@@ -13,7 +13,7 @@ from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, find_targets
 from pissa.checkpoint.writer import parse_bytes
-from pissa.checks import scale_of, tolerance_of
+from pissa.checks import chosen_device, scale_of, tolerance_of
 from pissa.errors import CheckpointError, InputError, WrongBaseError
 from pissa.observe import Observations
 from pissa.presets import choose
@@ -139,6 +139,7 @@ def prepare(
     scale_of(alpha, rank)
     tolerance_of(svd)
     check_dtype(dtype)
+    chosen_device(device)
     shard_bytes = parse_bytes(max_shard_bytes)
     if store not in STORES:
         raise InputError(f"store is {store!r}, expected one of {', '.join(STORES)}")

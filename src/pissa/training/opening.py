@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pissa.adapters import plain, runs
 from pissa.checkpoint.output import read_json
+from pissa.checks import chosen_device
 from pissa.config import TrainSettings
 from pissa.errors import CheckpointError, InputError
 from pissa.records import Record
@@ -79,7 +78,7 @@ def open_model(
     if missing:
         raise InputError(f"{name} has no weights for {missing[0]}: it is no causal language model and cannot answer")
     if not _in_few_bits(model):
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(chosen_device(device))
     own = next((place for place in (path / "adapter", path) if (place / "tokenizer_config.json").is_file()), None)
     tokenizer = load_tokenizer(settings.model_copy(update={"model": str(own), "revision": None}) if own else settings)
     on = runs.load(model, adapter, trainable=False) if adapter else model.eval()

@@ -22,6 +22,7 @@ from pissa.surgery.decomposition import Decomposition
 from pissa.surgery.folders import RESIDUAL
 from pissa.surgery.packing import is_residual
 from pissa.training import distributed, folder
+from pissa.training.arguments import device
 
 logger = logging.getLogger(__name__)
 DEFAULT_SVD = TrainSettings.model_fields["svd"].default
@@ -65,6 +66,7 @@ def with_quantised_base(
             quant=settings.quant,
             iterations=settings.iterations,
             double_quant=settings.double_quant,
+            device=device(settings),
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
             observations=observations,

@@ -19,6 +19,7 @@ from pissa.errors import OutputError
 from pissa.observe import Observations
 from pissa.registry import OPTIMISER, get
 from pissa.training import distributed, residual
+from pissa.training.arguments import device
 from pissa.training.closing import CloseLeft
 from pissa.training.lora_pro import LoraPro
 
@@ -70,6 +71,7 @@ def start(
             modules_to_save=heads or None,
             observations=seen,
             options=settings.options,
+            device=device(settings),
         )
     if settings.dropout:
         set_dropout(model, settings.dropout)
