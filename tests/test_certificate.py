@@ -7,6 +7,7 @@ import torch
 
 from pissa.errors import InputError
 from pissa.linalg import svd, truncated_svd
+from pissa.linalg.krylov import KrylovSpace
 from spectra import drawn, missed, spectrum, with_values
 
 CASES = 500
@@ -41,6 +42,22 @@ def test_a_looser_tolerance_is_certified_too_and_holds(kind: str, tolerance: flo
     assert found.certificate is not None
     assert sigma <= found.certificate.sigma <= tolerance
     assert gap <= found.certificate.gap <= tolerance
+
+
+@pytest.mark.parametrize("stretch", [2e-5, 1e-3])
+def test_an_eigensolver_that_is_not_exact_enough_gets_no_certificate(
+    stretch: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As CUDA's Jacobi in float32 does it: vectors that are longer than one, and singular values with them.
+    generator = torch.Generator().manual_seed(0)
+    weight = with_values(spectrum("language", 600, generator), 700, 600, generator).float()
+    ritz = KrylovSpace.ritz
+    monkeypatch.setattr(KrylovSpace, "ritz", lambda space: (ritz(space)[0], ritz(space)[1] * (1 + stretch)))
+    found = truncated_svd(weight, 16, "exact")
+    sigma, _ = missed(weight, found, torch.linalg.svdvals(weight.double()))
+    assert found.certificate is not None
+    assert sigma <= found.certificate.sigma <= 1e-5
+    assert found.certificate.engine == "lapack"
 
 
 COPIES = [

@@ -31,7 +31,8 @@ DROWNED = {torch.bfloat16: 1e-3, torch.float32: 1e-5}
 """A squared singular value below this share of the largest is lost in the rounding of such products."""
 DROWNED_FOR_BOUNDS = {torch.float32: 3e-4}
 ROUNDING = 32
-"""So many units of rounding are added to a certified bound, for the arithmetic that the derivation takes as exact."""
+"""So many units of rounding, at least, are added to a certified bound, for the arithmetic that the derivation takes as
+exact."""
 FLOOR = 1e-6
 """Singular values below this share of the largest are certified relative to that share."""
 BESIDE = 1 / 8
@@ -147,8 +148,23 @@ def _bounded_triplets(
     residual = space.transposed_times(U * S) - Vh.T * S.square()
     sigma, gap = _bounds(S.square(), residual.T @ residual, rank, energy, tolerance)
     rounding = ROUNDING * max(torch.finfo(S.dtype).eps, torch.finfo(torch.float32).eps / ROUNDING)
+    rounding = max(rounding, _inexactness(S, Vh, residual))
     bounds = sigma + rounding, gap + rounding
     return (U[:, :rank], S[:rank], Vh[:rank]), residual, bounds
+
+
+def _inexactness(S: Tensor, Vh: Tensor, residual: Tensor) -> float:
+    """How far singular values can be from those of W on the span of Vh, relative to each.
+
+    The bounds take for granted that Vh is orthonormal and that Vh^T diag(S^2) Vh is G on its span. Here both are looked
+    at, since not every eigensolver and every product of every device is as exact as it should be. A relative change of
+    a Gram matrix by x changes its eigenvalues by at most as much (Ostrowski 1959), their roots by x / 2.
+    """
+    turned = (Vh @ Vh.T).double()
+    turned.diagonal().sub_(1)
+    scale = S.double().clamp_min(FLOOR * float(S[0]))
+    within = (Vh @ residual).double() / scale / scale[:, None]
+    return sum(float(torch.linalg.eigvalsh((part + part.T) / 2).abs().max()) / 2 for part in (turned, within))
 
 
 def _bounds(values: Tensor, squares: Tensor, rank: int, energy: float, tolerance: float) -> Bounds:
