@@ -5,6 +5,7 @@ The judge is an HTTP server here that speaks OpenAI's protocol and grades by a r
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import re
@@ -56,7 +57,8 @@ class Endpoint(ThreadingHTTPServer):
 
     @property
     def judge(self) -> Judge:
-        return Judge(f"http://127.0.0.1:{self.server_port}/v1", "grader", wait=0.001, tries=3, timeout=20)
+        """Asked one thing at a time, so that the order is known."""
+        return Judge(f"http://127.0.0.1:{self.server_port}/v1", "grader", wait=0.001, tries=3, timeout=20, jobs=1)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -290,6 +292,25 @@ def test_what_is_answered_or_judged_stays_so(
     arguments = (one, protocol("mt_bench", "paper"), found, ASKED)
     assert settings_of(*arguments, endpoint.judge) == result.settings
     assert len({json.dumps(settings_of(*arguments, judge)) for judge in (None, other, endpoint.judge)}) == 3
+
+
+def test_several_are_judged_at_a_time_and_those_under_way_are_kept_when_one_fails(
+    model: Path, found: Questions, serve: Callable[..., Endpoint], tmp_path: Path
+) -> None:
+    together = threading.Barrier(3, timeout=20)
+
+    def one_of_three_fails(messages: list[dict[str, str]]) -> Any:
+        return (401, "no more") if together.wait() == 0 else by_question(messages)
+
+    endpoint = serve(one_of_three_fails)
+    judge = dataclasses.replace(endpoint.judge, jobs=3)
+    with pytest.raises(ConfigError, match="not accepted"):
+        run(model, found, tmp_path / "out", judge)
+    assert len(endpoint.asked) == 3
+    endpoint.rule, endpoint.asked = by_question, []
+    result = run(model, found, tmp_path / "out", judge)
+    assert len(endpoint.asked) == 4
+    assert result.scores == run(model, found, tmp_path / "alone", endpoint.judge).scores
 
 
 def test_a_kill_between_judgements_loses_none(

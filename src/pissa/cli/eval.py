@@ -50,6 +50,7 @@ def evaluate(
     ] = None,
     judge_model: Annotated[str, Option(help="The judge's name at that address.")] = "",
     judge_key_env: Annotated[str, Option(help="Environment variable that holds the judge's key.")] = "OPENAI_API_KEY",
+    judge_jobs: Annotated[int, Option(min=1, help="Requests to the judge at a time.")] = 4,
     fidelity: Annotated[
         bool, Option("--fidelity", help="Instead: perplexity, KL and agreement with the base on --text.")
     ] = False,
@@ -95,7 +96,7 @@ def evaluate(
             base_row=not no_base_row,
             allow_code_execution=allow_code_execution,
             isolation=not no_isolation,
-            judge=_judge(judge, judge_model, judge_key_env),
+            judge=_judge(judge, judge_model, judge_key_env, judge_jobs),
             force=force,
             say=say,
             **settings,
@@ -148,10 +149,10 @@ def _given(context: Context, fidelity: bool) -> dict[str, str]:
     return given
 
 
-def _judge(url: str | None, model: str, key_env: str) -> Judge | None:
+def _judge(url: str | None, model: str, key_env: str, jobs: int) -> Judge | None:
     from pissa.evaluation.judge import Judge
 
-    return Judge(url, model, key_env) if url else None
+    return Judge(url, model, key_env, jobs=jobs) if url else None
 
 
 def _fidelity(models: list[str], text: str | None, output: str | None, settings: dict[str, Any], as_json: bool) -> None:

@@ -88,6 +88,7 @@ class Judge:
         timeout: seconds to wait for a reply.
         tries: of one request where the server is busy, broken or away.
         wait: seconds before the second try; twice as long before each further one.
+        jobs: requests at a time, 1 or more.
     """
 
     url: str
@@ -96,6 +97,7 @@ class Judge:
     timeout: float = 180.0
     tries: int = 6
     wait: float = 1.0
+    jobs: int = 4
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)

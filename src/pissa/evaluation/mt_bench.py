@@ -19,15 +19,17 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from pissa.checkpoint.output import write_json, write_text
 from pissa.errors import require
 from pissa.evaluation.benchmark import Say, identity_of, job_of, perplexity, scoring_versions
 from pissa.evaluation.harness import Asked, Sample, quiet, write_samples
-from pissa.evaluation.judge import LEAST, MOST, Judge, Judgement, conversation
+from pissa.evaluation.judge import LEAST, MOST, Judge, Judgement, Message, conversation
 from pissa.evaluation.log import AnswerLog
 from pissa.evaluation.model import Subject, harness_model
 from pissa.evaluation.questions import Questions
@@ -210,21 +212,40 @@ def _notes(subject: Subject, lm: Any, turns: Sequence[_Turn], in_chat: bool) -> 
 def _judged(
     judge: Judge, log: Any, turns: Sequence[_Turn], references: dict[Any, list[str]], say: Say
 ) -> list[Judgement]:
-    """A judgement of each turn, kept as soon as it is there."""
+    """A judgement of each turn, several asked for at a time, each kept as soon as it is there."""
     from pissa.evaluation.log import request_key
 
-    judgements = []
-    for done, turn in enumerate(turns, 1):
+    keys, asked = [], dict[str, tuple[_Turn, list[Message]]]()
+    for turn in turns:
         so_far = [other for other in turns if other.row is turn.row and other.number <= turn.number]
         right = references.get(turn.row["id"], [])
         messages = conversation(turn.row["turns"][: turn.number], [other.answer for other in so_far], right)
-        key = request_key("judgement", messages)
-        if key not in log.answers:
+        keys.append(request_key("judgement", messages))
+        asked[keys[-1]] = (turn, messages)
+    left = [key for key in asked if key not in log.answers]
+    failed, one_at_a_time = list[BaseException](), Lock()
+
+    def grade(key: str) -> None:
+        if failed:
+            return
+        turn, messages = asked[key]
+        try:
             rating, replies = judge.grade(messages)
+        except BaseException as error:  # what others are waiting for still comes, and is kept
+            failed.append(error)
+            return
+        with one_at_a_time:
             log.add([(key, {"id": turn.row["id"], "turn": turn.number, "rating": rating, "replies": replies})])
-        judgements.append(log.answers[key])
-        say("judged", done, len(turns))
-    return judgements
+            say("judged", sum(key in log.answers for key in asked), len(asked))
+
+    with ThreadPoolExecutor(judge.jobs) as pool:
+        try:
+            list(pool.map(grade, left))
+        except BaseException as error:  # from the keyboard
+            failed.append(error)
+    if failed:
+        raise failed[0]
+    return [log.answers[key] for key in keys]
 
 
 def _scores(turns: Sequence[_Turn], judgements: Sequence[Judgement | None]) -> dict[str, Score]:
