@@ -229,6 +229,12 @@ def test_all_cells_start_from_the_base_and_see_the_same_rows(common, tmp_path):
         report(out)
 
 
+def test_no_jobs_are_refused_before_anything_is_written(common, tmp_path):
+    with pytest.raises(InputError, match="jobs is 0"):
+        compare(common("none"), ["lora"], [1e-2], [0], jobs=0)
+    assert not (tmp_path / "none").exists()
+
+
 def test_jobs_side_by_side_give_the_cells_of_one_after_the_other(common, tmp_path):
     torch.set_num_threads(1)
     compare(common("one"), ["lora", "pissa"], [1e-2], [0])

@@ -23,7 +23,7 @@ import yaml
 from pissa.checkpoint.output import read_json, write_json
 from pissa.comparison.analysis import Comparison
 from pissa.comparison.findings import supported, unsupported
-from pissa.comparison.grid import CELLS, Cell, cells, check_common, part
+from pissa.comparison.grid import CELLS, Cell, cells, check_common, check_jobs, part
 from pissa.comparison.landscape import landscape, write
 from pissa.comparison.outcome import outcome, outcomes
 from pissa.comparison.page import write_comparison
@@ -66,6 +66,7 @@ def compare(
         ConfigError: settings that are wrong, or other than those of the cells that are there.
         PissaError: what a cell raised, its name first; one whose loss is not a number any more is an outcome instead.
     """
+    check_jobs(jobs)
     out = Path(settings.output)
     grid = part(cells(methods, rates, seeds), which)
     common = _common(settings)
@@ -178,8 +179,6 @@ def _claim(out: Path, common: TrainSettings) -> None:
 
 def _trained(open_cells: list[Cell], common: TrainSettings, out: Path, jobs: int) -> Iterator[Cell]:
     """Each cell as it ends."""
-    if jobs < 1:
-        raise InputError(f"jobs is {jobs}, expected 1 or more")
     if jobs == 1 or len(open_cells) < 2:
         for cell in open_cells:
             yield _train(cell, common, out)

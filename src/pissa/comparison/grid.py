@@ -74,6 +74,12 @@ def cells(methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) 
     return [Cell(method, rate, seed) for seed in seeds for rate in rates for method in methods]
 
 
+def check_jobs(jobs: int) -> None:
+    """Refuse less than one run at a time."""
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}, expected 1 or more")
+
+
 def part(grid: Sequence[Cell], which: str | None) -> list[Cell]:
     """The cells of one of several processes.
 

@@ -19,7 +19,7 @@ from transformers import PrinterCallback
 from pissa.adapters import runs
 from pissa.checkpoint.output import read_json, write_json
 from pissa.comparison import compare
-from pissa.comparison.grid import Cell, cells, check_common, numbers, variant
+from pissa.comparison.grid import Cell, cells, check_common, check_jobs, numbers, variant
 from pissa.config import TrainSettings, config_error, load_settings
 from pissa.config.spellings import ALIASES
 from pissa.errors import DataError, InputError, OutputError, did_you_mean
@@ -81,8 +81,7 @@ def glue(
         PissaError: wrong data, settings or names, before anything is trained; or what a run raised.
     """
     out = Path(output)
-    if jobs < 1:
-        raise InputError(f"jobs is {jobs}, expected 1 or more")
+    check_jobs(jobs)
     if not (tasks and methods):
         raise InputError(f"got {len(tasks)} tasks and {len(methods)} methods, expected one or more of both")
     _refuse_other_folder(out)
