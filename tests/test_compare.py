@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,6 +263,35 @@ def test_a_killed_comparison_goes_on(common, tmp_path):
     assert first.stat().st_mtime_ns == stamp
     whole = compare(common("whole"), ["lora", "pissa"], [1e-2], [0])
     assert [result.evaluation for result in done.outcomes] == [result.evaluation for result in whole.outcomes]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are read from Linux's /proc")
+def test_no_run_outlives_a_killed_comparison(common, tmp_path):
+    file = tmp_path / "long.yaml"
+    file.write_text(yaml.safe_dump({**common("long").model_dump(mode="json"), "max_steps": 10**6}))
+    words = ["compare", str(file), "--methods", "lora,pissa", "--lr", "1e-2", "--seeds", "1", "--jobs", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "pissa", *words], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("long/cells/*/*/*/metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    left = children
+    while left and time.monotonic() < deadline:
+        left = [child for child in children if "python" in _command(child)]
+        time.sleep(0.05)
+    for child in left:
+        os.kill(int(child), signal.SIGKILL)
+    assert len(children) >= 2 and not left
+
+
+def _command(process: str) -> str:
+    """Empty for a process that is gone, or dead and not yet waited for."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def test_a_run_that_diverges_is_an_outcome(common, tmp_path):

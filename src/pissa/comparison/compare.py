@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -198,12 +199,21 @@ def _trained(open_cells: list[Cell], common: TrainSettings, out: Path, jobs: int
 
 
 def _settle(places: Any, threads: int) -> None:
-    """Give a process its share of the machine, before it touches a GPU."""
+    """Give a process its share of the machine, before it touches a GPU, and end it with the one that began it."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     place = places.get()
     if count := torch.cuda.device_count():
         asked = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         os.environ["CUDA_VISIBLE_DEVICES"] = asked.split(",")[place % count]
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """A run that nobody waits for any more would go on for hours, and be in the way of the same command typed again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _train(cell: Cell, common: TrainSettings, out: Path) -> Cell:
