@@ -36,6 +36,7 @@ from pissa.evaluation.log import AnswerLog
 from pissa.evaluation.model import harness_model, subject
 from pissa.evaluation.questions import questions
 from pissa.evaluation.tracks import protocol
+from pissa.scoring.verdict import Share
 from pissa.training import train
 from pissa.training.templates import ALPACA
 
@@ -248,6 +249,7 @@ def test_the_standard_track_is_the_harness_s_own_task(place: Path, tmp_path: Pat
     assert result.headline == "exact_match,flexible-extract"
     assert set(result.scores) == {"exact_match,flexible-extract", "exact_match,strict-match"}
     assert result.scores[result.headline].count == 2
+    assert result.scores[result.headline].interval == Share(0, 2).interval
     assert result.gold is None
     assert samples(tmp_path / "out", task="gsm8k.standard")[0]["prompt"].count("Question:") == 6
 

@@ -15,13 +15,13 @@ from pissa.evaluation.harness import SEED, Asked, Sample, loaded_task, quiet, ru
 from pissa.evaluation.log import AnswerLog
 from pissa.evaluation.model import Subject, harness_model
 from pissa.evaluation.questions import Questions
-from pissa.evaluation.result import Perplexity, Score, TaskResult
+from pissa.evaluation.result import SHARES, Perplexity, Score, TaskResult
 from pissa.evaluation.tracks import PAPER, Protocol
 from pissa.records import versions
 from pissa.scoring.answers import score
 from pissa.scoring.code import verbatim
 from pissa.scoring.isolation.run import Isolation
-from pissa.scoring.verdict import Item, summary
+from pissa.scoring.verdict import Item, Share, summary
 
 ANSWERING = ("torch", "transformers", "peft", "bitsandbytes")
 """Packages that answers depend on; scores depend on more."""
@@ -171,7 +171,10 @@ def _metrics(results: dict[str, dict[str, Any]]) -> dict[str, Score]:
                 continue
             error = figures.get(f"{name}_stderr,{kind}")
             label = key if len(results) == 1 else f"{task}: {key}"
-            scores[label] = Score(float(value), error if isinstance(error, float) else None, None, count)
+            right = round(value * count)
+            whole = name in SHARES and count and math.isclose(right, value * count, abs_tol=1e-6)
+            interval = Share(right, count).interval if whole else None
+            scores[label] = Score(float(value), error if isinstance(error, float) else None, interval, count)
     return scores
 
 

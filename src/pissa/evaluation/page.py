@@ -13,12 +13,10 @@ from typing import Any
 from urllib.parse import quote
 
 from pissa.evaluation.paired import Paired, against_base, bases, bases_first
-from pissa.evaluation.result import Perplexity, Score, TaskResult
+from pissa.evaluation.result import SHARES, Perplexity, Score, TaskResult
 from pissa.evaluation.tracks import TRACKS, file_stem
 from pissa.reports.page import cell, number, plain, render, write_page
 
-SHARES = ("ours", "authors", "pass@1", "acc", "acc_norm", "acc_mutual_info", "em", "exact_match", "math_verify")
-"""Scores that are means of right and wrong, so that percent fits; others keep the scorer's own unit."""
 TITLES = {
     "ours": "our scorer", "authors": "authors' scorer", "gold": "perplexity", "judge": "judge, 1 to 10",
     "": "no judge",
