@@ -2,13 +2,17 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SOURCES := src tests benchmarks scripts
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-gpu check bench clean
 
 demo: .venv/installed
 	$(BIN)/pissa demo --out pissa-demo --force
 
+# The suite speaks of processors, also where there is a GPU, which has tests of its own.
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
+
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest tests/test_gpu.py
 
 check: .venv/installed
 	$(BIN)/ruff check $(SOURCES)
