@@ -134,7 +134,7 @@ def split_model(
 
     def matrix(target: Target) -> Tensor:
         weight = modules[target.module].weight.data
-        return target.to_matrix(weight.to(device or weight.device))
+        return target.to_matrix(weight if device is None or weight.is_meta else weight.to(device))
 
     def seen(target: Target) -> Any:
         return seen_of(observations, recipe.method, canonical(target.weight, prefix))

@@ -95,6 +95,7 @@ def evaluate(
 
     Raises:
         ConfigError: unknown tasks or track, or code without permission, before anything is loaded.
+        InputError: no such device, or a base for what needs none.
         DataError: questions that are not there.
         WrongBaseError: a run on another base.
         OutputError: the folder holds something else, or answers to another evaluation.
