@@ -103,7 +103,7 @@ def fidelity(
 
     Raises:
         WrongBaseError: a model that was made from another base, or several bases on record.
-        InputError: no base or no such device, another tokenizer, another number of logits, or settings below their least value.
+        InputError: no base, no such device, another tokenizer, another number of logits, or settings below their least.
         DataError: no such text, or too little of it.
         OutputError: the output is no folder, or is or lies inside a model.
     """
