@@ -26,6 +26,7 @@ CASES = {
     "stories260K": ("results.json", "results.html"),
     "mixed-8m": ("results.json", "results.html"),
     "glue-minilm": ("glue.json", "glue.html"),
+    "glue-minilm-240": ("glue.json", "glue.html"),
     "fidelity-mixed-8m": ("fidelity.json",),
 }
 LINK = re.compile(r'<a href="[^"#]*\.html">(.*?)</a>')
@@ -56,7 +57,7 @@ def filled(page: str) -> str:
 def lines(name: str) -> list[str]:
     """The table of a case in Markdown."""
     data = read(name)
-    if name == "glue-minilm":
+    if name.startswith("glue-"):
         return _glue(data)
     if name == "fidelity-mixed-8m":
         return _fidelity(data)
