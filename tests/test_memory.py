@@ -102,7 +102,7 @@ def test_peak_memory_is_below_1_5_gib_and_does_not_grow_with_the_model(tmp_path:
     four, eight = (measure(tmp_path, name) for name in ("4 GB", "8 GB"))
     assert four["peak"] <= LIMIT_BYTES
     assert eight["peak"] <= LIMIT_BYTES
-    # The peak is a matter of chance, what was held at once for a moment: it differs by a tenth and more from run to run.
+    # The peak is a matter of chance, what was held at once for a moment: it differs by a tenth from run to run.
     assert eight["median"] <= 1.1 * four["median"]
 
 
