@@ -265,7 +265,9 @@ def test_a_killed_comparison_goes_on(common, tmp_path):
     assert [result.evaluation for result in done.outcomes] == [result.evaluation for result in whole.outcomes]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="children are read from Linux's /proc"
+)
 def test_no_run_outlives_a_killed_comparison(common, tmp_path):
     file = tmp_path / "long.yaml"
     file.write_text(yaml.safe_dump({**common("long").model_dump(mode="json"), "max_steps": 10**6}))

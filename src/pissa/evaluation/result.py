@@ -8,8 +8,6 @@ from typing import Any
 from pissa.errors import CheckpointError
 
 FORMAT = 1
-
-
 SHARES = ("ours", "authors", "pass@1", "acc", "acc_norm", "acc_mutual_info", "em", "exact_match", "math_verify")
 """Scores that are means of right and wrong, so that percent fits; others keep the scorer's own unit."""
 

@@ -147,8 +147,8 @@ def _bounded_triplets(
     U, S, Vh = _rotated(image, basis)
     residual = space.transposed_times(U * S) - Vh.T * S.square()
     sigma, gap = _bounds(S.square(), residual.T @ residual, rank, energy, tolerance)
-    rounding = ROUNDING * max(torch.finfo(S.dtype).eps, torch.finfo(torch.float32).eps / ROUNDING)
-    rounding = max(rounding, _inexactness(S, Vh, residual))
+    returned = torch.finfo(torch.float32).eps
+    rounding = max(ROUNDING * torch.finfo(S.dtype).eps, returned, _inexactness(S, Vh, residual))
     bounds = sigma + rounding, gap + rounding
     return (U[:, :rank], S[:rank], Vh[:rank]), residual, bounds
 

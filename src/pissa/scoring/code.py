@@ -100,8 +100,7 @@ def entry_point(doc: Mapping[str, Any]) -> str:
     """The function that is asked for. MBPP does not name it: it is the first that its first test calls."""
     if "entry_point" in doc:
         return str(doc["entry_point"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes in strings
+    with warnings.catch_warnings(action="ignore"):  # of escapes in strings
         test = ast.parse(doc["test_list"][0])
     calls = [node.func for node in ast.walk(test) if isinstance(node, ast.Call)]
     names = [call.id for call in calls if isinstance(call, ast.Name)]
@@ -259,8 +258,7 @@ def _needed(tree: ast.Module, lines: list[str], name: str, *, first: bool = Fals
 def _parse(code: str) -> ast.Module | int:
     """The line that is no Python, from 1, where there is one: a `return` outside a function is none either."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in strings
+        with warnings.catch_warnings(action="ignore"):  # of escapes in strings
             compile(code, "answer", "exec", dont_inherit=True)
             return ast.parse(code)
     except SyntaxError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from pissa.checks import chosen_device
 from pissa.config import TrainSettings
 from pissa.errors import ConfigError
 from pissa.training.distributed import processes
@@ -73,6 +74,4 @@ def device(settings: TrainSettings) -> str:
     """`cpu` or `cuda`."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: got cuda, expected a CUDA device, which torch does not see: use device: cpu")
-    if settings.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return settings.device
+    return chosen_device(None if settings.device == "auto" else settings.device).type
