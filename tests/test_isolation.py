@@ -94,7 +94,10 @@ if os.fork() == 0:
 """
 HOSTILE = {
     "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "timeout"),
-    "fork bomb that raises": ("import os\nfor _ in range(99): os.fork()", "BlockingIOError|timeout"),
+    "fork bomb that raises": (  # silent, or what it prints may reach the limit of output first
+        "import os\nos.dup2(os.open(os.devnull, os.O_WRONLY), 2)\nfor _ in range(99): os.fork()",
+        "BlockingIOError|timeout",
+    ),
     "threads without end": (
         "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",
         "RuntimeError: can't start new thread|memory",
