@@ -58,19 +58,18 @@ def authors(weight: torch.Tensor, rank: int, rounds: int, method: str) -> Parts:
     return Q, B, A
 
 
-def ours(weight: torch.Tensor, rank: int, method: str, rounds: int, closing: bool) -> Parts:
+def ours(weight: torch.Tensor, rank: int, method: str, rounds: int) -> Parts:
     packer = quantiser("nf4")
-    quantisation = Quantisation(lambda matrix: packer.quantise(matrix, torch.float32), rounds, closing)
+    quantisation = Quantisation(lambda matrix: packer.quantise(matrix, torch.float32), rounds)
     split = get(method).split(weight, rank, svd="fast", quantisation=quantisation)
     return split.frozen, split.left, split.right
 
 
 def engines(weight: torch.Tensor, rank: int) -> dict[str, Callable[[], Parts]]:
-    table: dict[str, Callable[[], Parts]] = {"qlora": partial(ours, weight, rank, "lora", 1, False)}
+    table: dict[str, Callable[[], Parts]] = {"qlora": partial(ours, weight, rank, "lora", 1)}
     for T in (1, 5):
-        table[f"loftq T={T}"] = partial(ours, weight, rank, "loftq", T, True)
-        table[f"qpissa T={T}"] = partial(ours, weight, rank, "pissa", T, False)
-        table[f"qpissa T={T} closing"] = partial(ours, weight, rank, "pissa", T, True)
+        table[f"loftq T={T}"] = partial(ours, weight, rank, "loftq", T)
+        table[f"qpissa T={T}"] = partial(ours, weight, rank, "pissa", T)
         table[f"authors loftq T={T}"] = partial(authors, weight, rank, T, "loftq")
         table[f"authors qpissa T={T}"] = partial(authors, weight, rank, T, "qpissa")
     return table

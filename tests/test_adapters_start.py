@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pissa
 from conftest import TOKENS, build_pico
-from pissa.adapters.drift import _DriftProduct
+from pissa.adapters.forms.drift import DriftProduct
 from runs import gap, language_model, logits, train
 from test_laws import OF_THE_WEIGHT, every_pair_of_the_weight, every_started_pair_of_the_weight
 
@@ -112,8 +112,8 @@ def test_drift_product_passes_gradcheck_and_is_the_plain_formula(scale):
     for trained in (x, dL, dR):
         trained.requires_grad_()
     expected = scale * nn.functional.linear(x, (L0 + dL) @ (R0 + dR) - L0 @ R0)
-    assert torch.allclose(_DriftProduct.apply(x, dL, dR, L0, R0, scale), expected, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *trained: _DriftProduct.apply(*trained, L0, R0, scale), (x, dL, dR))
+    assert torch.allclose(DriftProduct.apply(x, dL, dR, L0, R0, scale), expected, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *trained: DriftProduct.apply(*trained, L0, R0, scale), (x, dL, dR))
 
 
 @every_started_pair_of_the_weight

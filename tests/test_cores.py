@@ -12,7 +12,7 @@ from pissa.errors import InputError
 from pissa.linalg import relative_error
 from pissa.registry import get
 from pissa.splits import Split
-from test_laws import SHAPES, matrix
+from test_laws import SHAPES, as_lora, matrix
 from test_methods import GOLDEN, near
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -40,11 +40,11 @@ def test_lora_xs_is_its_equation(shape):
     W, R = matrix(*shape), noise(RANK, RANK)
     U, S, Vh = svd(W)
     expected = SCALE * (U[:, :RANK] @ R.numpy() @ (S[:RANK, None] * Vh[:RANK]))
-    lora = pissa.split(W, "lora_xs", RANK, alpha=ALPHA).as_lora(drift_core=R)
+    lora = as_lora(pissa.split(W, "lora_xs", RANK, alpha=ALPHA), core=R)
     # A flip of a pair of vectors flips a row and a column of what the core means: canonical signs on both sides.
     split = pissa.split(W, "lora_xs", RANK, alpha=ALPHA)
     signs = torch.sign(split.left[split.left.abs().argmax(0), torch.arange(RANK)])
-    flipped = split.as_lora(drift_core=signs[:, None] * R * signs).delta()
+    flipped = as_lora(split, core=signs[:, None] * R * signs).delta()
     assert near(flipped, torch.from_numpy(expected), 1e-5)
     assert lora.rank == RANK
 
@@ -55,11 +55,11 @@ def test_a_core_of_one_in_lora_xs_is_the_best_approximation(shape):
     split = pissa.split(W, "lora_xs", RANK)
     U, S, Vh = svd(W)
     best = torch.from_numpy((U[:, :RANK] * S[:RANK]) @ Vh[:RANK])
-    assert near(split.as_lora(drift_core=torch.eye(RANK, dtype=W.dtype)).delta(), best, 1e-10)
+    assert near(as_lora(split, core=torch.eye(RANK, dtype=W.dtype)).delta(), best, 1e-10)
 
 
 def test_lora_xs_of_the_golden_matrix():
-    change = pissa.split(GOLDEN, "lora_xs", 1).as_lora(drift_core=GOLDEN.new_full((1, 1), 0.1)).delta()
+    change = as_lora(pissa.split(GOLDEN, "lora_xs", 1), core=GOLDEN.new_full((1, 1), 0.1)).delta()
     assert near(change, GOLDEN.new_full((4, 4), 0.1))
 
 
@@ -75,7 +75,7 @@ def test_the_first_step_of_a_core_is_the_projected_gradient(method, shape):
     G = target.T @ x
     assert near(core.grad, SCALE * split.left.T @ G @ split.right.T, 1e-10)
     if method == "lora_xs":
-        change = split.as_lora(drift_core=-rate * core.grad).delta()
+        change = as_lora(split, core=-rate * core.grad).delta()
         L, R = split.left, split.right
         assert near(change, -rate * SCALE**2 * L @ L.T @ G @ R.T @ R, 1e-10)
         assert near(change - L @ (L.T @ change), torch.zeros(shape), 1e-10)
@@ -92,10 +92,10 @@ def test_svft_is_its_equation_and_keeps_the_singular_values_of_its_core(shape):
     m = noise(k, seed=4)
     split = pissa.split(W, "svft", 1, alpha=2.0)
     U, _, Vh = svd(W)
-    change = split.as_lora(drift_core=m).delta()
+    change = as_lora(split, core=m).delta()
     assert near(change, torch.from_numpy(2.0 * (U * m.numpy()) @ Vh), 1e-5)
     assert near(torch.linalg.svdvals(change)[:k], 2.0 * m.abs().sort(descending=True).values, 1e-10)
-    best, error = split.as_lora(drift_core=m).truncated(3)
+    best, error = as_lora(split, core=m).truncated(3)
     left_out = m.abs().sort(descending=True).values[3:]
     assert error == pytest.approx(float(left_out.norm() / m.norm()), abs=1e-10)
     assert best.rank == 3
@@ -104,8 +104,8 @@ def test_svft_is_its_equation_and_keeps_the_singular_values_of_its_core(shape):
 def test_svft_can_take_the_whole_weight_away():
     W = matrix(12, 40)
     split = pissa.split(W, "svft")
-    assert relative_error(split.as_lora(drift_core=-torch.linalg.svdvals(W)).delta(), -W) < 1e-10
-    golden = pissa.split(GOLDEN, "svft").as_lora(drift_core=torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
+    assert relative_error(as_lora(split, core=-torch.linalg.svdvals(W)).delta(), -W) < 1e-10
+    golden = as_lora(pissa.split(GOLDEN, "svft"), core=torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
     assert near(golden.delta(), 0.25 * torch.ones(4, 4))
 
 
@@ -151,7 +151,7 @@ def test_an_off_diagonal_entry_connects_the_right_directions():
     values = torch.zeros(split.pattern.shape[1], dtype=W.dtype)
     index = [*zip(*split.pattern.tolist(), strict=True)].index((3, 4))
     values[index] = 1.0
-    assert near(split.as_lora(drift_core=values).delta(), torch.outer(split.left[:, 3], split.right[4]))
+    assert near(as_lora(split, core=values).delta(), torch.outer(split.left[:, 3], split.right[4]))
 
 
 @every_shape
@@ -164,7 +164,7 @@ def test_lamda_is_its_equation(shape):
     B0, S0, A = U[:, :RANK] * signs, np.diag(S[:RANK]) / SCALE, Vh[:RANK] * signs[:, None]
     frozen = W.numpy() - SCALE * B0 @ S0 @ A
     trained = frozen + SCALE * (B0 + dL.numpy()) @ (S0 + dC.numpy()) @ A
-    lora = split.as_lora(drift_left=dL, drift_core=dC)
+    lora = as_lora(split, left=dL, core=dC)
     assert near(split.frozen, torch.from_numpy(frozen), 1e-5)
     assert near(W + lora.delta(), torch.from_numpy(trained), 1e-5)
     assert lora.rank == RANK

@@ -13,17 +13,18 @@ from torch import Tensor
 
 import pissa
 from conftest import PACKABLE, TOKENS, build_pico
-from pissa.adapters.attach import recipe_of
+from pissa.adapters.attach import adaptation_of
 from pissa.checkpoint.output import read_json
 from pissa.errors import InputError, WrongBaseError
 from pissa.observe import Observations, observe
+from pissa.config.jobs import DecomposeSettings
 from pissa.records import Record
-from pissa.registry import OBSERVED, OPTIMISER, get, methods
+from pissa.registry import OBSERVED, get, methods
 from pissa.surgery.decompose import prepare
 from pissa.training.lora_pro import LoraPro
 
 TRAINABLE = sorted(name for name, method in methods().items() if method.parts and method.needs != "quantiser")
-CORED = [name for name in TRAINABLE if get(name).has_core]
+CORED = [name for name in TRAINABLE if "core" in get(name).parts]
 NEW = [name for name in TRAINABLE if name not in ("lora", "pissa", "milora", "olora")]
 RANK, ALPHA, NEAR = 4, 8.0, 1e-5
 every_method = pytest.mark.parametrize("method", TRAINABLE)
@@ -55,7 +56,7 @@ def away(one: torch.nn.Module, other: Tensor) -> float:
 
 def trained(model: PeftModel, steps: int = 3) -> PeftModel:
     """Moved by a few steps on the tokens themselves, of AdamW or of the method's own optimiser."""
-    if get(recipe_of(model, model.active_adapter).method).needs == OPTIMISER:
+    if adaptation_of(model, model.active_adapter).method.optimizer:
         optimizer = LoraPro(model, lr=1e-2)
     else:
         optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-2)
@@ -130,7 +131,7 @@ def test_convert_writes_the_smallest_exact_rank(method, observations, tmp_path):
         return
     record = pissa.convert(tmp_path / "run", tmp_path / "lora")
     own = max(record.recipe.ranks.values(), default=RANK)
-    assert record.notes["rank"] == (own if chosen.zero_start or chosen.has_core else 2 * own)
+    assert record.notes["rank"] == (own if chosen.zero_start or "core" in chosen.parts else 2 * own)
     loaded = PeftModel.from_pretrained(build(), tmp_path / "lora")
     assert away(loaded, logits(model)) < NEAR
 
@@ -201,7 +202,7 @@ def test_lora_pro_trained_by_another_optimiser_is_not_saved_under_its_name(tmp_p
     pissa.save(model, tmp_path / "start")
     with torch.no_grad():
         next(part for name, part in model.named_parameters() if "lora_B" in name).add_(1)
-    with pytest.raises(InputError, match="trained by another optimiser, so it is a LoRA"):
+    with pytest.raises(InputError, match="trained by another optimizer: train it with pissa.training.lora_pro.LoraPro"):
         pissa.save(model, tmp_path / "run")
 
 
@@ -211,7 +212,7 @@ def test_options_are_checked_and_recorded(tmp_path):
     with pytest.raises(InputError, match="no option 'widht'. Did you mean 'width'"):
         pissa.attach(build(), "svft", RANK, options={"widht": 3})
     model = pissa.attach(build(), "svft", RANK, options={"pattern": "banded", "width": "2"})
-    assert pissa.adapters.attach.recipe_of(model).options == {"pattern": "banded", "width": 2}
+    assert adaptation_of(model).recipe.options == {"pattern": "banded", "width": 2}
     after = logits(trained(model))
     pissa.save(model, tmp_path / "run")
     assert torch.equal(logits(pissa.load(build(), tmp_path / "run")), after)
@@ -280,7 +281,8 @@ def test_a_killed_decomposition_goes_on_only_with_the_same_observations(observat
         build(), [{"input_ids": TOKENS + 1, "labels": TOKENS + 1}], ("covariance", "components", "gradient")
     )
     jobs = [
-        prepare(tmp_path / "base", "corda", RANK, observations=given) for given in (observations, observations, other)
+        prepare(tmp_path / "base", DecomposeSettings("corda", RANK, observations=given))
+        for given in (observations, observations, other)
     ]
     assert jobs[0].key == jobs[1].key != jobs[2].key
     observations.save(tmp_path / "seen.safetensors")

@@ -18,7 +18,8 @@ import pissa
 from conftest import build_pico
 from pissa.checkpoint.output import JOB
 from pissa.checkpoint.reader import Checkpoint
-from pissa.surgery.decomposition import PIECES, Decomposition
+from pissa.surgery.decomposition import Decomposition
+from pissa.surgery.streaming import PIECES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*written unpacked")
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
@@ -33,7 +34,7 @@ TENSORS = 20
 RUNS_TO_BE_KILLED = """
 import json, os, pathlib, signal, sys, torch, pissa
 from pissa.checkpoint.writer import TensorFile
-from pissa.surgery import small_files
+from pissa.surgery import decomposition
 from pissa.surgery.decomposition import Decomposition
 
 torch.set_num_threads(1)
@@ -67,11 +68,11 @@ for base, out, settings, where, count in jobs:
         if where in ("after", "again", "interrupt"):
             progress = at(count, interrupt if where == "interrupt" else die)
         elif where == "splitting":
-            Decomposition.split_tensor = at(count, die)
+            Decomposition.piece = at(count, die)
         elif where == "writing":
             TensorFile.write = at(count, die, TensorFile.write)
         elif where == "small files":
-            small_files._init_config = die
+            decomposition.write_small_files = die
         try:
             pissa.decompose(base, out, progress=progress, **settings)
         finally:
@@ -154,13 +155,13 @@ def left(killed: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 def splits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tensors that were worked on, in no order."""
     names: list[str] = []
-    work = Decomposition.split_tensor
+    work = Decomposition.piece
 
-    def split_tensor(self: Decomposition, name: str) -> Any:
+    def piece(self: Decomposition, name: str) -> Any:
         names.append(name)
         return work(self, name)
 
-    monkeypatch.setattr(Decomposition, "split_tensor", split_tensor)
+    monkeypatch.setattr(Decomposition, "piece", piece)
     return names
 
 

@@ -14,6 +14,7 @@ from pissa.checks import check_rank, scale_of, tolerance_of
 from pissa.errors import InputError
 from pissa.registry import method, methods
 from pissa.splits import Lora, Split
+from test_laws import as_lora
 
 METHODS = sorted(name for name, method in methods().items() if method.needs == "weight")
 
@@ -88,7 +89,7 @@ def test_core_stands_between_the_factors():
     stored = store("w", split, torch.bfloat16, torch.bfloat16)
     assert torch.equal(stored.frozen.float(), 1 - expected)
     assert stored.layer.error == 0
-    assert not split.as_lora().delta().any()
+    assert not as_lora(split).delta().any()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import pissa
 from conftest import PACKABLE
-from pissa.adapters import cores
+from pissa.adapters import exact
 from pissa.checkpoint.output import read_json
 from pissa.errors import CheckpointError, ConfigError, InputError
 from pissa.training import run, train
@@ -160,7 +160,7 @@ def test_dropout_is_refused_around_a_core(settings: Settings) -> None:
 
 def test_parameters_of_cores_are_found_by_name(pico: torch.nn.Module) -> None:
     model = pissa.attach(pico, "lamda", 4)
-    found = cores.parameters(model)
+    found = exact.parameters(model)
     assert len(found) == 2 * 14 and {tuple(part.shape) for name, part in found.items() if ".core." in name} == {(4, 4)}
 
 

@@ -9,11 +9,13 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pissa.errors import CheckpointError
 
 FORMAT = 1
+RECORD = "pissa.json"
 KINDS = ("residual", "init", "state", "lora", "merged", "run", "w4a4")
 
 
@@ -42,11 +44,6 @@ class Recipe:
     def rank_of(self, module: str) -> int:
         """The rank of one target."""
         return self.ranks.get(module, self.rank)
-
-    @property
-    def needs_residual(self) -> bool:
-        """Whether what was trained is right only beside its own frozen part, which quantisation moved off the base."""
-        return self.quant is not None
 
     @property
     def scale(self) -> float:
@@ -94,11 +91,45 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
+    def beside(self) -> str | None:
+        """The quantizer of the residual beside which alone this is right; None where it is right on the base.
+
+        Quantization moves the weights off the base, so what was trained beside them means nothing elsewhere.
+        """
+        return self.recipe.quant if self.recipe else None
+
+    @property
     def served_on(self) -> Base | None:
-        """The model that a plain adapter made from this is right on: the base, or the residual where that is needed."""
-        if self.base is None or self.recipe is None or not self.recipe.needs_residual:
+        """The model that a plain adapter made from this is right on: the base, or the residual beside which it is."""
+        if self.base is None or self.beside is None:
             return self.base
         return Base(str(self.notes.get("residual", "")), None, "", {**self.base.tensors, **self.residual})
+
+    def made_of(self, what: str) -> Base:
+        """The base, which all but adapters of unknown origin have.
+
+        Args:
+            what: has this record, for the message.
+
+        Raises:
+            CheckpointError: none is on record.
+        """
+        if self.base is None:
+            raise CheckpointError(f"{what} says nothing of its base in {RECORD}: make the folder again")
+        return self.base
+
+    def split_by(self, where: str | Path) -> Recipe:
+        """The recipe, which all that was split here has.
+
+        Args:
+            where: the folder of this record, for the message.
+
+        Raises:
+            CheckpointError: none is on record.
+        """
+        if self.recipe is None:
+            raise CheckpointError(f"{where} says nothing of how it was split in {RECORD}: make the folder again")
+        return self.recipe
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `from_json` reads it back."""

@@ -24,7 +24,7 @@ from pissa.errors import InputError, did_you_mean
 from pissa.randomness import random_control, tensor_seed
 from pissa.splits import Quantised, Split, is_finite
 
-WEIGHT, QUANTISER, OPTIMISER = "weight", "quantiser", "optimiser"
+WEIGHT, QUANTISER = "weight", "quantiser"
 OBSERVED = ("covariance", "components", "gradient", "inputs")
 """What a method may need to have been seen of a layer while the model reads calibration rows, see `pissa.observe`."""
 CONTROL = "-control"
@@ -40,12 +40,10 @@ class Quantisation:
     Attributes:
         quantise: from a matrix [out, in] in float32 to its quantised form.
         rounds: of alternation between the low-rank part and the quantised rest, 1 or more.
-        closing: whether the last round ends with the low-rank part; the authors of PiSSA leave that out.
     """
 
     quantise: Callable[[Tensor], Quantised]
     rounds: int = 1
-    closing: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,10 @@ class Allotment:
     allot: Callable[..., dict[str, int]]
 
 
+Brought = Callable[..., Any] | str
+"""A function, or where to find one that needs more than torch: "pissa.training.lora_pro:LoraPro"."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to split a weight, and what the tables say about it; see `method` for the fields."""
@@ -73,21 +75,22 @@ class Method:
     start: Callable[..., Split]
     parts: tuple[str, ...] = ("left", "right")
     zero_start: bool = False
-    alternates: bool = False
     needs: str = WEIGHT
     full_rank: bool = False
     allotment: Allotment | None = None
     entries: Callable[..., int] | None = None
+    optimizer: Brought | None = None
+    schedule: Brought | None = None
 
     @property
-    def has_core(self) -> bool:
-        """Whether a core between the factors trains, and the right factor does not."""
-        return "core" in self.parts
+    def alternates(self) -> bool:
+        """Whether the low-rank part follows the error of a quantised rest: its function asks for the quantiser."""
+        return "quantisation" in inspect.signature(self.start).parameters
 
     @property
-    def own_rank(self) -> bool:
-        """Whether a plain LoRA of the split's own rank holds any change; else it takes twice as much."""
-        return self.zero_start or self.has_core
+    def observes(self) -> str | None:
+        """What must have been seen of each layer, of `OBSERVED`; None where weights suffice."""
+        return self.needs if self.needs in OBSERVED else None
 
     def rank_at(self, rank: int, shape: tuple[int, ...], name: str) -> int:
         """The rank that a weight [out, in] of this shape is split at where `rank` is asked, checked."""
@@ -103,7 +106,7 @@ class Method:
             return "plain LoRA of rank r for its own residual"
         if self.full_rank:
             return "merged weights, or the best LoRA of a rank"
-        return f"plain LoRA of rank {'r' if self.own_rank else '2r'}, exact"
+        return f"plain LoRA of rank {'r' if self.zero_start or 'core' in self.parts else '2r'}, exact"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -132,7 +135,7 @@ class Method:
     def start_shapes(self, rank: int, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """The shapes of what a start consists of, by part, for a weight [out, in] of `shape`."""
         shapes: dict[str, tuple[int, ...]] = {"left": (shape[0], rank), "right": (rank, shape[1])}
-        if self.has_core and not self.zero_start:
+        if "core" in self.parts and not self.zero_start:
             shapes["core"] = (rank, rank)
         if self.entries:
             shapes["pattern"] = (2, self.entries(rank, **options))
@@ -189,8 +192,8 @@ class Method:
                 f"{self.name} starts from the error of a quantised weight: name the quantiser, --quant nf4"
             )
         settings = {"scale": scale, "svd": svd, "seed": seed, "name": name, **self.checked(options)}
-        if self.needs in OBSERVED:
-            settings[self.needs] = self.required(observed, name)
+        if self.observes:
+            settings[self.observes] = self.required(observed, name)
         with torch.no_grad():
             if self.alternates:
                 split = self.start(weight, rank, **settings, quantisation=quantisation)
@@ -218,11 +221,12 @@ def method(
     verdict: str,
     parts: tuple[str, ...] = ("left", "right"),
     zero_start: bool = False,
-    alternates: bool = False,
     needs: str = WEIGHT,
     full_rank: bool = False,
     allotment: Allotment | None = None,
     entries: Callable[..., int] | None = None,
+    optimizer: Brought | None = None,
+    schedule: Brought | None = None,
 ) -> Callable[[Callable[..., Split]], Callable[..., Split]]:
     """Register the decorated function ``f(weight, rank, *, scale, svd, seed, name) -> Split`` as a method.
 
@@ -236,17 +240,20 @@ def method(
         verdict: when to take it and when not, one sentence.
         parts: which of "left", "core" and "right" train.
         zero_start: whether left @ core @ right is zero at first (nothing is taken out of the weight).
-        alternates: whether the low-rank part follows the error of a quantised rest; the function then takes
-            ``quantisation`` too, a `Quantisation` or None.
-        needs: "weight"; "quantiser" where there is no start without one; "optimiser" where only the optimiser differs;
-            or one of `OBSERVED`, which the function then takes under that name.
+        needs: "weight"; "quantiser" where there is no start without one; or one of `OBSERVED`, which the function
+            then takes under that name.
         full_rank: whether the factors always have min(out, in) columns and rows, whatever rank is asked.
         allotment: where layers get ranks of their own.
         entries: ``(k, **options)`` to how many entries of a core [k, k] train; None for all.
+        optimizer: ``(model, learning_rate, *, weight_decay, **options)`` to a torch optimizer in the place of AdamW.
+        schedule: ``(model, **options)`` to a transformers callback that goes beside the steps.
+
+    A function that asks for ``quantisation`` (a `Quantisation` or None) lets its low-rank part follow the error of a
+    quantised rest.
     """
 
     def register(start: Callable[..., Split]) -> Callable[..., Split]:
-        facts = parts, zero_start, alternates, needs, full_rank, allotment, entries
+        facts = parts, zero_start, needs, full_rank, allotment, entries, optimizer, schedule
         _METHODS[name] = Method(name, title, paper, trains, verdict, start, *facts)
         return start
 
@@ -259,6 +266,15 @@ def methods() -> dict[str, Method]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     return dict(sorted(_METHODS.items()))
+
+
+def brought(found: Brought) -> Callable[..., Any]:
+    """The function itself, imported now where a method only says where it is."""
+    if not isinstance(found, str):
+        return found
+    module, _, name = found.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def get(name: str) -> Method:
@@ -283,6 +299,10 @@ def _control(studied: Method) -> Method:
         split = studied.start(weight, rank, seed=seed, name=name, **settings, **unquantised)
         return random_control(split, tensor_seed(seed, f"{name}{CONTROL}"))
 
+    own = inspect.signature(studied.start)
+    asked = [parameter for parameter in own.parameters.values() if parameter.name != "quantisation"]
+    start.__signature__ = own.replace(parameters=asked)  # type: ignore[attr-defined]
+
     return dataclasses.replace(
         studied,
         name=studied.name + CONTROL,
@@ -290,5 +310,4 @@ def _control(studied: Method) -> Method:
         trains="random directions of the same norms",
         verdict="a yardstick: what it reaches too is owed to the size of the start, not to its directions",
         start=start,
-        alternates=False,
     )

@@ -92,8 +92,13 @@ class Factors:
 
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
-        """(left, right), which are there."""
-        assert self.left is not None and self.right is not None
+        """(left, right).
+
+        Raises:
+            ValueError: one of them is not there, as in the drift of a core.
+        """
+        if self.left is None or self.right is None:
+            raise ValueError(f"these factors have no pair, only {', '.join(self.named()) or 'nothing'}")
         return self.left, self.right
 
     def named(self) -> dict[str, Tensor]:
@@ -123,15 +128,39 @@ def whole_core(values: Tensor, pattern: Tensor | None, rank: int) -> Tensor:
     return values.new_zeros(rank, rank).index_put((pattern[0], pattern[1]), values.flatten())
 
 
+def drift_as_pair(start: Factors, drift: Factors) -> Lora:
+    """The change of a trained split as a pair, unscaled, from which the drift can be told again.
+
+        (L + dL)(R + dR) - L R        =  [L + dL, dL] @ [dR; R]
+        (L + dL)(C + dC) R - L C R    =  [L + dL, dL] @ [dC R; C R]
+        (L + dL) dC R                 =  (L + dL) @ (dC R)          where C is zero, or dL is
+
+    Its rank depends on which parts there are, never on their values.
+
+    Args:
+        start: the factors at the start.
+        drift: their change since; None for what does not train.
+    """
+    left, right = start.pair
+    moved = left if drift.left is None else left + drift.left
+    if drift.core is None:
+        drift_left, drift_right = drift.pair
+        return Lora(torch.cat([drift_right, right]), torch.cat([moved, drift_left], dim=1))
+    read = whole_core(drift.core, start.pattern, right.shape[0]) @ right
+    if drift.left is None or start.core is None:
+        return Lora(read, moved)
+    return Lora(torch.cat([read, start.core @ right]), torch.cat([moved, drift.left], dim=1))
+
+
 def drift_as_lora(start: Factors, drift: Factors, scale: float = 1.0) -> Lora:
-    """The change of a trained split as a plain LoRA, with an error relative to the change itself.
+    """The change of a trained split as the smallest plain LoRA, its error relative to the change.
 
         (L + dL)(R + dR) - L R          =  [L + dL, dL] @ [dR; R]
         (L + dL)(C + dC) R - L C R      =  ((L + dL) dC + dL C) @ R
 
-    The usual form ``[L', -L] @ [R'; R]`` is a difference of two large products and loses the change to rounding
-    when it is stored in 16 bits. A start with a zero factor (LoRA) and one with a core need only their own rank k,
-    others 2k.
+    The usual form ``[L', -L] @ [R'; R]`` is a difference of two large products and loses the change
+    to rounding when it is stored in 16 bits. A start with a zero factor (LoRA) and one with a core
+    need only their own rank k, others 2k.
 
     Args:
         start: the factors at the start.
@@ -150,7 +179,8 @@ def drift_as_lora(start: Factors, drift: Factors, scale: float = 1.0) -> Lora:
         return Lora(right + drift_right, scale * drift_left)
     if not right.any():
         return Lora(drift_right, scale * (left + drift_left))
-    return Lora(torch.cat([drift_right, right]), scale * torch.cat([left + drift_left, drift_left], dim=1))
+    pair = drift_as_pair(start, drift)
+    return Lora(pair.A, scale * pair.B)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -230,25 +260,3 @@ class Split:
         """What an adapter starts from; a core that is zero is left out."""
         core = self.core if self.core is not None and self.core.any() else None
         return Factors(self.left, self.right, core, self.pattern)
-
-    def as_lora(
-        self, drift_left: Tensor | None = None, drift_right: Tensor | None = None, drift_core: Tensor | None = None
-    ) -> Lora:
-        """The change since this start as a plain LoRA for the original weight; zero drifts when none are given.
-
-        Args:
-            drift_left: trained left minus start, [out, k].
-            drift_right: trained right minus start, [k, in].
-            drift_core: trained core minus start, [k, k] or its values [n] along the pattern.
-        """
-        if self.core is None:
-            zero_left, zero_right = torch.zeros_like(self.left), torch.zeros_like(self.right)
-            drift = Factors(
-                zero_left if drift_left is None else drift_left, zero_right if drift_right is None else drift_right
-            )
-        elif drift_right is not None:
-            raise InputError("a split with a core does not train its right factor: leave drift_right out")
-        else:
-            values = self.left.new_zeros(self.core.shape if self.pattern is None else self.pattern.shape[1])
-            drift = Factors(drift_left, None, values if drift_core is None else drift_core)
-        return drift_as_lora(self.start, drift, self.scale)

@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from pissa.adapters import cores, drift, factors, quantised, twins
+from pissa.adapters import quantized, twins
+from pissa.adapters.adaptation import Adaptation, refuse_untrained
 from pissa.adapters.factors import Starts
 from pissa.adapters.plain import whole
-from pissa.adapters.splitting import allotted, at_full_rank, given_observations, refuse_unfit_targets, seen_of, split_by
-from pissa.adapters.state import keeps_start, trains_drift
+from pissa.adapters.splitting import given_observations
 from pissa.adapters.storing import describe, store
 from pissa.checkpoint.fingerprint import canonical, combined, fingerprint, model_tensors
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
@@ -25,27 +25,35 @@ from pissa.errors import InputError, WrongBaseError
 from pissa.observe import Observations
 from pissa.presets import choose
 from pissa.records import Base, Layer, Recipe, Record, versions
-from pissa.registry import get
+from pissa.registry import Method
 from pissa.splits import Factors
 
 
 @dataclass
 class Attachment:
-    """What an adapter on a live model started from; `save` writes it down."""
+    """What an adapter on a live model started from; `save` writes it down.
 
+    Attributes:
+        adaptation: how the weights were split and how what trains lives on their layers.
+        record: of kind "state".
+        targets: the weights.
+        split: the model's weights are what the start left of them already.
+    """
+
+    adaptation: Adaptation
     record: Record
     targets: list[Target]
+    split: bool = False
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe, which an attachment always has."""
-        assert self.record.recipe is not None
-        return self.record.recipe
+        """How the weights were split."""
+        return self.adaptation.recipe
 
 
 def attach(
     model: nn.Module,
-    method: str = "pissa",
+    method: str | Method = "pissa",
     rank: int = 16,
     *,
     alpha: float | None = None,
@@ -85,71 +93,77 @@ def attach(
     if base not in ("keep", "residual"):
         raise InputError(f"base is {base!r}, expected 'keep' or 'residual'")
     chosen_device(device)
-    observations = given_observations(method, observations)
-    if choose(method).quant:
+    choice = choose(method)
+    chosen = choice.method
+    observations = given_observations(chosen, observations)
+    if choice.quant:
         raise InputError(
-            f"{method} quantises what does not train, which is done on files: pissa.decompose(MODEL, OUT, {method!r}), "
-            "then pissa.load(from_pretrained(OUT), OUT)"
+            f"{method} quantises what does not train, which is done on files: "
+            f"pissa.decompose(MODEL, OUT, {method!r}), then pissa.load(from_pretrained(OUT), OUT)"
         )
+    refuse_untrained(chosen)
     inner = plain_model(model)
     _refuse_residual(inner)
     found = find_targets(inner, targets)
     heads = sorted(modules_to_save) if modules_to_save is not None else head_modules(inner)
     recipe = Recipe(
-        method=method,
+        method=chosen.name,
         rank=rank,
         alpha=float(rank if alpha is None else alpha),
         svd=svd,
         seed=seed,
         base_form=base,
         targets={target.module: target.kind for target in found},
-        options=get(method).checked(options),
+        options=chosen.checked(options),
     )
     scale_of(alpha, rank)
-    refuse_unfit_targets(get(method), found)
+    adaptation = Adaptation.of(recipe, chosen)
+    adaptation.refuse_unfit(found)
     if observations:
         observations.check(model_tensors(inner))
-    recipe, starts, layers = split_model(inner, found, recipe, observations, device)
+    adaptation, starts, layers = split_model(inner, found, adaptation, observations, device)
     digests = fingerprint(model_tensors(inner, skip=heads))
     notes = {"observed": observations.facts} if observations else {}
-    record = Record("state", recipe, base_of(inner, digests), layers, notes=notes, versions=versions())
-    found = [target for target in found if target.module in recipe.targets]
-    return wrap(model, Attachment(record, found), starts, heads, adapter_name)
+    made_of = base_of(inner, digests)
+    record = Record("state", adaptation.recipe, made_of, layers, notes=notes, versions=versions())
+    found = [target for target in found if target.module in adaptation.recipe.targets]
+    return wrap(model, Attachment(adaptation, record, found), starts, heads, adapter_name)
 
 
 def split_model(
     model: nn.Module,
     targets: list[Target],
-    recipe: Recipe,
+    adaptation: Adaptation,
     observations: Observations | None = None,
     device: str | None = None,
-) -> tuple[Recipe, dict[str, Factors], list[Layer]]:
+) -> tuple[Adaptation, dict[str, Factors], list[Layer]]:
     """The start of every target and what it keeps; the model is only read.
 
     Returns:
-        The recipe with the layers' own ranks, starts by module, and a line for each split.
+        The adaptation with the layers' own ranks, starts by module, and a line for each split.
     """
-    modules: dict[str, Any] = plain_modules(model)  # type: ignore[assignment]
+    modules: dict[str, Any] = plain_modules(model)
     prefix = getattr(model, "base_model_prefix", "")
 
     def matrix(target: Target) -> Tensor:
         weight = modules[target.module].weight.data
         return target.to_matrix(weight if device is None or weight.is_meta else weight.to(device))
 
-    def seen(target: Target) -> Any:
-        return seen_of(observations, recipe.method, canonical(target.weight, prefix))
+    def seen(target: Target) -> Any:  # what the method needs, see Adaptation.seen
+        return adaptation.seen(observations, canonical(target.weight, prefix))
 
-    recipe = at_full_rank(allotted(recipe, ((target, matrix(target)) for target in targets), seen), targets)
+    weights = ((target, matrix(target)) for target in targets)
+    settled = adaptation.allotted(weights, seen).at_full_rank(targets)
     starts, layers = {}, []
     for target in targets:
-        if target.module not in recipe.targets:
+        if target.module not in settled.recipe.targets:
             continue
-        weight, name, rank = matrix(target), target.weight, recipe.rank_of(target.module)
-        split = split_by(recipe, weight, name, weight.dtype, rank=rank, observed=seen(target))
+        weight, name, rank = matrix(target), target.weight, settled.recipe.rank_of(target.module)
+        split = settled.split(weight, name, weight.dtype, rank=rank, observed=seen(target))
         starts[target.module] = split.start.on(modules[target.module].weight.device)
-        kept = recipe.base_form == "keep"
+        kept = settled.recipe.base_form == "keep"
         layers.append(describe(name, split) if kept else store(name, split, split.left.dtype, weight.dtype).layer)
-    return recipe, starts, layers
+    return settled, starts, layers
 
 
 def wrap(
@@ -158,11 +172,9 @@ def wrap(
     starts: Starts,
     modules_to_save: list[str],
     adapter: str,
-    *,
-    on_residual: bool = False,
 ) -> PeftModel:
-    """Put peft's layers around the targets and the given start into them, drift zero."""
-    recipe = attachment.recipe
+    """Put peft's layers around the targets, and adapters in the attachment's form at their start."""
+    recipe, form = attachment.recipe, attachment.adaptation.form
     _refuse_neighbours(model, adapter, recipe.base_form)
     inner = plain_model(model)
     config = LoraConfig(
@@ -175,7 +187,6 @@ def wrap(
         fan_in_fan_out=any(target.kind == "conv1d" for target in attachment.targets),
         task_type=_task_type(inner),
     )
-    chosen = get(recipe.method)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft draws a start that is overwritten here, and warns of mixed Conv1D and Linear targets.
         warnings.simplefilter("ignore")
@@ -184,24 +195,12 @@ def wrap(
             wrapped = model
         else:
             wrapped = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
-    quantised.keep_precision(wrapped)
-    layers = adapter_layers(wrapped, attachment.targets)
-    for target in attachment.targets:
-        start, layer = starts[target.module], layers[target.module]
-        quantised.keep_codes(layer)
-        taken = None if recipe.base_form == "keep" or recipe.needs_residual else on_residual
-        if chosen.has_core:
-            cores.install(layer, adapter, start, chosen.parts, on_residual=taken, few_bits=recipe.needs_residual)
-        elif chosen.zero_start:
-            factors.assign(layer, adapter, *start.pair)
-        elif recipe.needs_residual:
-            quantised.install(layer, adapter, start)
-        else:
-            drift.install(layer, adapter, start, on_residual=taken)
-    if trains_drift(recipe):
-        _tell_stock_tools(wrapped, adapter, recipe)
-    if keeps_start(recipe):
-        twins.offer(wrapped)
+    quantized.keep_precision(wrapped)
+    for module, layer in adapter_layers(wrapped, attachment.targets).items():
+        quantized.keep_codes(layer)
+        form.install(layer, adapter, starts[module], split=attachment.split)
+    form.tell_stock_tools(wrapped, adapter)
+    twins.offer(wrapped)
     attachments_of(wrapped)[adapter] = attachment
     return wrapped
 
@@ -210,7 +209,8 @@ def attachments_of(model: Any) -> dict[str, Attachment]:
     """What `attach` and `load` put on a PeftModel, by adapter name; kept on the model itself."""
     if not hasattr(model, "pissa_attachments"):
         model.pissa_attachments = {}
-    return model.pissa_attachments
+    attachments: dict[str, Attachment] = model.pissa_attachments
+    return attachments
 
 
 def adapter_layers(model: PeftModel, targets: list[Target]) -> dict[str, Any]:
@@ -224,25 +224,6 @@ def base_of(model: nn.Module, digests: dict[str, dict[str, str]]) -> Base:
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "") or type(model).__name__
     return Base(name, getattr(config, "_commit_hash", None), combined(digests), digests)
-
-
-def _tell_stock_tools(model: PeftModel, adapter: str, recipe: Recipe) -> None:
-    """What stock `save_pretrained` writes is a pair of its own rank, which its config must say at the same scale."""
-    config: Any = model.peft_config[adapter]
-    chosen = get(recipe.method)
-    times = 1 if chosen.has_core and (chosen.zero_start or recipe.needs_residual) else 2
-    config.r, config.lora_alpha = times * recipe.rank, whole(times * recipe.alpha)
-    config.rank_pattern = {module: times * rank for module, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {module: times * alpha for module, alpha in config.alpha_pattern.items()}
-    tuner: Any = model.base_model
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise InputError(
-            "add_weighted_adapter reads lora_A and lora_B as a plain pair, which a started adapter is not: "
-            "save the runs, load their adapter/ folders on the base model and combine those"
-        )
-
-    tuner.add_weighted_adapter = refuse
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -261,9 +242,9 @@ def is_residual(model: nn.Module) -> bool:
     return residual_note(model) is not None
 
 
-def recipe_of(model: PeftModel, adapter_name: str = "default") -> Recipe:
-    """How the adapter of an attached model was started."""
-    return attachments_of(model)[adapter_name].recipe
+def adaptation_of(model: PeftModel, adapter_name: str = "default") -> Adaptation:
+    """How the adapter of an attached model was started and lives on its layers."""
+    return attachments_of(model)[adapter_name].adaptation
 
 
 def _refuse_neighbours(model: nn.Module, adapter: str, base_form: str) -> None:

@@ -6,20 +6,22 @@ import dataclasses
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from pissa.adapters import factors, plain
+from pissa.adapters.adaptation import Adaptation
 from pissa.adapters.attach import Attachment, is_residual, plain_model, wrap
+from pissa.adapters.forms import Form
 from pissa.adapters.plain import INIT
 from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules
 from pissa.errors import CheckpointError, WrongBaseError
 from pissa.records import Base, Recipe, Record
-from pissa.registry import get
 from pissa.splits import Factors
 
 
@@ -33,7 +35,7 @@ def read_pairs(folder: Path, targets: dict[str, Target]) -> dict[str, tuple[Tens
     Raises:
         CheckpointError: a target without its pair, naming the key.
     """
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found = {}
     with safe_open(folder / plain.WEIGHTS, framework="pt") as file:
         names = set(file.keys())
         for name_there, target in targets.items():
@@ -41,28 +43,29 @@ def read_pairs(folder: Path, targets: dict[str, Target]) -> dict[str, tuple[Tens
             missing = {key_left, key_right} - names
             if missing:
                 raise CheckpointError(f"{folder / plain.WEIGHTS} lacks `{sorted(missing)[0]}`")
-            found[target.module] = tuple(file.get_tensor(key).flatten(1) for key in (key_left, key_right))  # type: ignore[assignment]
+            left, right = file.get_tensor(key_left), file.get_tensor(key_right)
+            found[target.module] = left.flatten(1), right.flatten(1)
     return found
 
 
-def read_starts(folder: Path, targets: dict[str, Target], recipe: Recipe) -> dict[str, Factors]:
-    """The start of each target by its module: the stock pair, or for a core the parts that lie beside it.
+def read_starts(folder: Path, targets: dict[str, Target], form: Form) -> dict[str, Factors]:
+    """The start of each target by its module: the stock pair, or the parts that lie beside it.
 
     Args:
         folder: `pissa_init/`.
         targets: by the module's name in the files.
-        recipe: of the start.
+        form: of the start.
 
     Raises:
         CheckpointError: a part that is not there, naming the key.
     """
-    if not get(recipe.method).has_core:
+    if not form.beside_pair:
         return {module: Factors(*pair) for module, pair in read_pairs(folder, targets).items()}
     found = {}
     with safe_open(folder / plain.START, framework="pt") as file:
         names = set(file.keys())
         for name_there, target in targets.items():
-            parts = [part for part in ("left", "right", "core", "pattern") if f"{name_there}.{part}" in names]
+            parts = [part for part in form.beside_pair if f"{name_there}.{part}" in names]
             if not {"left", "right"} <= set(parts):
                 raise CheckpointError(f"{folder / plain.START} lacks a factor of `{name_there}`: decompose again")
             found[target.module] = Factors(**{part: file.get_tensor(f"{name_there}.{part}") for part in parts})
@@ -88,25 +91,23 @@ def load_initial(
             )
     else:
         record = _foreign_record(config, model, folder)
-    assert record.recipe is not None
     heads = head_modules(model) if modules_to_save is None else sorted(modules_to_save)
-    names = _names_here(model, record.recipe.targets)
-    targets = find_targets(model, list(names.values()), quantised=record.recipe.needs_residual)
+    recipe = record.split_by(initial)
+    names = _names_here(model, recipe.targets)
+    targets = find_targets(model, list(names.values()), quantised=recipe.quant is not None)
     by_module = {target.module: target for target in targets}
-    starts = read_starts(initial, {there: by_module[here] for there, here in names.items()}, record.recipe)
-    kinds = {names[module]: kind for module, kind in record.recipe.targets.items()}
-    record = dataclasses.replace(
-        record,
-        kind="state",
-        recipe=dataclasses.replace(
-            record.recipe,
-            base_form="residual",
-            targets=kinds,
-            ranks={names[module]: rank for module, rank in record.recipe.ranks.items()},
-        ),
-        notes={**record.notes, "residual": str(folder.resolve())},
+    recipe = dataclasses.replace(
+        recipe,
+        base_form="residual",
+        targets={names[module]: kind for module, kind in recipe.targets.items()},
+        ranks={names[module]: rank for module, rank in recipe.ranks.items()},
     )
-    return wrap(model, Attachment(record, targets), starts, heads, adapter, on_residual=True)
+    adaptation = Adaptation.of(recipe)
+    by_name_there = {there: by_module[here] for there, here in names.items()}
+    starts = read_starts(initial, by_name_there, adaptation.form)
+    notes = {**record.notes, "residual": str(folder.resolve())}
+    record = dataclasses.replace(record, kind="state", recipe=recipe, notes=notes)
+    return wrap(model, Attachment(adaptation, record, targets, split=True), starts, heads, adapter)
 
 
 def _names_here(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
@@ -130,26 +131,25 @@ def check_base(record: Record, model: nn.Module, what: str) -> bool:
     Raises:
         WrongBaseError: naming the first differing tensor, both digests and what to do.
     """
-    assert record.recipe is not None and record.base is not None
-    model = plain_model(model)
+    base, model = record.made_of(what), plain_model(model)
     # A folder that others made carries no note and leaves only the residual to compare with.
-    on_residual = bool(record.residual) and (is_residual(model) or not record.base.tensors)
-    if record.recipe.needs_residual and not on_residual:
+    split = bool(record.residual) and (is_residual(model) or not base.tensors)
+    if record.beside and not split:
         raise WrongBaseError(
-            f"{what} belongs on the residual in {record.recipe.quant} that it was made with, and this model is none: "
-            f"load {record.notes.get('residual', 'the folder above pissa_init/')}"
+            f"{what} belongs on the residual in {record.beside} that it was made with, and this "
+            f"model is none: load {record.notes.get('residual', 'the folder above pissa_init/')}"
         )
-    revision = f", revision {record.base.revision}" if record.base.revision else ""
+    revision = f", revision {base.revision}" if base.revision else ""
     check_same(
-        {**record.base.tensors, **record.residual} if on_residual else record.base.tensors,
+        {**base.tensors, **record.residual} if split else base.tensors,
         model_tensors(model).get,
         what=what,
-        advice=f"Use the base it was made on: {record.base.name}{revision}",
+        advice=f"Use the base it was made on: {base.name}{revision}",
     )
-    return on_residual
+    return split
 
 
-def _foreign_record(config: dict, model: nn.Module, folder: Path) -> Record:
+def _foreign_record(config: dict[str, Any], model: nn.Module, folder: Path) -> Record:
     """Folders that others made: residual at the root, the start in pissa_init/, nothing about the base."""
     if config.get("init_lora_weights") is not True:
         raise WrongBaseError(

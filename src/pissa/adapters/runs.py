@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from pissa.adapters import cores, factors, plain, sharding, starts
+from pissa.adapters import plain, sharding
 from pissa.adapters.attach import Attachment, adapter_layers, attachments_of, wrap
 from pissa.adapters.initial import check_base, load_initial
 from pissa.adapters.plain import INIT
@@ -23,7 +23,6 @@ from pissa.adapters.state import (
     STATE,
     State,
     check_finished,
-    keeps_start,
     read_state,
     write_adapter,
     write_state,
@@ -32,7 +31,7 @@ from pissa.checkpoint.output import read_json, staged_output
 from pissa.checkpoint.targets import short_names
 from pissa.errors import CheckpointError, InputError, OutputError
 from pissa.records import Record
-from pissa.registry import OPTIMISER, get
+from pissa.registry import Method, brought
 from pissa.splits import Factors
 
 
@@ -61,14 +60,12 @@ def state_of(model: PeftModel, *, adapter_name: str | None = None) -> State:
         InputError: the model carries no such attachment.
     """
     name, attachment = _attachment(model, adapter_name)
-    _refuse_other_optimiser(model, name, attachment)
-    layers = adapter_layers(model, attachment.targets)
-    begun, trained = {}, {}
-    for target in attachment.targets:
-        layer = layers[target.module]
-        trained[target.module] = _trained(layer, name)
-        there = starts.of(layer)
-        begun[target.module] = there[name] if name in there else _zero_start(trained[target.module])
+    _refuse_other_optimizer(model, name, attachment)
+    form, started, trained = attachment.adaptation.form, {}, {}
+    for module, layer in adapter_layers(model, attachment.targets).items():
+        own = form.trained(layer, name).named()
+        trained[module] = Factors(**{part: sharding.whole(tensor).detach().clone() for part, tensor in own.items()})
+        started[module] = form.start(layer, name, trained[module])
     # Without "False" peft adds the whole weight of an embedding that is a target.
     saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     extras = {key: sharding.whole(value) for key, value in saved.items() if ".lora_" not in key}
@@ -85,7 +82,8 @@ def state_of(model: PeftModel, *, adapter_name: str | None = None) -> State:
             "model_config": _model_config(model.get_base_model()) if extras else None,
         },
     )
-    return State(record, begun, trained, extras, record.notes["shapes"])
+    shapes = record.notes["shapes"]
+    return State(record, attachment.adaptation, started, trained, extras, shapes)
 
 
 def write(state: State, run: str | Path) -> Path:
@@ -149,53 +147,44 @@ def restart(model: nn.Module, state: str | Path, *, adapter_name: str = "default
 
 def _load_state(model: nn.Module, folder: Path, adapter: str, *, from_start: bool) -> PeftModel:
     state = read_state(folder)
-    record, recipe = state.record, state.record.recipe
-    assert recipe is not None
-    on_residual = check_base(record, model, f"the state in {folder}")
-    begun = state.starts if keeps_start(recipe) else state.trained
-    heads = record.notes["modules_to_save"]
-    wrapped = wrap(model, Attachment(record, state.targets), begun, heads, adapter, on_residual=on_residual)
-    if keeps_start(recipe) and not from_start:
-        for target in state.targets:
-            _assign(wrapped.get_base_model().get_submodule(target.module), adapter, state.trained[target.module])
+    split = check_base(state.record, model, f"the state in {folder}")
+    attachment = Attachment(state.adaptation, state.record, state.targets, split)
+    heads, form = state.record.notes["modules_to_save"], state.adaptation.form
+    wrapped = wrap(model, attachment, state.starts, heads, adapter)
+    put = form.begin_again if from_start else form.assign
+    for module, layer in adapter_layers(wrapped, state.targets).items():
+        put(layer, adapter, state.trained[module])
     if state.extras:
         set_peft_model_state_dict(wrapped, state.extras, adapter_name=adapter)
-    if get(recipe.method).needs == OPTIMISER:
-        wrapped.pissa_optimiser = recipe.method  # type: ignore[assignment]
+    if state.adaptation.method.optimizer:
+        note_optimizer(wrapped, state.adaptation.method.name)
     return wrapped
 
 
-def _refuse_other_optimiser(model: PeftModel, adapter: str, attachment: Attachment) -> None:
-    """A method that is an optimiser must have been trained by it; a start is as good as any."""
-    method = attachment.recipe.method
-    if get(method).needs != OPTIMISER or hasattr(model, "pissa_optimiser"):
+def note_optimizer(model: nn.Module, method: str) -> None:
+    """Write down on a model that the optimizer of this method trains it."""
+    model.pissa_optimizer = method  # type: ignore[assignment]
+
+
+def _refuse_other_optimizer(model: PeftModel, adapter: str, attachment: Attachment) -> None:
+    """A method that brings an optimizer must have been trained by it; a start is as good as any."""
+    method, form = attachment.adaptation.method, attachment.adaptation.form
+    if not method.optimizer or getattr(model, "pissa_optimizer", None) == method.name:
         return
-    layers = adapter_layers(model, attachment.targets).values()
-    if any(factors.trained(layer, adapter)[0].any() for layer in layers):
-        raise InputError(
-            f"adapter {adapter!r} was attached as {method} and trained by another optimiser, so it is a LoRA: train it "
-            "with pissa.training.lora_pro.LoraPro(model), or attach it as lora"
-        )
+    for layer in adapter_layers(model, attachment.targets).values():
+        trained = form.trained(layer, adapter)
+        drift = form.drift(form.start(layer, adapter, trained), trained)
+        if any(part.any() for part in drift.named().values()):
+            raise InputError(
+                f"adapter {adapter!r} was attached as {method.name} and trained by another "
+                f"optimizer: train it with {_optimizer_name(method)}, or attach it as another method"
+            )
 
 
-def _trained(layer: Any, adapter: str) -> Factors:
-    """What trains, whole and apart from the layer's own."""
-    is_core = cores.is_core(layer, adapter)
-    own = cores.trained(layer, adapter) if is_core else Factors(*factors.trained(layer, adapter))
-    return Factors(**{part: sharding.whole(tensor).detach().clone() for part, tensor in own.named().items()})
-
-
-def _zero_start(trained: Factors) -> Factors:
-    """What is kept of a start whose product is zero: its right factor is what trains."""
-    left, right = trained.pair
-    return Factors(left.new_zeros(left.shape), right)
-
-
-def _assign(layer: Any, adapter: str, trained: Factors) -> None:
-    if cores.is_core(layer, adapter):
-        cores.assign(layer, adapter, trained)
-    else:
-        factors.assign(layer, adapter, *trained.pair)
+def _optimizer_name(method: Method) -> str:
+    """As it is imported: pissa.training.lora_pro.LoraPro(model)."""
+    found = brought(method.optimizer or "")
+    return f"{found.__module__}.{found.__qualname__}(model)"
 
 
 def _load_plain(model: nn.Module, folder: Path, adapter: str, trainable: bool) -> PeftModel:

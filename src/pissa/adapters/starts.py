@@ -9,27 +9,26 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import Embedding, _ConvNd
 from torch import Tensor
 
-from pissa.adapters import factors, sharding
+from pissa.adapters import factors
 from pissa.errors import InputError, WrongBaseError
 from pissa.splits import Factors
 
 _BUFFERS = {part: f"start_{part}" for part in ("left", "right", "core", "pattern")}
 
 
-def hold(layer: Any) -> None:
-    """Give a layer room for the start of each of its adapters, and let it save and load them as plain LoRA."""
+def _hold(layer: Any) -> None:
+    """Give a layer room for the start of each of its adapters."""
     if hasattr(layer, "start_left"):
         return
     for buffer in _BUFFERS.values():
         setattr(layer, buffer, BufferDict({}, persistent=False))
     # In this list an adapter's entry is dropped by peft's delete_adapter.
     layer.other_param_names = (*layer.other_param_names, *_BUFFERS.values())
-    layer.register_state_dict_post_hook(_emit_plain_lora)
-    layer.register_load_state_dict_pre_hook(_take_plain_lora)
 
 
 def put(layer: Any, adapter: str, start: Factors, like: Tensor) -> None:
     """Keep an adapter's start on its layer, in the dtype and on the device of `like`."""
+    _hold(layer)
     for part, tensor in start.named().items():
         # Contiguous, as they come back from a file: another memory order rounds a product differently.
         ready = tensor.to(like.device if part == "pattern" else like).contiguous()
@@ -47,30 +46,9 @@ def one(layer: Any, adapter: str) -> Factors:
     return Factors(**{part: tensors[adapter] for part, tensors in held if adapter in tensors})
 
 
-def _variants(layer: Any) -> dict[str, Any]:
-    """What knows an adapter's parameters; an adapter on a quantised part has none, since it is a plain LoRA there."""
-    return {adapter: layer.lora_variant[adapter] for adapter in of(layer) if adapter in layer.lora_variant}
-
-
-def _emit_plain_lora(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """state_dict hook: what leaves the layer is a plain LoRA."""
-    for adapter, variant in _variants(layer).items():
-        keys = factors.keys(layer, adapter, prefix)
-        if keys[1] in state and not sharding.is_away(state[keys[1]]):
-            variant.emit(layer, adapter, state, keys)
-
-
-def _take_plain_lora(layer: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """load_state_dict hook: the plain LoRA of this very start is taken apart again."""
-    for adapter, variant in _variants(layer).items():
-        keys = factors.keys(layer, adapter, prefix)
-        if keys[1] in state and not sharding.is_away(state[keys[1]]):
-            variant.take(layer, adapter, state, keys)
-
-
-def refuse_foreign(key: str, adapter: str) -> None:
-    """A pair that the attached start cannot give."""
-    raise WrongBaseError(
+def foreign(key: str, adapter: str) -> WrongBaseError:
+    """The error of a pair that the attached start cannot give."""
+    return WrongBaseError(
         f"`{key}` does not carry the start of the attached adapter {adapter!r}: it was trained from another start. "
         "Load it on the plain base model, or go on from the run it belongs to"
     )
@@ -80,7 +58,7 @@ def product(module: Any, x: Tensor, left: Tensor, right: Tensor, scale: float) -
     """``s left right x`` for each kind of layer."""
     if isinstance(module, Embedding):
         after = module._embed(x, right.T) @ left.T
-        embed_scale = module._get_embed_scale()
+        embed_scale: Tensor | None = module._get_embed_scale()  # type: ignore[no-untyped-call]
         return scale * (after if embed_scale is None else after * embed_scale.to(after.dtype))
     x = x.to(right.dtype)
     if isinstance(module, _ConvNd):

@@ -9,33 +9,20 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pissa.adapters import plain
+from pissa.adapters.adaptation import Adaptation
 from pissa.adapters.factors import Starts
 from pissa.checkpoint.output import read_json, write_json
 from pissa.checkpoint.targets import Target
 from pissa.errors import CheckpointError
-from pissa.records import Recipe, Record
-from pissa.registry import get
-from pissa.splits import Factors, Lora, drift_as_lora
+from pissa.records import Base, Record
+from pissa.splits import Lora
 
 STATE, RECORD = "state.safetensors", "pissa.json"
-
-
-def trains_drift(recipe: Recipe) -> bool:
-    """Whether the change since the start trains; else L and R do, as where nothing was taken out of a base."""
-    chosen = get(recipe.method)
-    return chosen.has_core or not (chosen.zero_start or recipe.needs_residual)
-
-
-def keeps_start(recipe: Recipe) -> bool:
-    """Whether a start is written beside what trains: not where L and R train from a zero product."""
-    chosen = get(recipe.method)
-    return chosen.has_core or not chosen.zero_start
 
 
 @dataclass(frozen=True)
@@ -43,14 +30,16 @@ class State:
     """A `state/` folder, read.
 
     Attributes:
-        record: of kind "state".
+        record: of kind "state", with a base.
+        adaptation: what its recipe names.
         starts: by module.
-        trained: the drift since, where that trains, else L and R, by module.
+        trained: what trains in the form of the adaptation, by module.
         extras: tensors of modules that trained whole, under peft's file names.
         shapes: the stored weight's shape by module.
     """
 
     record: Record
+    adaptation: Adaptation
     starts: Starts
     trained: Starts
     extras: dict[str, Tensor]
@@ -59,14 +48,14 @@ class State:
     @property
     def targets(self) -> list[Target]:
         """The targets, with shapes."""
-        assert self.record.recipe is not None
-        kinds = self.record.recipe.targets
+        kinds = self.adaptation.recipe.targets
         return [Target(name, kind, tuple(self.shapes[name])) for name, kind in kinds.items()]
 
     def changes(self) -> dict[Target, Lora]:
         """Each weight's change of the model it is served on as a plain LoRA, scale folded in."""
+        form, scale = self.adaptation.form, self.adaptation.recipe.scale
         return {
-            target: _change(self.record, self.starts[target.module], self.trained[target.module])
+            target: form.change(self.starts[target.module], self.trained[target.module], scale)
             for target in self.targets
         }
 
@@ -104,8 +93,7 @@ def write_state(folder: Path, state: State) -> None:
 def write_adapter(folder: Path, state: State, changes: dict[Target, Lora] | None = None) -> None:
     """The plain LoRA folder of a state: its exact changes, or the given approximations of them."""
     record = state.record
-    served_on = record.served_on
-    assert served_on is not None
+    served_on = record.served_on or Base("unknown")
     config = plain.adapter_config(
         rank=1,
         alpha=1,
@@ -136,36 +124,29 @@ def read_state(folder: Path) -> State:
         tensors = load_file(folder / STATE)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read ({error}): go on from an earlier save") from error
-    parts = get(record.recipe.method).parts
-    try:
-        starts, trained = {}, {}
-        for module in record.recipe.targets:
-            trained[module] = Factors(**{part: tensors.pop(f"{module}.{_key(record.recipe, part)}") for part in parts})
-            if keeps_start(record.recipe):
-                kept = ("left", "right", *(part for part in ("core", "pattern") if f"{module}.start_{part}" in tensors))
-                starts[module] = Factors(**{part: tensors.pop(f"{module}.start_{part}") for part in kept})
-            else:
-                left, right = trained[module].pair
-                starts[module] = Factors(torch.zeros_like(left), right)
-    except KeyError as error:
-        raise CheckpointError(
-            f"{folder / STATE} lacks tensor {error}: the file is damaged, save the run again"
-        ) from error
-    state = State(record, starts, trained, tensors, record.notes["shapes"])
+    adaptation = Adaptation.of(record.recipe)
+    by_module: dict[str, dict[str, Tensor]] = {module: {} for module in record.recipe.targets}
+    extras: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        by_module.get(module, extras)[part if module in by_module else name] = tensor
+    starts, trained = {}, {}
+    for module, stored in by_module.items():
+        try:
+            starts[module], trained[module] = adaptation.form.from_state(stored)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{folder / STATE} lacks tensor '{module}.{error.args[0]}': the file is damaged, save the run again"
+            ) from error
+    state = State(record, adaptation, starts, trained, extras, record.notes["shapes"])
     _check_shapes(state, folder / STATE)
     return state
 
 
-def _key(recipe: Recipe, part: str) -> str:
-    """The name of what trains in the file, after the module's."""
-    return f"drift_{part}" if trains_drift(recipe) else part
-
-
 def _check_shapes(state: State, file: Path) -> None:
-    assert state.record.recipe is not None
     for target in state.targets:
         rows, columns = target.matrix_shape
-        rank = state.record.recipe.rank_of(target.module)
+        rank = state.adaptation.recipe.rank_of(target.module)
         expected: dict[str, tuple[int, ...]] = {"left": (rows, rank), "right": (rank, columns), "core": (rank, rank)}
         for factors in (state.starts[target.module], state.trained[target.module]):
             for part, tensor in factors.named().items():
@@ -178,27 +159,9 @@ def _check_shapes(state: State, file: Path) -> None:
                     )
 
 
-def _change(record: Record, start: Factors, trained: Factors) -> Lora:
-    """The change of the model that the adapter is served on: of a quantised residual all that was taken out is new."""
-    recipe = record.recipe
-    assert recipe is not None
-    if not trains_drift(recipe):
-        left, right = trained.pair
-        return Lora(right, recipe.scale * left)
-    change = drift_as_lora(start, trained, recipe.scale)
-    if recipe.needs_residual and start.core is not None:
-        left, _ = start.pair
-        change = Lora(change.A, change.B + recipe.scale * (left @ start.core))
-    return change
-
-
 def _state_tensors(state: State) -> dict[str, Tensor]:
-    recipe = state.record.recipe
-    assert recipe is not None
     tensors = dict(state.extras)
     for module, trained in state.trained.items():
-        tensors |= {f"{module}.{_key(recipe, part)}": tensor for part, tensor in trained.named().items()}
-    if keeps_start(recipe):
-        for module, start in state.starts.items():
-            tensors |= {f"{module}.start_{part}": tensor for part, tensor in start.named().items()}
+        stored = state.adaptation.form.to_state(state.starts[module], trained)
+        tensors |= {f"{module}.{name}": tensor for name, tensor in stored.items()}
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from pissa.adapters import cores, drift, quantised, starts
+from pissa.adapters import starts
+from pissa.adapters.forms import on_layer
 from pissa.adapters.plain import whole
 
 
@@ -45,12 +46,4 @@ def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: A
     config.r, config.lora_alpha = peft_config.r, peft_config.lora_alpha
     config.rank_pattern, config.alpha_pattern = dict(peft_config.rank_pattern), dict(peft_config.alpha_pattern)
     for layer in layers:
-        start, variant = starts.of(layer)[source], layer.lora_variant.get(source)
-        if isinstance(variant, cores.Keep):
-            cores.begin(layer, adapter_name, start, left=cores.trained(layer, source).left is not None)
-        elif variant:
-            drift.install(layer, adapter_name, start)
-        else:
-            quantised.begin(layer, adapter_name, start)
-        if variant:
-            layer.lora_variant[adapter_name] = variant
+        on_layer(layer)[source].begin(layer, adapter_name, starts.of(layer)[source])

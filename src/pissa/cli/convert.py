@@ -5,31 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument
 
 from pissa.cli import options, show
+from pissa.config.jobs import ConvertSettings
 
 
+@options.flags(ConvertSettings)
 def convert(
     run: Annotated[Path, Argument(help="A run, a plain LoRA, or with --start an adapter trained by stock peft.")],
     out: Annotated[Path, Argument(help="The folder to write.")],
-    rank: Annotated[int | None, Option(help="Best approximation of this rank. Default: exact (rank 2r).")] = None,
-    start: Annotated[Path | None, Option(help="The pissa_init/ folder that the adapter was trained from.")] = None,
-    base: Annotated[Path | None, Option(help="The original base, to check against and to write down.")] = None,
-    force: options.Force = False,
+    settings: ConvertSettings,
     as_json: options.Json = False,
 ) -> None:
     """Write a plain LoRA that any tool loads on the base."""
     import pissa
     from pissa.reports import served_rank, write_card
 
-    record = pissa.convert(run, out, rank, start=start, base=base, force=force)
+    record = pissa.convert(run, out, **vars(settings))
     if (run / "run.json").is_file():
         write_card(run, out)
     if as_json:
         show.print_json(record.to_json())
         return
-    assert record.base is not None
+    base = record.made_of(str(out)).name
     error, width = record.notes["error"], record.notes["rank"]
     show.say(f"{out}: plain LoRA of rank {width}, " + ("exact" if error == 0 else f"error {error:.1%} of the change"))
     if "beside" in record.notes:
@@ -38,7 +37,7 @@ def convert(
             "or serve the residual with the run's adapter/"
         )
     show.say_next(
-        f"pissa inspect {out} --base {record.base.name}",
-        f"pissa merge {record.base.name} {out} merged",
-        f"vllm serve {record.base.name} --enable-lora --max-lora-rank {served_rank(width)} --lora-modules mine={out}",
+        f"pissa inspect {out} --base {base}",
+        f"pissa merge {base} {out} merged",
+        f"vllm serve {base} --enable-lora --max-lora-rank {served_rank(width)} --lora-modules mine={out}",
     )

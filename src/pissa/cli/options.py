@@ -2,51 +2,94 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from typer import Option
 
+from pissa.config.jobs import DecomposeSettings
+from pissa.config.keywords import documented
 from pissa.errors import InputError
 
-Method = Annotated[str, Option(help="How to split; see `pissa methods`. Presets: qlora, loftq, qpissa.")]
-Rank = Annotated[int, Option(help="Rank of the trainable part, 1 to the smaller side of the narrowest target.")]
-Alpha = Annotated[float | None, Option(help="Strength: the product is scaled by alpha / rank. Default: the rank (1).")]
-Targets = Annotated[str, Option(help="all-linear, names separated by commas, or a regular expression.")]
-Svd = Annotated[str, Option(help="fast (seeded sketch), exact (certified to 1e-5) or the tolerance to certify.")]
-Seed = Annotated[int, Option(help="Fixes every random number, together with the tensors' names.")]
-Dtype = Annotated[str | None, Option(help="float32, bfloat16 or float16 for what is written. Default: as stored.")]
-Device = Annotated[str, Option(help="Where the algebra runs: cpu, cuda, cuda:1.")]
-Quant = Annotated[
-    str | None, Option(help="nf4, fp4 or int8 for the frozen part. Default: as it is, or as a preset says.")
-]
-MergedQuant = Annotated[
-    str | None, Option("--quant", help="nf4, fp4 or int8 for the merged weights. Default: 16 bits.")
-]
-Iterations = Annotated[
-    int | None, Option(help="Rounds of low-rank part and quantised rest (pissa, loftq). Default: 5.")
-]
-DoubleQuant = Annotated[bool, Option("--double-quant", help="Quantise the scales of the blocks too (nf4, fp4).")]
-Settings = Annotated[
-    list[str] | None, Option("--option", help="A setting of the method's own, NAME=VALUE; may be given several times.")
-]
+_MEANING = {name: meaning for name, (_, meaning) in documented(DecomposeSettings).items()}
+
+Targets = Annotated[str, Option(help=_MEANING["targets"])]
+Seed = Annotated[int, Option(help=_MEANING["seed"])]
+Workers = Annotated[int | None, Option(help=_MEANING["workers"])]
+Revision = Annotated[str | None, Option(help=_MEANING["revision"])]
+RemoteCode = Annotated[bool, Option("--trust-remote-code", help=_MEANING["trust_remote_code"])]
+Force = Annotated[bool, Option("--force", help=_MEANING["force"])]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 Calibration = Annotated[
     str | None,
     Option(help="For methods that observe the model: data (as for training), or a file of pissa observe."),
 ]
 CalibrationRows = Annotated[int, Option(help="Use the first so many rows of the calibration data, 1 or more.")]
-Store = Annotated[str, Option(help="packed (few bits, for bitsandbytes) or 16bit (what they stand for, for any tool).")]
-Workers = Annotated[int | None, Option(help="Tensors worked on side by side, 1 or more. Default: one a core, up to 4.")]
-MaxShardBytes = Annotated[str, Option(help="Size of an output file: bytes, 500MB, 5GB.")]
-Revision = Annotated[str | None, Option(help="Commit, tag or branch of a Hub model.")]
-RemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 RunCode = Annotated[
     bool, Option("--allow-code-execution", help="Run programs that a model wrote, without network, files or rights.")
 ]
 NoIsolation = Annotated[
     bool, Option("--no-isolation", help="Accept a process with limits only, where the machine has no walls.")
 ]
-Force = Annotated[bool, Option("--force", help="Replace the output folder if it is there.")]
-Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+
+
+def flags(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for each documented field of a settings class.
+
+    Args:
+        settings: a dataclass, see `pissa.config.keywords`.
+
+    Returns:
+        A decorator. The command takes an object of that class as `settings`, and the flags stand in
+        its place.
+    """
+    fields = {name: _flag(name, kind, meaning) for name, (kind, meaning) in documented(settings).items()}
+    defaults = {name: field.default for name, field in inspect.signature(settings).parameters.items()}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = typing.get_type_hints(command, include_extras=True)
+        hints.pop("settings")
+        parameters: list[inspect.Parameter] = []
+        for name, own in inspect.signature(command).parameters.items():
+            if name != "settings":
+                parameters.append(own.replace(annotation=hints[name]))
+                continue
+            for flag, hint in fields.items():
+                flagged = inspect.Parameter(flag, own.KEYWORD_ONLY, default=defaults[flag], annotation=hint)
+                parameters.append(flagged)
+        # typer gives everything by name, so the order is that of the help alone.
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+
+        def flagged_command(**given: Any) -> None:  # as the signature says
+            own = {name: _read(name, given.pop(name)) for name in fields}
+            command(**given, settings=settings(**own))
+
+        flagged_command.__name__, flagged_command.__doc__ = command.__name__, command.__doc__
+        flagged_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        flagged_command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return flagged_command
+
+    return decorate
+
+
+def _flag(name: str, kind: Any, meaning: str) -> Any:
+    """A field's type as a command line has it: words where a field takes more than one type."""
+    if name == "options":
+        return Annotated[list[str] | None, Option("--option", help=meaning)]
+    if kind is bool:
+        return Annotated[bool, Option(f"--{name.replace('_', '-')}", help=meaning)]
+    kinds = {None if one is type(None) else one for one in typing.get_args(kind) or (kind,)}
+    simple = next((one for one in (int, float) if kinds <= {one, None}), str)
+    return Annotated[simple | None if None in kinds else simple, Option(help=meaning)]
+
+
+def _read(name: str, word: Any) -> Any:
+    """A flag's word as the field takes it."""
+    if name == "options":
+        return named(word)
+    return target_list(word) if name == "targets" else word
 
 
 def named(settings: list[str] | None) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pissa.config import TrainSettings, config_error, default_of
 from pissa.errors import ConfigError, InputError
-from pissa.presets import observed
+from pissa.presets import find
 from pissa.randomness import tensor_seed
 
 CELLS = "cells"
@@ -34,7 +34,7 @@ class Cell:
         """Those of all cells with this cell's own."""
         method, options = variant(self.method)
         own = {"method": method, "options": options, "learning_rate": self.learning_rate, "seed": self.seed}
-        if observed(method) is None:
+        if method == "full" or find(method).observes is None:
             own["calibration"] = None
         try:
             return TrainSettings.model_validate(

@@ -173,7 +173,7 @@ def _points(run: Path) -> dict[int, Changes]:
         for checkpoint in checkpoints(run / "checkpoints"):
             found[step_of(checkpoint)] = read_changes(checkpoint).changes
     final = read_changes(run)
-    if final.record is None or final.record.recipe is None or final.record.recipe.needs_residual or final.extras:
+    if final.record is None or final.record.recipe is None or final.record.beside or final.extras:
         raise InputError(
             f"{run} trained on a quantised residual or with whole modules: its path is not one of adapters"
         )

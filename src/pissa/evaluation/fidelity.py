@@ -197,7 +197,7 @@ def _check_bases(
 def _forms(one: Subject, record: Record | None, base: str) -> list[tuple[str, Callable[[], Opened]]]:
     """The models that a path stands for, by kind, each loaded when it is its turn."""
     kind, folder = str(one.identity["kind"]), Path(one.path)
-    on_residual = bool(record and record.recipe and record.recipe.needs_residual)
+    beside = record.beside if record else None
 
     def load(path: Path, on: str | None) -> Callable[[], Opened]:
         return replace(one, path=str(path), base=on).open
@@ -205,10 +205,11 @@ def _forms(one: Subject, record: Record | None, base: str) -> list[tuple[str, Ca
     if kind == "w4a4":
         return [(kind, lambda: _open_w4a4(one))]
     if kind == "run" and (folder / "adapter").is_dir():
-        beside = str(folder / RESIDUAL) if (folder / RESIDUAL).is_dir() else None
-        trained = load(folder, None if on_residual else base)
-        return [(kind, trained), ("run, converted", load(folder / "adapter", beside if on_residual else base))]
-    needs_base = kind in ("state", "lora") and not on_residual
+        own = str(folder / RESIDUAL) if (folder / RESIDUAL).is_dir() else None
+        trained = load(folder, None if beside else base)
+        converted = load(folder / "adapter", own if beside else base)
+        return [(kind, trained), ("run, converted", converted)]
+    needs_base = kind in ("state", "lora") and not beside
     return [(kind, load(folder, base if needs_base else None))]
 
 

@@ -138,7 +138,7 @@ def base_of(one: Subject) -> tuple[str, str | None] | None:
     if record is None or record.base is None or one.identity["kind"] in ("model", HUB):
         return None
     name, revision = record.base.name, record.base.revision
-    if one.base and not (record.recipe and record.recipe.needs_residual):
+    if one.base and not record.beside:
         name, revision = one.base, None
     return (name, revision) if name and (Path(name).is_dir() or HUB_ID.fullmatch(name)) else None
 

@@ -3,8 +3,8 @@
     Q  <-  quantised(W - s left right)              left, right  <-  best rank r of (W - Q)
 
 QPiSSA (arXiv 2404.02948, section 4 and the authors' code) starts from the principal part of W and stops after
-quantising; LoftQ (arXiv 2310.08659, algorithm 1) starts from nothing and stops after the low-rank part. Both end with
-the low-rank part here: it costs one more SVD, and the error can only fall (Eckart-Young).
+quantizing; LoftQ (arXiv 2310.08659, algorithm 1) starts from nothing and stops after the low-rank part. Both end with
+the low-rank part here: it costs QPiSSA one more SVD, and the error can only fall (Eckart-Young).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def alternate(
     Args:
         weight: [out, in], any float dtype; computed in at least float32.
         rank: r.
-        quantisation: how to quantise, how many rounds, and whether to close with the low-rank part.
+        quantisation: how to quantize, and how many rounds, 1 or more.
         principal: start from the best rank-r part of W (QPiSSA), else from nothing (LoftQ).
         scale: s = alpha / rank.
         svd: see `truncated_svd`; later rounds of "fast" begin where the last one ended.
@@ -52,21 +52,19 @@ def alternate(
     def best_part(matrix: Tensor, near: LowRank | None) -> LowRank:
         return truncated_svd(matrix, rank, svd, seed=seed, name=name, near=near)
 
-    part = best_part(weight, None) if principal else None
-    closing = quantisation.closing or not principal
-    best: tuple[float, Quantised, LowRank] | None = None
-    for left_over in reversed(range(quantisation.rounds)):
-        quantised = quantisation.quantise(wide if part is None else _less(wide, part))
+    def attempt(near: LowRank | None) -> tuple[float, Quantised, LowRank]:
+        quantised = quantisation.quantise(wide if near is None else _less(wide, near))
         rest = wide - quantised.dense
-        if closing or part is None:
-            part = best_part(rest, part)
-        error = frobenius(_less(rest, part))
-        if best is not None and error >= best[0] * (1 - LEAST_GAIN):
+        part = best_part(rest, near)
+        return frobenius(_less(rest, part)), quantised, part
+
+    best = attempt(best_part(weight, None) if principal else None)
+    last = best
+    for _ in range(quantisation.rounds - 1):
+        last = attempt(last[2])
+        if last[0] >= best[0] * (1 - LEAST_GAIN):
             break
-        best = error, quantised, part
-        if left_over and not closing:
-            part = best_part(rest, part)
-    assert best is not None
+        best = last
     left, right = best[2].balanced(scale)
     return Split(weight, left, right, scale=scale, quantised=best[1])
 

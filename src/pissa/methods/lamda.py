@@ -63,6 +63,7 @@ def _split(weight: Tensor, rank: int, scale: float, svd: str | float, seed: int,
     trains="an r x r core, and for the first steps the left factor",
     verdict="fewer updates than LoRA and an export of rank r; the gain in memory comes only once the left is closed",
     parts=("left", "core"),
+    schedule="pissa.training.closing:CloseLeft",
 )
 def lamda(
     weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str, eta: float = 0.3
@@ -79,6 +80,7 @@ def lamda(
     verdict="lamda with a rank for each layer at the same sum of ranks; experimental, its rule is not the paper's text",
     parts=("left", "core"),
     allotment=Allotment(energy, by_energy),
+    schedule="pissa.training.closing:CloseLeft",
 )
 def lamda_plus(
     weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str, eta: float = 0.3

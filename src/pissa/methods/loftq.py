@@ -21,7 +21,6 @@ from pissa.splits import Split
     paper="2310.08659",
     trains="what quantisation lost of the weight",
     verdict="only for a quantised base; starts closer to it than QLoRA, further than QPiSSA at equal rounds",
-    alternates=True,
     needs="quantiser",
 )
 def loftq(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pissa.errors import InputError
 from pissa.randomness import noise_beside_zero, tensor_seed
-from pissa.registry import OPTIMISER, method
+from pissa.registry import method
 from pissa.splits import Split
 
 
@@ -25,7 +25,7 @@ from pissa.splits import Split
     trains="a new low-rank part, by steps nearest those of full fine-tuning",
     verdict="takes full fine-tuning's learning rate and optimiser memory; ties with LoRA where both rates are tuned",
     zero_start=True,
-    needs=OPTIMISER,
+    optimizer="pissa.training.lora_pro:LoraPro",
 )
 def lora_pro(
     weight: Tensor,

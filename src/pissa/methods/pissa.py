@@ -24,7 +24,6 @@ from pissa.splits import Split
     paper="2404.02948",
     trains="the principal singular part of the weight",
     verdict="falls faster than LoRA at small learning rates; wants a smaller one than LoRA's best",
-    alternates=True,
 )
 def pissa(
     weight: Tensor,

@@ -21,8 +21,8 @@ from pissa.checkpoint.layout import plan_bytes
 from pissa.config import TrainSettings
 from pissa.planning.model import Planned
 from pissa.planning.step import step_bytes
-from pissa.quant import quantiser
-from pissa.registry import OPTIMISER, get
+from pissa.quant import Quantiser
+from pissa.registry import brought
 from pissa.surgery.pipeline import MOST_WORKERS, WAITING
 
 FLOAT = 4
@@ -134,17 +134,18 @@ def host_cost(planned: Planned, device: Device, kind: str, process: int) -> Host
 def disk_cost(planned: Planned, settings: TrainSettings, steps: int | None) -> Disk:
     """Room for the run's folder; JSON files and the tokenizer, some hundred kilobytes to megabytes, are left out."""
     trained = _bytes(planned.trained)
-    recipe, residual = planned.recipe, 0
-    if recipe is None:
+    adaptation, residual = planned.adaptation, 0
+    if adaptation is None:
         result = exported = _bytes(planned.model.parameters())
     else:
-        chosen, named = get(recipe.method), planned.model.named_parameters()
+        named = planned.model.named_parameters()
         own = _bytes(part for name, part in named if part.requires_grad and ".lora_" in name)
-        rank_bytes = FLOAT * sum(recipe.rank_of(t.module) * sum(t.matrix_shape) for t in planned.targets)
-        exported = (1 if recipe.quant or chosen.own_rank else 2) * rank_bytes + trained - own
+        ranks = adaptation.recipe.rank_of
+        rank_bytes = FLOAT * sum(ranks(t.module) * sum(t.matrix_shape) for t in planned.targets)
+        exported = adaptation.form.lora_ranks * rank_bytes + trained - own
         result = exported + _start_bytes(planned) + trained
         if planned.makes_residual:
-            residual = _residual_bytes(planned, rank_bytes)
+            residual = _residual_bytes(planned, adaptation.quantizer, rank_bytes)
     saves = 1 if not settings.save_steps or not steps else math.ceil(steps / settings.save_steps)
     if settings.save_steps and settings.save_total_limit:
         most = settings.save_total_limit + 1
@@ -158,20 +159,22 @@ def _start_bytes(planned: Planned) -> int:
 
 
 def _optimizer_bytes(planned: Planned) -> int:
-    """Two moments of all that trains; LoRA-Pro's are those of the weights themselves, and its SGD form has none."""
-    recipe = planned.recipe
-    if recipe is None or get(recipe.method).needs != OPTIMISER:
+    """Two moments of all that trains; a method's own optimizer may keep others of the weights themselves."""
+    adaptation = planned.adaptation
+    own = adaptation.method.optimizer if adaptation else None
+    numbers_kept = getattr(brought(own), "numbers_kept", None) if own else None
+    if adaptation is None or numbers_kept is None:
         return 2 * _bytes(planned.trained)
-    others = [part for name, part in planned.model.named_parameters() if part.requires_grad and ".lora_" not in name]
-    weights = sum(math.prod(target.shape) for target in planned.targets) if recipe.options["form"] == "adamw" else 0
-    return 2 * (FLOAT * weights + _bytes(others))
+    named = planned.model.named_parameters()
+    others = [part for name, part in named if part.requires_grad and ".lora_" not in name]
+    shapes = [target.matrix_shape for target in planned.targets]
+    return FLOAT * numbers_kept(shapes, **adaptation.recipe.options) + 2 * _bytes(others)
 
 
-def _residual_bytes(planned: Planned, start: int) -> int:
+def _residual_bytes(planned: Planned, packer: Quantiser | None, start: int) -> int:
     """Weights in few bits, the others as they were, and the start."""
-    recipe = planned.recipe
-    assert recipe is not None and recipe.quant
-    packer = quantiser(recipe.quant, double=recipe.double_quant)
+    if packer is None:
+        return 0
     packed = {target.module: target for target in planned.targets if target.module in planned.packed}
     codes = sum(plan_bytes(packer.plan(target.matrix_shape, planned.source.dtype)) for target in packed.values())
     inside = {f"{module}.weight" for module in packed}

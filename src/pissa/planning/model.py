@@ -14,10 +14,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from pissa.adapters import cores, drift, plain
-from pissa.adapters.attach import Attachment, wrap
+from pissa.adapters import plain
+from pissa.adapters.adaptation import Adaptation, refuse_untrained
+from pissa.adapters.attach import Attachment, adapter_layers, wrap
 from pissa.adapters.plain import INIT
-from pissa.adapters.splitting import at_full_rank, refuse_unfit_targets
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.skeleton import parameter_names
 from pissa.checkpoint.targets import Target, find_targets, head_modules
@@ -25,10 +25,9 @@ from pissa.checks import check_rank
 from pissa.config import TrainSettings, config_error
 from pissa.planning.few_bits import FewBits
 from pissa.planning.source import Source, skeleton
-from pissa.presets import choose
-from pissa.quant import quantiser
+from pissa.presets import Choice
+from pissa.quant import Quantiser
 from pissa.records import Recipe, Record
-from pissa.registry import get
 from pissa.splits import Factors
 from pissa.surgery.packing import packed_modules
 from pissa.training import residual
@@ -45,7 +44,7 @@ class Planned:
         model: with its adapter, if it has one.
         source: what it is made of.
         sizes: how many numbers each weight of the base has, by name.
-        recipe: how its weights are split; None for full.
+        adaptation: how its weights are split and how what trains lives on them; None for full.
         targets: the weights that are split.
         packed: modules whose weights are in few bits.
     """
@@ -53,9 +52,14 @@ class Planned:
     model: Any
     source: Source
     sizes: dict[str, int]
-    recipe: Recipe | None = None
+    adaptation: Adaptation | None = None
     targets: tuple[Target, ...] = ()
     packed: frozenset[str] = frozenset()
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How its weights are split; None for full."""
+        return self.adaptation.recipe if self.adaptation else None
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -73,12 +77,13 @@ class Planned:
         return bool(self.packed) and not self.source.decomposed
 
 
-def build(source: Source, settings: TrainSettings, classes: int) -> Planned:
+def build(source: Source, settings: TrainSettings, choice: Choice | None, classes: int) -> Planned:
     """The model of a run.
 
     Args:
         source: of the base.
         settings: of the run.
+        choice: its method; None for full.
         classes: of a new classification head.
 
     Raises:
@@ -86,64 +91,67 @@ def build(source: Source, settings: TrainSettings, classes: int) -> Planned:
     """
     model = skeleton(source, settings, classes)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    if settings.method == "full":
+    if choice is None:
         if source.dtype == torch.float16:
             mistake = "dtype: got float16, expected bfloat16 or float32 with full: AdamW's steps vanish in float16"
             raise config_error([mistake], "the settings")
         return Planned(model.train(), source, sizes)
-    recipe, found = _recipe(source, settings, model)
-    refuse_unfit_targets(get(recipe.method), found)
-    recipe = at_full_rank(recipe, found)
+    refuse_untrained(choice.method)
+    adaptation, found = _adaptation(source, settings, choice, model)
+    adaptation.refuse_unfit(found)
+    adaptation = adaptation.at_full_rank(found)
+    recipe = adaptation.recipe
     for target in found:
         check_rank(recipe.rank_of(target.module), target.matrix_shape, target.weight)
     heads = sorted({*head_modules(model), *(settings.modules_to_save or ())})
     packed: frozenset[str] = frozenset()
-    if recipe.quant:
-        found, packed = _quantise(model, recipe, found, source.dtype)
-    starts = {target.module: _start(recipe, target) for target in found}
-    # The residual form keeps the originals on the CPU, which what has no values cannot be moved to.
-    kept = dataclasses.replace(recipe, base_form="keep")
+    if adaptation.quantizer:
+        found, packed = _quantise(model, adaptation.quantizer, found, source.dtype)
+    starts = {target.module: _start(adaptation, target) for target in found}
+    # The residual form keeps the originals on the CPU, which what has no values cannot be moved to: it is put on layers
+    # whose weights another form has left alone.
+    kept = Adaptation.of(dataclasses.replace(recipe, base_form="keep"), choice.method)
     with NO_DEVICE:  # peft draws its own start otherwise
-        attached = wrap(model, Attachment(Record("state", kept), found), starts, heads, "default")
-    if recipe.base_form == "residual" and not recipe.quant and not get(recipe.method).zero_start:
-        for target in found:
-            layer: Any = attached.get_base_model().get_submodule(target.module)
-            layer.lora_variant["default"] = (
-                cores.Product(starts[target.module]) if get(recipe.method).has_core else drift.Residual()
-            )
+        attachment = Attachment(kept, Record("state", recipe), found)
+        attached = wrap(model, attachment, starts, heads, "default")
+        for module, layer in adapter_layers(attached, found).items():
+            adaptation.form.begin(layer, "default", starts[module])
     if settings.dropout:
         set_dropout(attached, settings.dropout)
-    return Planned(attached.train(), source, sizes, recipe, tuple(found), packed)
+    return Planned(attached.train(), source, sizes, adaptation, tuple(found), packed)
 
 
-def _start(recipe: Recipe, target: Target) -> Factors:
+def _start(adaptation: Adaptation, target: Target) -> Factors:
     """The start of a target without values; layers that get ranks of their own have the asked one here."""
-    shapes = get(recipe.method).start_shapes(recipe.rank_of(target.module), target.matrix_shape, recipe.options)
+    recipe = adaptation.recipe
+    rank, shape = recipe.rank_of(target.module), target.matrix_shape
+    shapes = adaptation.method.start_shapes(rank, shape, recipe.options)
     kinds = {"pattern": torch.int64}
     return Factors(
         **{part: torch.empty(shape, dtype=kinds.get(part), device=NO_DEVICE) for part, shape in shapes.items()}
     )
 
 
-def _recipe(source: Source, settings: TrainSettings, model: nn.Module) -> tuple[Recipe, list[Target]]:
+def _adaptation(
+    source: Source, settings: TrainSettings, choice: Choice, model: nn.Module
+) -> tuple[Adaptation, list[Target]]:
     """How the weights are split: as the settings say, or as a decomposed folder was."""
     record = source.folder / INIT / plain.RECORD
     if source.decomposed and record.is_file():
-        recipe = Record.from_json(read_json(record), str(record)).recipe
-        assert recipe is not None
+        recipe = Record.from_json(read_json(record), str(record)).split_by(source.folder)
         mistakes = [
             f"{key}: got {got!r}, expected {expected!r}, as {settings.model} was decomposed"
-            for key, got, expected in residual.differences(recipe, settings)
+            for key, got, expected in residual.differences(recipe, settings, choice)
         ]
         if mistakes:
             raise config_error(mistakes, "the settings")
         weights = parameter_names(model, [f"{module}.weight" for module in recipe.targets])
         names = [name.removesuffix(".weight") for name in weights.values()]
         ranks = {weights[f"{module}.weight"].removesuffix(".weight"): rank for module, rank in recipe.ranks.items()}
-        return dataclasses.replace(recipe, base_form="residual", ranks=ranks), find_targets(model, names)
-    choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
+        recipe = dataclasses.replace(recipe, base_form="residual", ranks=ranks)
+        return Adaptation.of(recipe, choice.method), find_targets(model, names)
     recipe = Recipe(
-        choice.method,
+        choice.method.name,
         settings.rank,
         settings.alpha,
         settings.svd,
@@ -152,16 +160,15 @@ def _recipe(source: Source, settings: TrainSettings, model: nn.Module) -> tuple[
         quant=choice.quant,
         double_quant=settings.double_quant,
         iterations=choice.iterations,
-        options=get(choice.method).checked(settings.options),
+        options=choice.method.checked(settings.options),
     )
-    return recipe, find_targets(model, settings.targets)
+    return Adaptation.of(recipe, choice.method), find_targets(model, settings.targets)
 
 
 def _quantise(
-    model: nn.Module, recipe: Recipe, found: list[Target], dtype: torch.dtype
+    model: nn.Module, packer: Quantiser, found: list[Target], dtype: torch.dtype
 ) -> tuple[list[Target], frozenset[str]]:
     """Put layers in few bits into the model, and the rest in float32 as `prepare_model_for_kbit_training` does."""
-    packer = quantiser(recipe.quant or "", double=recipe.double_quant)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that some weights are written unpacked is for training to say
         packed = frozenset(packed_modules(packer, found))

@@ -17,6 +17,7 @@ from pissa.planning.machine import Machine, look
 from pissa.planning.measure import Measured, measure
 from pissa.planning.model import build
 from pissa.planning.source import Source, open_source
+from pissa.presets import Choice, choose
 from pissa.training.checks import check
 
 COMPARED = ("full", "lora", "qlora")
@@ -113,13 +114,14 @@ def plan(settings: TrainSettings, *, memory: str | None = None, measured: bool =
         ConfigError, InputError, DataError, CheckpointError: what training would refuse.
     """
     elsewhere = {"attn_implementation": "auto", "liger": False, "bf16": False} if memory else {}
-    check(settings.model_copy(update={"device": "auto", **elsewhere}), False)  # kernels of a GPU that is not here
+    # Kernels of a GPU that is not here.
+    choice = check(settings.model_copy(update={"device": "auto", **elsewhere}), False)
     machine = look(settings, None if memory is None else parse_bytes(memory))
     source = open_source(settings)
     counts = count(settings, source)
     others = [] if source.decomposed else [name for name in COMPARED if name != settings.method]
     costs = [_other(name, settings, source, counts, machine) for name in others]
-    costs.append(_cost(settings, source, counts, machine))
+    costs.append(_cost(settings, choice, source, counts, machine))
     if measured and (counts.rows is None or not source.tensors):
         raise InputError(f"--measure trains a few steps: {settings.model} and {settings.data} must be here, whole")
     taken = measure(settings) if measured else None
@@ -134,13 +136,20 @@ def _other(method: str, settings: TrainSettings, source: Source, counts: Counts,
     if method == "full" and source.dtype == torch.float16:
         source = dataclasses.replace(source, dtype=torch.bfloat16)
     try:
-        return _cost(settings.model_copy(update=plain), source, counts, machine)
+        choice = None if method == "full" else choose(method, double_quant=settings.double_quant and method == "qlora")
+        return _cost(settings.model_copy(update=plain), choice, source, counts, machine)
     except PissaError as error:
         return Cost(method, problem=str(error).splitlines()[-1].strip())
 
 
-def _cost(settings: TrainSettings, source: Source, counts: Counts, machine: Machine) -> Cost:
-    planned = build(source, settings, counts.classes)
+def _cost(
+    settings: TrainSettings,
+    choice: Choice | None,
+    source: Source,
+    counts: Counts,
+    machine: Machine,
+) -> Cost:
+    planned = build(source, settings, choice, counts.classes)
     disk = disk_cost(planned, settings, counts.steps)
     trainable = sum(parameter.numel() for parameter in planned.trained)
     device = device_cost(planned, settings, limit(settings, source), machine.kind)

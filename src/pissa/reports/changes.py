@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pissa.adapters.state import RECORD, State, keeps_start, read_state, trains_drift
+from pissa.adapters.state import RECORD, State, read_state
 from pissa.checkpoint.fingerprint import canonical, check_tensor
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.errors import PissaError
 from pissa.linalg import effective_rank, frobenius, principal_angles, product_singular_values
 from pissa.records import Record
-from pissa.splits import Factors, drift_as_lora
+from pissa.splits import drift_as_lora
 
 
 @dataclass(frozen=True)
@@ -81,21 +81,17 @@ def changes_of(run: Path) -> list[Change]:
 
 
 def _change(state: State, module: str, shape: tuple[int, int], weight_norm: float | None) -> Change:
-    recipe = state.record.recipe
-    assert recipe is not None
-    start, trained = state.starts[module], state.trained[module]
-    if not keeps_start(recipe):
-        values = product_singular_values(*trained.pair, recipe.scale)
-        return Change(module, shape, values.tolist(), weight_norm, [], [])
+    start = state.starts[module]
+    drift = state.adaptation.form.drift(start, state.trained[module])
+    change = drift_as_lora(start, drift, state.adaptation.recipe.scale)
+    values = product_singular_values(change.B, change.A).tolist()
     left, right = start.pair
-    drift = trained if trains_drift(recipe) else Factors(trained.pair[0] - left, trained.pair[1] - right)
-    change = drift_as_lora(start, drift, recipe.scale)
-    if drift.left is None or drift.right is None:
-        return Change(module, shape, product_singular_values(change.B, change.A).tolist(), weight_norm, [], [])
+    if drift.left is None or drift.right is None or not left.any():
+        return Change(module, shape, values, weight_norm, [], [])
     return Change(
         module,
         shape,
-        product_singular_values(change.B, change.A).tolist(),
+        values,
         weight_norm,
         principal_angles(left, left + drift.left).rad2deg().tolist(),
         principal_angles(right.T, (right + drift.right).T).rad2deg().tolist(),

@@ -8,8 +8,7 @@ from typing import Any
 
 from pissa.adapters import plain
 from pissa.checkpoint.output import read_json
-from pissa.presets import choose
-from pissa.registry import get
+from pissa.presets import find
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
@@ -41,7 +40,7 @@ def next_commands(run: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
     adapter = read_json(run / "adapter" / plain.CONFIG)
     base = str(adapter["base_model_name_or_path"])
     quantised = (Path(base) / plain.INIT).is_dir()
-    full_rank = get(choose(settings["method"]).method).full_rank
+    full_rank = find(settings["method"]).full_rank
     convert = f"pissa convert {here} LORA" + (" --rank 16" if full_rank else "")
     serving = f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {served_rank(adapter['r'])}"
     return [

@@ -24,17 +24,13 @@ from pissa.surgery.folders import Changes
 from pissa.surgery.packing import PackedWeights
 
 
-def refuse_exact(record: Record, run: Path) -> None:
-    """There is no exact plain LoRA for the base; name the ways out.
-
-    Raises:
-        InputError: always.
-    """
-    assert record.recipe is not None and record.served_on is not None and record.base is not None
-    raise InputError(
-        f"{run} was trained beside its residual in {record.recipe.quant}: quantisation moved every weight of "
-        f"{record.base.name}, so no LoRA on it is exact. Exact are: serving the residual {record.served_on.name} with "
-        f"the run's adapter/, and `pissa merge {record.served_on.name} {run} OUT`, a 16-bit model. The best LoRA of a "
+def no_exact(record: Record, run: Path) -> InputError:
+    """The error of asking for an exact plain LoRA on the base, which there is none of; with the ways out."""
+    residual = record.notes.get("residual", "RESIDUAL")
+    return InputError(
+        f"{run} was trained beside its residual in {record.beside}: quantisation moved every weight of "
+        f"{record.made_of(str(run)).name}, so no LoRA on it is exact. Exact are: serving the residual {residual} with "
+        f"the run's adapter/, and `pissa merge {residual} {run} OUT`, a 16-bit model. The best LoRA of a "
         "rank, with its error: --rank K"
     )
 
@@ -111,8 +107,7 @@ def best_changes(found: Changes, rank: int, base: Path, residual: Path) -> tuple
 
 def on_the_base(record: Record) -> Record:
     """The record of a LoRA that is right on the original base, made from one that was not."""
-    assert record.recipe is not None
-    recipe = dataclasses.replace(record.recipe, quant=None, double_quant=False, iterations=1)
-    return dataclasses.replace(
-        record, recipe=recipe, residual={}, notes={**record.notes, "beside": record.recipe.quant}
-    )
+    recipe = record.split_by("this run")
+    on_base = dataclasses.replace(recipe, quant=None, double_quant=False, iterations=1)
+    notes = {**record.notes, "beside": record.beside}
+    return dataclasses.replace(record, recipe=on_base, residual={}, notes=notes)

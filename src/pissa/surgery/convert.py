@@ -17,9 +17,11 @@ from pissa.checkpoint.output import read_json, staged_output
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names
 from pissa.checkpoint.targets import Target
+from pissa.config.jobs import ConvertSettings
+from pissa.config.keywords import spelled_out
 from pissa.errors import CheckpointError, InputError, WrongBaseError
+from pissa.presets import find
 from pissa.records import Base, Recipe, Record, versions
-from pissa.registry import get
 from pissa.splits import Factors, Lora, drift_as_lora
 from pissa.surgery import beside_residual
 from pissa.surgery.folders import RESIDUAL, Changes, adapter_scale, adapter_targets, read_changes
@@ -29,25 +31,16 @@ LEAST_SHARE = 0.5
 """A trained factor holds its own start once, a foreign start only by chance; MiLoRA's may move far beyond its norm."""
 
 
-def convert(
-    run: str | Path,
-    out: str | Path,
-    rank: int | None = None,
-    *,
-    start: str | Path | None = None,
-    base: str | Path | None = None,
-    force: bool = False,
-) -> Record:
+@spelled_out(ConvertSettings)
+def convert(run: str | Path, out: str | Path, settings: ConvertSettings) -> Record:
     """Write a plain LoRA adapter that any tool loads on the original base.
+
+    A run beside a quantized residual has no exact one, only the best of a rank.
 
     Args:
         run: a run, its state/ or a plain LoRA; with `start`, an adapter that stock peft trained on a residual.
         out: the folder to write.
-        rank: None for the exact change (rank 2r), else the best approximation of that rank, its error recorded. A run
-            beside a quantised residual has no exact one.
-        start: the `pissa_init/` folder that the adapter was trained from.
-        base: the original base to check against, where it lies now; for a start of unknown origin also written down.
-        force: replace `out`.
+        settings: a keyword argument each, see `pissa.config.jobs`.
 
     Returns:
         The record; `notes["error"]` is the relative error of the change (0 when exact).
@@ -56,38 +49,38 @@ def convert(
         WrongBaseError: another base, or an adapter that was trained from another start.
         InputError, CheckpointError, OutputError: as everywhere.
     """
-    run = Path(run)
+    run, rank, base = Path(run), settings.rank, settings.base
+    start = settings.start
     found = read_changes(run) if start is None else changes_since(run, Path(start), base)
     record = found.record or Record(
         "lora", base=Base(str(base or found.config.get("base_model_name_or_path", "unknown")))
     )
     if base is not None:
         check_folder(record, Path(base), f"the change in {run}")
-    if rank is None and record.recipe and get(record.recipe.method).full_rank:
+    if rank is None and record.recipe and find(record.recipe.method).full_rank:
         raise InputError(
             f"the change in {run} has full rank, and its exact LoRA is larger than the model: use pissa merge for all "
             "of it, or --rank K for the best of a rank"
         )
-    if record.recipe and record.recipe.needs_residual:
+    if record.beside:
         changes, error = _beside_residual(found, record, rank, base, run)
         record = beside_residual.on_the_base(record)
     else:
         changes, error = _at_rank(found.changes, rank)
     notes = {**record.notes, "error": error, "rank": max(change.rank for change in changes.values())}
     record = dataclasses.replace(record, kind="lora", notes=notes, versions=versions())
-    assert record.base is not None
-    kinds = {target.kind for target in changes}
+    made_of, kinds = record.made_of(str(run)), {target.kind for target in changes}
     config = plain.adapter_config(
         rank=1,
         alpha=1,
-        base=record.base.name,
-        revision=record.base.revision,
+        base=made_of.name,
+        revision=made_of.revision,
         target_modules=notes.get("target_modules") or found.config["target_modules"],
         transposed="conv1d" in kinds,
         task_type=notes.get("task_type") or found.config.get("task_type"),
         modules_to_save=notes.get("modules_to_save") or found.config.get("modules_to_save"),
     )
-    with staged_output(out, force=force, inputs=[run]) as folder:
+    with staged_output(out, force=settings.force, inputs=[run]) as folder:
         plain.write_plain_lora(folder, changes, found.extras, config, record)
     return record
 
@@ -112,7 +105,6 @@ def changes_since(adapter: Path, start: Path, base: str | Path | None) -> Change
         )
     _refuse_other_start(adapter, start, config, begun)
     record = _start_record(start, config, list(trained), base)
-    needs_residual = record.recipe is not None and record.recipe.needs_residual
     changes: dict[Target, Lora] = {}
     for target, (left, right) in trained.items():
         left0, right0 = begun[target]
@@ -123,7 +115,7 @@ def changes_since(adapter: Path, start: Path, base: str | Path | None) -> Change
                     f"{list(factor.shape)} does not hold the start's {list(factor0.shape)}. "
                     "Name the pissa_init/ folder that lay beside the residual in training"
                 )
-        if needs_residual:
+        if record.beside:
             changes[target] = Lora(right.float(), scale * left.float())
             continue
         begin, drift = Factors(left0, right0), Factors(left - left0, right - right0)
@@ -153,7 +145,7 @@ def _started_elsewhere(trained: Tensor, start: Tensor) -> bool:
     if norm == 0:
         return False
     share = float((trained * start).sum()) / norm**2
-    chance = float(torch.linalg.vector_norm(trained)) / norm / trained.numel() ** 0.5
+    chance = float(torch.linalg.vector_norm(trained)) / norm / float(trained.numel()) ** 0.5
     return share + 4 * chance < LEAST_SHARE
 
 
@@ -163,19 +155,18 @@ def check_folder(record: Record, folder: Path, what: str) -> None:
     Raises:
         WrongBaseError: naming the first tensor that differs, both digests and what to do.
     """
-    assert record.base is not None
-    if not record.base.tensors:
+    base = record.made_of(what)
+    if not base.tensors:
         warnings.warn(f"{what} carries no fingerprint: {folder} cannot be checked", stacklevel=3)
         return
     checkpoint = Checkpoint.open(folder)
-    missing = dict(record.base.tensors)
+    missing = dict(base.tensors)
     for key, name in canonical_names(checkpoint).items():
         if key in missing:
-            check_tensor(key, missing.pop(key), checkpoint.read(name), what=what, advice=f"Use {record.base.name}")
+            check_tensor(key, missing.pop(key), checkpoint.read(name), what=what, advice=f"Use {base.name}")
     if missing:
         raise WrongBaseError(
-            f"{what} was made for another base: tensor `{next(iter(missing))}` is absent from {folder}. "
-            f"Use {record.base.name}"
+            f"{what} was made for another base: tensor `{next(iter(missing))}` is absent from {folder}. Use {base.name}"
         )
 
 
@@ -190,13 +181,12 @@ def canonical_names(checkpoint: Checkpoint) -> dict[str, str]:
 def _beside_residual(
     found: Changes, record: Record, rank: int | None, base: str | Path | None, run: Path
 ) -> tuple[dict[Target, Lora], float]:
-    if rank is None:
-        beside_residual.refuse_exact(record, run)
-    served_on = record.served_on
-    assert rank is not None and record.base is not None and served_on is not None
+    made_of, served_on = record.made_of(str(run)), record.served_on
+    if rank is None or served_on is None:
+        raise beside_residual.no_exact(record, run)
     _check_rank(rank)
     if base is None:
-        check_folder(record, Path(record.base.name), f"the change in {run}")
+        check_folder(record, Path(made_of.name), f"the change in {run}")
     residual = Path(served_on.name)
     if not residual.is_dir() and (run / RESIDUAL).is_dir():
         residual = run / RESIDUAL  # a run that was moved
@@ -205,7 +195,7 @@ def _beside_residual(
             f"{run} was trained beside {residual}, which is gone: put it back there, or to {run / RESIDUAL}"
         )
     check_folder(dataclasses.replace(record, base=served_on), residual, f"the factors in {run}")
-    return beside_residual.best_changes(found, rank, Path(base or record.base.name), residual)
+    return beside_residual.best_changes(found, rank, Path(base or made_of.name), residual)
 
 
 def _check_rank(rank: int) -> None:

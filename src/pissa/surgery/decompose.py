@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from pissa.adapters.splitting import at_full_rank, given_observations, refuse_unfit_targets
+from pissa.adapters.adaptation import Adaptation, refuse_untrained
+from pissa.adapters.splitting import given_observations
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, find_targets
 from pissa.checkpoint.writer import parse_bytes
 from pissa.checks import chosen_device, scale_of, tolerance_of
+from pissa.config.jobs import DecomposeSettings
+from pissa.config.keywords import spelled_out
 from pissa.errors import CheckpointError, InputError, WrongBaseError
-from pissa.observe import Observations
-from pissa.presets import choose
-from pissa.quant import quantiser
+from pissa.presets import Choice, choose
 from pissa.records import Recipe, Record
-from pissa.registry import get
-from pissa.surgery.decomposition import Decomposition, Progress
+from pissa.surgery.decomposition import Decomposition
 from pissa.surgery.packing import is_residual, packed_modules
 from pissa.surgery.pipeline import check_workers
 
@@ -28,31 +26,8 @@ STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STORES = ("packed", "16bit")
 
 
-def decompose(
-    source: str | Path,
-    out: str | Path,
-    method: str = "pissa",
-    rank: int = 16,
-    *,
-    alpha: float | None = None,
-    targets: str | Iterable[str] = "all-linear",
-    svd: str | float = "fast",
-    seed: int = 0,
-    dtype: str | None = None,
-    quant: str | None = None,
-    iterations: int | None = None,
-    double_quant: bool = False,
-    store: str = "packed",
-    device: str = "cpu",
-    workers: int | None = None,
-    max_shard_bytes: int | str = "5GB",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    force: bool = False,
-    progress: Progress | None = None,
-    observations: Observations | str | Path | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Record:
+@spelled_out(DecomposeSettings)
+def decompose(source: str | Path, out: str | Path, settings: DecomposeSettings) -> Record:
     """Split every target of a checkpoint, as many tensors in memory as there are workers.
 
     A run that was killed goes on when it is called again in the same way, and ends with the same bits.
@@ -60,26 +35,7 @@ def decompose(
     Args:
         source: a folder or a Hub id.
         out: the folder to write; it appears whole or not at all.
-        method: a name listed by `pissa methods`, or a preset: qlora, loftq, qpissa.
-        rank: 1 to min(out, in) of the smallest target.
-        alpha: above 0; by default `rank`, which makes the scale 1.
-        targets: "all-linear", module names or endings, or a regular expression.
-        svd: "fast", "exact" (certified to 1e-5) or a tolerance to certify.
-        seed: fixes every random number together with the tensors' names.
-        dtype: "float32", "bfloat16" or "float16" for the residual; as stored by default.
-        quant: nf4, fp4 or int8 for the residual; None to leave it as it is, or as a preset says.
-        iterations: rounds of alternation between the low-rank part and the quantised rest (pissa, loftq); 5 by default.
-        double_quant: quantise the scales of the blocks too.
-        store: "packed" writes a quantised residual in few bits, "16bit" what that stands for.
-        device: where the algebra runs.
-        workers: tensors worked on side by side, which the output does not depend on; one a core, up to 4, by default.
-        max_shard_bytes: size of an output file, a number or "500MB".
-        revision: of a Hub id.
-        trust_remote_code: whether the model's own code may run; off by default.
-        force: replace `out` if it exists.
-        progress: told after every tensor.
-        observations: what was seen of this model on calibration rows, for the methods that need it; or the file of it.
-        options: the method's own settings by name.
+        settings: a keyword argument each, see `pissa.config.jobs`.
 
     Returns:
         The record that was written as `pissa.json`.
@@ -87,95 +43,80 @@ def decompose(
     Raises:
         InputError, CheckpointError, WrongBaseError, OutputError: before `out` exists, naming tensor or key.
     """
-    job = prepare(
-        source,
-        method,
-        rank,
-        alpha=alpha,
-        targets=targets,
-        svd=svd,
-        seed=seed,
-        dtype=dtype,
-        quant=quant,
-        iterations=iterations,
-        double_quant=double_quant,
-        store=store,
-        device=device,
-        max_shard_bytes=max_shard_bytes,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        observations=observations,
-        options=options,
-    )
-    check_workers(workers)
-    return job.into(Path(out), force=force, workers=workers, progress=progress)
+    job = prepare(source, settings)
+    check_workers(settings.workers)
+    return job.into(out, force=settings.force, workers=settings.workers, progress=settings.progress)
 
 
-def prepare(
-    source: str | Path,
-    method: str,
-    rank: int,
-    *,
-    alpha: float | None = None,
-    targets: str | Iterable[str] = "all-linear",
-    svd: str | float = "fast",
-    seed: int = 0,
-    dtype: str | None = None,
-    quant: str | None = None,
-    iterations: int | None = None,
-    double_quant: bool = False,
-    store: str = "packed",
-    device: str = "cpu",
-    max_shard_bytes: int | str = "5GB",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    observations: Observations | str | Path | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Decomposition:
-    """All that `decompose` can check before it writes anything; see there for the arguments and errors."""
-    choice = choose(method, quant, iterations, double_quant)
-    chosen = get(choice.method)
-    own = chosen.checked(options)
-    scale_of(alpha, rank)
-    tolerance_of(svd)
-    check_dtype(dtype)
-    chosen_device(device)
-    shard_bytes = parse_bytes(max_shard_bytes)
-    if store not in STORES:
-        raise InputError(f"store is {store!r}, expected one of {', '.join(STORES)}")
-    if store != STORES[0] and not choice.quant:
-        raise InputError(f"store is {store!r}, which has a meaning only with a quantiser: add --quant nf4")
-    checkpoint = Checkpoint.open(source, revision)
+def prepare(source: str | Path, settings: DecomposeSettings, choice: Choice | None = None) -> Decomposition:
+    """All that `decompose` can check before it writes anything.
+
+    Args:
+        source: a folder or a Hub id.
+        settings: see `decompose`.
+        choice: the method and quantizer that the settings name, where they are at hand.
+
+    Raises:
+        InputError, CheckpointError, WrongBaseError: naming tensor or key.
+    """
+    asked = settings
+    if choice is None:
+        choice = choose(asked.method, asked.quant, asked.iterations, asked.double_quant)
+    method = choice.method
+    own = method.checked(asked.options)
+    scale_of(asked.alpha, asked.rank)
+    tolerance_of(asked.svd)
+    check_dtype(asked.dtype)
+    chosen_device(asked.device)
+    shard_bytes = parse_bytes(asked.max_shard_bytes)
+    if asked.store not in STORES:
+        raise InputError(f"store is {asked.store!r}, expected one of {', '.join(STORES)}")
+    if asked.store != STORES[0] and not choice.quant:
+        raise InputError(f"store is {asked.store!r}, which has a meaning only with a quantiser: add --quant nf4")
+    checkpoint = Checkpoint.open(source, asked.revision)
     _refuse_unfit(checkpoint)
-    skeleton = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
-    found = find_targets(skeleton, targets)
-    refuse_unfit_targets(chosen, found)
-    for target in sorted(found, key=lambda target: min(target.matrix_shape)):  # the narrowest says what fits all
-        chosen.rank_at(rank, target.matrix_shape, target.weight)
-    packed: frozenset[str] = frozenset()
-    if choice.quant and store == "packed":
-        packed = frozenset(packed_modules(quantiser(choice.quant, double=double_quant), found))
-    parameters = parameter_names(skeleton, checkpoint.tensors)
-    by_tensor = stored_targets(found, parameters, checkpoint.folder)
-    _refuse_other_shapes(checkpoint, by_tensor)
+    skeleton = build_skeleton(checkpoint.folder, trust_remote_code=asked.trust_remote_code)
+    found = find_targets(skeleton, asked.targets)
+    refuse_untrained(method)
     recipe = Recipe(
-        choice.method,
-        rank,
-        float(rank if alpha is None else alpha),
-        svd,
-        seed,
+        method.name,
+        asked.rank,
+        float(asked.rank if asked.alpha is None else asked.alpha),
+        asked.svd,
+        asked.seed,
         "residual",
-        # bitsandbytes' layers hold GPT-2's transposed weights the usual way round.
-        {target.module: "linear" if target.module in packed else target.kind for target in found},
+        {target.module: target.kind for target in found},
         choice.quant,
-        double_quant,
+        asked.double_quant,
         choice.iterations,
         own,
     )
-    dtypes = {name: output_dtype(info.dtype, dtype) for name, info in checkpoint.tensors.items()}
-    recipe = at_full_rank(recipe, found)
-    job = Decomposition(checkpoint, skeleton, parameters, by_tensor, recipe, dtypes, packed, device, shard_bytes)
-    job.observations = given_observations(method, observations)
+    adaptation = Adaptation.of(recipe, method)
+    adaptation.refuse_unfit(found)
+    # The narrowest first: it says what fits all.
+    for target in sorted(found, key=lambda target: min(target.matrix_shape)):
+        method.rank_at(asked.rank, target.matrix_shape, target.weight)
+    packed: frozenset[str] = frozenset()
+    if adaptation.quantizer and asked.store == "packed":
+        packed = frozenset(packed_modules(adaptation.quantizer, found))
+        # bitsandbytes' layers hold GPT-2's transposed weights the usual way round.
+        kinds = {t.module: "linear" if t.module in packed else t.kind for t in found}
+        adaptation = adaptation.changed(targets=kinds)
+    parameters = parameter_names(skeleton, checkpoint.tensors)
+    by_tensor = stored_targets(found, parameters, checkpoint.folder)
+    _refuse_other_shapes(checkpoint, by_tensor)
+    job = Decomposition(
+        checkpoint,
+        skeleton,
+        parameters,
+        by_tensor,
+        adaptation.at_full_rank(found),
+        {name: output_dtype(info.dtype, asked.dtype) for name, info in checkpoint.tensors.items()},
+        packed,
+        asked.device,
+        shard_bytes,
+        given_observations(method, asked.observations),
+    )
     job.allot()
     job.check()
     return job

@@ -13,12 +13,12 @@ from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target
+from pissa.config.jobs import Progress
 from pissa.errors import CheckpointError, InputError, PissaError, WrongBaseError
 from pissa.linalg import product_singular_values
 from pissa.records import Record
 from pissa.splits import Lora
 from pissa.surgery.convert import check_folder
-from pissa.surgery.decomposition import Progress
 from pissa.surgery.folders import (
     adapter_scale,
     adapter_targets,
@@ -153,21 +153,20 @@ def inspect(
 
 def _meaning(kind: str, record: Record | None) -> tuple[str, str]:
     """What a folder of that kind is and whether it is safe to serve."""
-    if record is None or record.recipe is None or not record.recipe.needs_residual or kind not in ON_RESIDUAL:
+    if record is None or not record.beside or kind not in ON_RESIDUAL:
         what, safe = MEANING[kind]
         lost = record.notes.get("error") if record and kind == "lora" else None
         cut = f", the best of rank {record.notes['rank']}: {lost:.1%} of the change is lost" if record and lost else ""
         return what + cut, safe
     residual = record.notes.get("residual", "its residual")
-    what, safe = (text.format(quant=record.recipe.quant, residual=residual) for text in ON_RESIDUAL[kind])
+    what, safe = (text.format(quant=record.beside, residual=residual) for text in ON_RESIDUAL[kind])
     return what, safe
 
 
 def _check_base(record: Record, kind: str, base: Path, what: str) -> None:
     """Whether a folder belongs to a model: to the original, or to the residual where that is what it needs."""
-    if record.recipe and record.recipe.needs_residual and kind in ("run", "state", "lora"):
-        served_on = record.served_on
-        assert served_on is not None
+    served_on = record.served_on
+    if served_on and record.beside and kind in ("run", "state", "lora"):
         if is_residual(Checkpoint.open(base).config):
             return check_folder(replace(record, base=served_on), base, what)
         if kind == "lora":
@@ -189,8 +188,7 @@ def _errors(
             f"{path} is {MEANING[kind][0]}, and errors are those of a quantised residual: give what "
             "`pissa decompose MODEL OUT --quant nf4` wrote"
         )
-    assert record.base is not None
-    original = Path(base or record.base.name)
+    original = Path(base or record.made_of(str(path)).name)
     if not original.is_dir():
         raise InputError(f"the original model {original} is no folder here: name it with --base")
     check_workers(workers)

@@ -5,8 +5,8 @@ A run that was trained beside a quantised residual is merged into what that stan
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,54 +14,44 @@ import torch
 from torch import Tensor
 
 from pissa.adapters import plain
-from pissa.checkpoint.fingerprint import canonical, check_tensor
-from pissa.checkpoint.layout import Spec, plan_bytes
-from pissa.checkpoint.output import staged_output, write_json
+from pissa.checkpoint.fingerprint import canonical, check_tensor, tensor_digest
+from pissa.checkpoint.layout import Plan, Spec
+from pissa.checkpoint.output import write_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, kind_of
-from pissa.checkpoint.writer import CheckpointWriter, parse_bytes
+from pissa.checkpoint.writer import parse_bytes
+from pissa.config.jobs import MergeSettings
+from pissa.config.keywords import spelled_out
 from pissa.errors import WrongBaseError
 from pissa.linalg import frobenius
-from pissa.quant import Quantiser, quantiser
+from pissa.quant import quantiser
 from pissa.records import Record, versions
 from pissa.splits import Lora
 from pissa.surgery.decompose import STORED, check_dtype, output_dtype
-from pissa.surgery.decomposition import Progress
 from pissa.surgery.folders import Changes, principal_share, read_changes, refuse_principal
 from pissa.surgery.packing import PackedWeights, is_residual, packed_modules, packed_names, quantisation_config
 from pissa.surgery.pairing import refuse_half_a_residual, refuse_other_kind
-from pissa.surgery.pipeline import check_workers, in_order
+from pissa.surgery.pipeline import check_workers
+from pissa.surgery.streaming import SHARDS, Piece, StreamJob
 
 
+@spelled_out(MergeSettings)
 def merge(
     base: str | Path,
     run: str | Path,
     out: str | Path,
-    *,
-    dtype: str | None = None,
-    quant: str | None = None,
-    workers: int | None = None,
-    max_shard_bytes: int | str = "5GB",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    force: bool = False,
-    progress: Progress | None = None,
+    settings: MergeSettings,
 ) -> Record:
     """Write base plus change for every target and the rest as it is; sums in float32, rounded once.
+
+    A merge that was killed goes on when it is called again in the same way.
 
     Args:
         base: the original model, a folder or a Hub id; for a run beside a quantised residual, that residual's folder.
         run: a run, its state/ or a plain LoRA.
         out: the folder to write; it appears whole or not at all.
-        dtype: "float32", "bfloat16" or "float16"; as stored by default.
-        quant: nf4, fp4 or int8 for the merged weights, which loses some of what was trained; 16 bits by default.
-        workers: tensors worked on side by side; one a core, up to 4, by default.
-        max_shard_bytes: size of an output file.
-        revision: of a Hub id.
-        trust_remote_code: whether the model's own code may run.
-        force: replace `out`.
-        progress: told after every tensor.
+        settings: a keyword argument each, see `pissa.config.jobs`.
 
     Returns:
         The record; `notes["errors"]` has the relative error of what was written, and of nf4 where the base is packed.
@@ -69,58 +59,29 @@ def merge(
     Raises:
         WrongBaseError: the run belongs to another base; names the tensor.
     """
-    check_dtype(dtype)
-    check_workers(workers)
+    asked = settings
+    check_dtype(asked.dtype)
+    check_workers(asked.workers)
     run = Path(run)
-    checkpoint = Checkpoint.open(base, revision)
+    checkpoint = Checkpoint.open(base, asked.revision)
     found = read_changes(run, on_residual=is_residual(checkpoint.config))
-    job = _Job(checkpoint, found, run, dtype, quantiser(quant) if quant else None, trust_remote_code)
-    shard_bytes = parse_bytes(max_shard_bytes)
-    with (
-        staged_output(out, force=force, needs_bytes=plan_bytes(job.plan), inputs=[checkpoint.folder, run]) as folder,
-        CheckpointWriter(folder, job.plan, shard_bytes, job.late) as writer,
-    ):
-        job.write_tensors(writer, workers, progress)
-        job.write_config(folder)
-        record = job.record()
-        write_json(folder / plain.RECORD, record.to_json())
-    return record
+    job = _Job(checkpoint, found, run, asked)
+    return job.into(out, force=asked.force, workers=asked.workers, progress=asked.progress)
 
 
-@dataclass(frozen=True)
-class _Merged:
-    """What is written for one tensor of the base.
-
-    Attributes:
-        name: in the base.
-        tensors: to write.
-        share: how much of the base itself an adapter of unknown origin holds.
-        errors: squared norms of what each format lost of the merged weight, and of the weight itself ("weight").
-    """
-
-    name: str
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    share: float | None = None
-    errors: dict[str, float] = field(default_factory=dict)
-
-
-class _Job:
+class _Job(StreamJob):
     """One merge: which stored tensor takes which change, and under which name it is written."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        found: Changes,
-        run: Path,
-        dtype: str | None,
-        packer: Quantiser | None,
-        remote_code: bool,
-    ) -> None:
-        self.checkpoint, self.found, self.run, self.packer = checkpoint, found, run, packer
+    def __init__(self, checkpoint: Checkpoint, found: Changes, run: Path, asked: MergeSettings) -> None:
+        self.checkpoint, self.found, self.run, self.asked = checkpoint, found, run, asked
+        self.dtype, self.shard_bytes = asked.dtype, parse_bytes(asked.max_shard_bytes)
+        packer = self.packer = quantiser(asked.quant) if asked.quant else None
         refuse_other_kind(checkpoint, found, run, self.advice())
         # A run that trained a head belongs to a model class that the base's own config does not name.
         self.head_config: dict[str, Any] | None = found.record.notes.get("model_config") if found.record else None
-        self.skeleton = build_skeleton(checkpoint.folder, config=self.head_config, trust_remote_code=remote_code)
+        self.skeleton = build_skeleton(
+            checkpoint.folder, config=self.head_config, trust_remote_code=asked.trust_remote_code
+        )
         modules = dict(self.skeleton.named_modules())
         for target in found.changes:
             if target.module not in modules:
@@ -143,17 +104,39 @@ class _Job:
         self.packed_out = packed_modules(packer, [target for target, _ in self.changes.values()]) if packer else set()
         refuse_half_a_residual(checkpoint, self.packed.names, self.changes, run)
         self.extras = {_module_name(name): tensor for name, tensor in found.extras.items()}
-        self.dtype = dtype
-        self.plan = {key: spec for name in checkpoint.tensors for key, spec in self.planned(name).items()}
-        self.plan |= {name: (output_dtype(t.dtype, dtype), tuple(t.shape)) for name, t in self.extras.items()}
+        # Canonical, as the record of the run has them.
+        self.keys = {name: canonical(self.parameters.get(name, name), self.prefix) for name in checkpoint.tensors}
+        served_on = found.record.served_on if found.record else None
+        self.recorded = dict(served_on.tensors) if served_on else {}
         if packer:
             quantisation_config(packer, self.skeleton, self.packed_out, torch.float32)  # refuses now, not at the end
-        self.late = {
+
+    def late(self) -> set[str]:
+        """The state of each packed weight, whose JSON has a length of its own."""
+        return {
             key
             for name, (target, _) in self.changes.items()
-            if packer and target.module in self.packed_out
-            for key in packed_names(self.new_name(name), packer.late).values()
+            if self.packer and target.module in self.packed_out
+            for key in packed_names(self.new_name(name), self.packer.late).values()
         }
+
+    def further(self) -> dict[str, Tensor]:
+        """Modules that trained whole."""
+        return {name: t.to(output_dtype(t.dtype, self.dtype)) for name, t in self.extras.items()}
+
+    def inputs(self) -> list[Path]:
+        """The base and the run."""
+        return [self.checkpoint.folder, self.run]
+
+    def facts(self) -> dict[str, Any]:  # JSON
+        """What is asked, and what the run holds."""
+        digest = hashlib.sha256()
+        for name, (_, change) in sorted(self.changes.items(), key=lambda item: item[0]):
+            for tensor in (change.A, change.B):
+                digest.update(tensor_digest(tensor).encode())
+            digest.update(name.encode())
+        extras = {name: tensor_digest(tensor) for name, tensor in self.extras.items()}
+        return {"dtype": self.dtype, "quant": self.asked.quant, "changes": digest.hexdigest(), "extras": extras}
 
     def shape(self, name: str, kind: str, target: Target) -> tuple[int, ...]:
         """Of the weight as the model has it, whatever the checkpoint stores."""
@@ -162,8 +145,12 @@ class _Job:
         rows, columns = target.matrix_shape
         return (columns, rows) if kind == "conv1d" else (rows, columns)
 
-    def planned(self, name: str) -> dict[str, Spec]:
+    def planned(self, name: str) -> dict[str, Plan]:
         """What is written for a tensor of the base."""
+        plan = self._planned(name)
+        return {SHARDS: plan} if plan else {}
+
+    def _planned(self, name: str) -> dict[str, Spec]:
         new = self.new_name(name)
         if new in self.extras or self.packed.weight_of(name) not in (None, name):
             return {}
@@ -187,46 +174,36 @@ class _Job:
         """The stored name, or the parameter's own where the model got another head."""
         return self.parameters.get(name, name) if self.head_config else name
 
-    def write_tensors(self, writer: CheckpointWriter, workers: int | None, progress: Progress | None) -> None:
-        """Stream the base through, checking every tensor and adding the changes."""
-        served_on = self.found.record.served_on if self.found.record else None
-        recorded = dict(served_on.tensors) if served_on else {}
-        keys = {name: canonical(self.parameters.get(name, name), self.prefix) for name in self.checkpoint.tensors}
+    def piece(self, name: str) -> Piece:
+        """A tensor of the base, checked, with its change."""
+        tensor, key = self.checkpoint.read(name), self.keys[name]
+        if key in self.recorded:
+            what = f"the change in {self.run}"
+            check_tensor(key, self.recorded[key], tensor, what=what, advice=self.advice())
+        return self.merged(name, tensor) if self._planned(name) else Piece(name)
 
-        def work(name: str) -> _Merged:
-            tensor, key = self.checkpoint.read(name), keys[name]
-            if key in recorded:
-                check_tensor(key, recorded[key], tensor, what=f"the change in {self.run}", advice=self.advice())
-            return self.merged(name, tensor) if self.planned(name) else _Merged(name)
-
-        total = sum(info.nbytes for info in self.checkpoint.tensors.values())
-        done, shares = 0, []
-        self.squares: dict[str, float] = {}
-        for piece in in_order(work, self.checkpoint.tensors, workers):
-            for key, tensor in piece.tensors.items():
-                writer.write(key, tensor)
-            shares += [piece.share] if piece.share is not None else []
-            for key, square in piece.errors.items():
-                self.squares[key] = self.squares.get(key, 0.0) + square
-            done += self.checkpoint.tensors[piece.name].nbytes
-            if progress:
-                progress(piece.name, done, total)
-        absent = recorded.keys() - keys.values()
+    def finish(self, staging: Path, final: Path, pieces: list[Piece]) -> Record:
+        """Refuse a base that lacks a tensor, or an adapter that holds a part of it; then the small files."""
+        absent = self.recorded.keys() - self.keys.values()
         if absent:
             raise WrongBaseError(f"`{sorted(absent)[0]}` is absent from {self.checkpoint.name}. {self.advice()}")
+        shares = [piece.facts["share"] for piece in pieces if "share" in piece.facts]
         refuse_principal(self.run, shares, self.checkpoint.name)
-        for name, tensor in self.extras.items():
-            writer.write(name, tensor.to(self.plan[name][0]))
+        self.write_config(staging)
+        record = self.record(pieces)
+        write_json(staging / plain.RECORD, record.to_json())
+        return record
 
-    def merged(self, name: str, tensor: Tensor) -> _Merged:
-        """What takes a tensor's place."""
+    def merged(self, name: str, tensor: Tensor) -> Piece:
+        """What takes a tensor's place, and the squared norms of what each format loses of it."""
         new = self.new_name(name)
         if name not in self.changes:
-            return _Merged(name, {new: tensor.to(self.plan[new][0])})
+            dtype, _ = self._planned(name)[new]
+            return Piece(name, {new: tensor.to(dtype)})
         target, change = self.changes[name]
         packed = name in self.packed.names
         matrix = self.packed.dense(name) if packed else target.to_matrix(tensor)
-        share = None if self.found.record else principal_share(matrix, change)
+        share = {} if self.found.record else {"share": principal_share(matrix, change)}
         dtype = self.weight_dtype(name)
         wide = torch.promote_types(matrix.dtype, torch.float32)
         whole = matrix.to(wide) + change.delta().to(wide)
@@ -242,7 +219,7 @@ class _Job:
         errors = {"weight": frobenius(whole) ** 2, "written": frobenius(whole - written) ** 2}
         if packed and self.packer is None:
             errors["nf4"] = frobenius(whole - quantiser("nf4").quantise(whole, dtype).dense) ** 2
-        return _Merged(name, tensors, share, errors)
+        return Piece(name, tensors, {"errors": errors, **share})
 
     def write_config(self, folder: Path) -> None:
         """Config and tokenizer of the base, with the head's config where there is one."""
@@ -257,12 +234,16 @@ class _Job:
             config["quantization_config"] = quantisation_config(self.packer, self.skeleton, self.packed_out, dtype)
         write_json(folder / "config.json", config)
 
-    def record(self) -> Record:
+    def record(self, pieces: list[Piece]) -> Record:
         """The record of kind "merged"."""
         origin = self.found.record
         recipe, base = (origin.recipe, origin.base) if origin else (None, None)
-        whole = self.squares.pop("weight", 0.0)
-        errors = {key: (square / whole) ** 0.5 if whole else 0.0 for key, square in self.squares.items()}
+        squares: dict[str, float] = {}
+        for piece in pieces:
+            for key, square in piece.facts.get("errors", {}).items():
+                squares[key] = squares.get(key, 0.0) + square
+        whole = squares.pop("weight", 0.0)
+        errors = {key: (square / whole) ** 0.5 if whole else 0.0 for key, square in squares.items()}
         return Record("merged", recipe, base, notes={"errors": errors}, versions=versions())
 
     def advice(self) -> str:

@@ -130,7 +130,8 @@ class PackedWeights:
 
     def dense(self, weight: str) -> Tensor:
         """What a weight stands for, [out, in]."""
-        assert self._quantiser is not None
+        if self._quantiser is None:
+            raise CheckpointError(f"{self._checkpoint.name} has no weights in few bits, so none is `{weight}`")
         return self._quantiser.dense(self.parts(weight))
 
     def weight_of(self, name: str) -> str | None:

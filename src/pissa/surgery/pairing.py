@@ -20,7 +20,7 @@ def refuse_other_kind(checkpoint: Checkpoint, found: Changes, run: Path, advice:
     Raises:
         WrongBaseError: with what to do.
     """
-    recipe = found.record.recipe if found.record else None
+    record = found.record
     residual = is_residual(checkpoint.config)
     named = str(found.config.get("base_model_name_or_path"))
     if residual and found.record is None and Path(named).resolve() != checkpoint.folder.resolve():
@@ -28,12 +28,12 @@ def refuse_other_kind(checkpoint: Checkpoint, found: Changes, run: Path, advice:
             f"{run} has no pissa.json and names {named} as its base, and {checkpoint.name} is a residual: only an "
             "adapter that was trained on that residual is right with it, and names it"
         )
-    if recipe and recipe.needs_residual and not residual:
+    if record and record.beside and not residual:
         raise WrongBaseError(
-            f"{run} was trained beside its residual in {recipe.quant}, so its factors mean nothing on "
+            f"{run} was trained beside its residual in {record.beside}, so its factors mean nothing on "
             f"{checkpoint.name}. {advice}"
         )
-    if recipe and residual and not recipe.needs_residual:
+    if record and record.recipe and residual and not record.beside:
         weight = next(iter(found.changes)).weight
         raise WrongBaseError(
             f"{run} is for the original model: it changes `{weight}`, of which {checkpoint.name} holds the residual. "

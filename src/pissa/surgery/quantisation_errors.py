@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from pissa.adapters import plain
+from pissa.adapters.adaptation import Adaptation
 from pissa.adapters.plain import INIT
-from pissa.adapters.splitting import quantiser_of, split_by
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.targets import Target
+from pissa.config.jobs import Progress
 from pissa.linalg import frobenius, nuclear
 from pissa.records import Recipe
 from pissa.surgery.activations import layer_inputs
 from pissa.surgery.beside_residual import WeightPairs
-from pissa.surgery.decomposition import Progress
 from pissa.surgery.folders import adapter_targets
 from pissa.surgery.pipeline import in_order
 
@@ -57,6 +57,7 @@ def quantisation_errors(
     pairs, by_module = WeightPairs(base, folder, starts), {target.module: pair for target, pair in starts.items()}
     inputs = layer_inputs(base, pairs.targets, text) if text else {}
     total = sum(map(pairs.nbytes, pairs.targets))
+    loftq = Adaptation.of(dataclasses.replace(recipe, method=LOFTQ, options={}))
     sums: dict[str, Sums] = {}
     counts: dict[str, int] = {}
     done = 0
@@ -65,7 +66,8 @@ def quantisation_errors(
         weight, frozen = pairs.read(target)
         left, right = by_module[target.module]
         this = weight.float() - frozen.float() - recipe.scale * (left.float() @ right.float())
-        errors = {**_others(recipe, target.weight, weight, frozen.dtype), THIS: this, WEIGHT: weight.float()}
+        others = _others(loftq, recipe.method, target.weight, weight, frozen.dtype)
+        errors = {**others, THIS: this, WEIGHT: weight.float()}
         return target, {form: _norms(error, inputs.get(target.module)) for form, error in errors.items()}
 
     for target, found in in_order(work, pairs.targets, workers):
@@ -79,14 +81,13 @@ def quantisation_errors(
     return [{"type": kind, "weights": counts[kind], "errors": _relative(sums[kind])} for kind in kinds]
 
 
-def _others(recipe: Recipe, name: str, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the other forms are off by."""
-    wide, packer = weight.float(), quantiser_of(recipe)
-    assert packer is not None
-    errors = {packer.name: wide - packer.quantise(wide, dtype).dense.float()}
-    if recipe.method != LOFTQ:
-        split = split_by(dataclasses.replace(recipe, method=LOFTQ), weight, name, dtype)
-        errors[LOFTQ] = wide - split.rebuild()
+def _others(loftq: Adaptation, this: str, name: str, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the quantizer alone is off by, and LoftQ where `this` method is another one."""
+    wide, packer, errors = weight.float(), loftq.quantizer, {}
+    if packer is not None:
+        errors[packer.name] = wide - packer.quantise(wide, dtype).dense.float()
+    if this != LOFTQ:
+        errors[LOFTQ] = wide - loftq.split(weight, name, dtype).rebuild()
     return errors
 
 

@@ -3,58 +3,86 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from pissa.adapters import plain
 from pissa.adapters.plain import INIT
 from pissa.checkpoint.output import write_json
-from pissa.checkpoint.targets import short_names
-from pissa.records import Record
-from pissa.surgery.packing import quantisation_config
-
-if TYPE_CHECKING:
-    from pissa.surgery.decomposition import Decomposition
+from pissa.checkpoint.targets import Target, short_names
+from pissa.records import Base, Recipe, Record
 
 
-def write_small_files(job: Decomposition, staging: Path, final: Path, record: Record) -> None:
-    """Config, tokenizer, adapter config; the records last."""
-    for file in job.checkpoint.companions():
+def write_small_files(
+    staging: Path,
+    companions: Iterable[Path],
+    config: dict[str, Any],
+    start_config: dict[str, Any],
+    record: Record,
+) -> None:
+    """Config, tokenizer, adapter config; the records last.
+
+    Args:
+        staging: the folder that is being made, its tensors written.
+        companions: files of the base that go along.
+        config: `config.json`, JSON.
+        start_config: `adapter_config.json` of the start, JSON.
+        record: of kind "residual".
+    """
+    for file in companions:
         shutil.copyfile(file, staging / file.name)
-    config = json.loads((staging / "config.json").read_text())
-    assert record.base is not None
-    # transformers carries unknown keys along, so the residual says what it is wherever it is saved again.
-    config["pissa"] = {
-        "kind": "residual",
-        "base": record.base.name,
-        "method": job.recipe.method,
-        "rank": job.recipe.rank,
-        "quant": job.recipe.quant,
-        "fingerprint": record.base.fingerprint,
-    }
-    dtype = next(job.dtypes[name] for name in job.targets)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config.pop("torch_dtype", None)
-    if job.packed and job.packer:
-        config["quantization_config"] = quantisation_config(job.packer, job.skeleton, job.packed, dtype)
     write_json(staging / "config.json", config)
-    write_json(staging / INIT / plain.CONFIG, _init_config(job, final))
-    write_json(staging / INIT / plain.RECORD, dataclasses.replace(record, kind="init").to_json())
+    write_json(staging / INIT / plain.CONFIG, start_config)
+    start_record = dataclasses.replace(record, kind="init")
+    write_json(staging / INIT / plain.RECORD, start_record.to_json())
     write_json(staging / plain.RECORD, record.to_json())
 
 
-def _init_config(job: Decomposition, final: Path) -> dict[str, Any]:
+def residual_config(
+    config: dict[str, Any],
+    recipe: Recipe,
+    base: Base,
+    dtype: torch.dtype,
+    packing: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """`config.json` of the residual; transformers carries unknown keys along, so it says what it is
+    wherever it is saved again.
+
+    Args:
+        config: of the base, JSON.
+        recipe: how it was split.
+        base: its name and fingerprint.
+        dtype: of the weights.
+        packing: `quantization_config` where weights are in few bits, JSON.
+    """
+    note = {
+        "kind": "residual",
+        "base": base.name,
+        "method": recipe.method,
+        "rank": recipe.rank,
+        "quant": recipe.quant,
+        "fingerprint": base.fingerprint,
+    }
+    written = {**config, "pissa": note, "dtype": str(dtype).removeprefix("torch.")}
+    written.pop("torch_dtype", None)
+    return written | ({"quantization_config": packing} if packing else {})
+
+
+def init_config(recipe: Recipe, targets: list[Target], skeleton: nn.Module, final: Path) -> dict[str, Any]:  # JSON
     """The adapter config of the start: it names the residual's folder, where alone it is right."""
-    name = type(job.skeleton).__name__
+    name = type(skeleton).__name__
     return plain.adapter_config(
-        rank=job.recipe.rank,
-        alpha=job.recipe.alpha,
+        rank=recipe.rank,
+        alpha=recipe.alpha,
         base=str(final.resolve()),
         revision=None,
-        target_modules=short_names(list(job.targets.values()), job.skeleton),
-        transposed="conv1d" in job.recipe.targets.values(),
+        target_modules=short_names(targets, skeleton),
+        transposed="conv1d" in recipe.targets.values(),
         task_type="CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None,
-        ranks=job.recipe.ranks,
+        ranks=recipe.ranks,
     )

@@ -13,7 +13,8 @@ from pissa.config import TrainSettings, load_settings
 from pissa.errors import InputError
 from pissa.observe import Observations, observe
 from pissa.observe.processes import process
-from pissa.presets import observed
+from pissa.presets import Choice, find
+from pissa.registry import Method
 from pissa.training import distributed, language
 from pissa.training.arguments import device
 from pissa.training.data import Rows, read, renamed
@@ -27,7 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def observations(
-    load: Callable[[], Any], task: Any, examples: Examples, tokenizer: Any, settings: TrainSettings
+    load: Callable[[], Any],
+    task: Any,
+    examples: Examples,
+    tokenizer: Any,
+    settings: TrainSettings,
+    choice: Choice | None,
 ) -> Observations | None:
     """What the method needs, seen by the base; read from a file where `calibration` names one.
 
@@ -37,11 +43,12 @@ def observations(
         examples: the run's own rows, which are read where no others are named.
         tokenizer: the model's.
         settings: of the run.
+        choice: its method; None for full.
 
     Raises:
         InputError, DataError: rows that cannot be read.
     """
-    need = observed(settings.method)
+    need = choice.method.observes if choice else None
     if need is None:
         return None
     if settings.calibration and settings.calibration.endswith(SAVED):
@@ -53,7 +60,9 @@ def observations(
     return _observed(load(), task, rows[: settings.calibration_rows], source, tokenizer, settings, [need])
 
 
-def for_method(model: str, method: str, calibration: str | None, rows: int, **settings: Any) -> Observations | None:
+def for_method(
+    model: str, method: str | Method, calibration: str | None, rows: int, **settings: Any
+) -> Observations | None:
     """What a method needs to have seen of a language model on disk or on the Hub.
 
     Args:
@@ -66,13 +75,16 @@ def for_method(model: str, method: str, calibration: str | None, rows: int, **se
     Raises:
         InputError: calibration without a need, or a need without calibration.
     """
-    needs = observed(method)
+    method = find(method)
+    needs = method.observes
     if needs is None:
         if calibration:
-            raise InputError(f"calibration is {calibration}, but {method} needs the weights alone: leave it out")
+            raise InputError(f"calibration is {calibration}, but {method.name} needs the weights alone: leave it out")
         return None
     if calibration is None:
-        raise InputError(f"{method} needs the {needs} of each layer: give --calibration DATA, rows as for training")
+        raise InputError(
+            f"{method.name} needs the {needs} of each layer: give --calibration DATA, rows as for training"
+        )
     if calibration.endswith(SAVED):
         return Observations.load(calibration)
     return calibrate(model, calibration, rows, [needs], **settings)

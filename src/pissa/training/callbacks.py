@@ -12,14 +12,13 @@ from typing import Any
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from pissa.adapters import cores
+from pissa.adapters import exact
 from pissa.errors import DivergedError
 from pissa.training import distributed
 from pissa.training.folder import WHOLE, checkpoints, read_metrics
 
 LOSSES = ("loss", "eval_loss", "old_loss")
 SCORES = ("eval_accuracy", "eval_f1", "eval_matthews", "eval_pearson", "eval_spearman")
-EXACT = "cores.safetensors"
 MEASURED = (*LOSSES, *SCORES, "learning_rate", "grad_norm")
 
 
@@ -83,8 +82,8 @@ class OldLoss(TrainerCallback):
 class Checkpoints(TrainerCallback):
     """Marks a checkpoint as whole, last of all, and only then deletes the oldest ones.
 
-    A core is a part of the plain LoRA that the trainer writes, from which it comes back with rounding; so it is written
-    beside that as it is.
+    What comes back from the plain LoRA that the trainer writes only with rounding (a core) is written beside that as it
+    is.
     """
 
     def __init__(self, keep: int, model: Any, resumed: Path | None):
@@ -95,15 +94,13 @@ class Checkpoints(TrainerCallback):
     ) -> None:
         """Called when the trainer has read a checkpoint."""
         if self.resumed:
-            read_exact(self.model, self.resumed)
+            exact.read(self.model, self.resumed)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called when the trainer has written everything."""
         distributed.wait()
         folder = Path(str(args.output_dir))
-        exact = cores.parameters(self.model)
-        if exact:
-            cores.write(exact, folder / f"checkpoint-{state.global_step}" / EXACT, first=distributed.is_first())
+        exact.write(self.model, folder / f"checkpoint-{state.global_step}", first=distributed.is_first())
         if not state.is_world_process_zero:
             return
         (folder / f"checkpoint-{state.global_step}" / WHOLE).touch()
@@ -111,13 +108,6 @@ class Checkpoints(TrainerCallback):
             for old in checkpoints(folder)[: -self.keep]:
                 (old / WHOLE).unlink()  # first, so that half a deletion is no checkpoint
                 shutil.rmtree(old)
-
-
-def read_exact(model: Any, checkpoint: Path) -> None:
-    """Put the bits of cores back, which a checkpoint's plain LoRA gives only nearly."""
-    exact = cores.parameters(model)
-    if exact:
-        cores.read(exact, checkpoint / EXACT)
 
 
 class EarlyStop(TrainerCallback):

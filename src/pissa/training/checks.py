@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pissa.adapters.forms import form_of
 from pissa.checks import tolerance_of
 from pissa.config import TrainSettings, config_error, default_of
 from pissa.errors import InputError, require
-from pissa.presets import choose, observed
+from pissa.presets import Choice, choose
 from pissa.quant import quantiser
-from pissa.registry import OPTIMISER, get
 from pissa.training import options, residual
 from pissa.training.arguments import device
 from pissa.training.calibration import SAVED
@@ -23,11 +23,19 @@ NEUTRAL = frozenset(
 """What may differ on resuming: where things lie (their content is compared) and what does not touch a weight."""
 
 
-def check(settings: TrainSettings, resume: bool) -> None:
-    """What the settings alone cannot know: methods, extras, the machine."""
+def check(settings: TrainSettings, resume: bool) -> Choice | None:
+    """What the settings alone cannot know: methods, extras, the machine.
+
+    Returns:
+        The method and quantizer that they name; None for full.
+
+    Raises:
+        ConfigError: all mistakes in one report.
+    """
     for module in ("trl", "datasets"):
         require(module, "train")
-    mistakes = []
+    mistakes: list[str] = []
+    choice: Choice | None = None
     if resume and settings.force:
         mistakes.append("force: got true beside --resume, expected one of the two")
     if settings.method != "full":
@@ -37,25 +45,13 @@ def check(settings: TrainSettings, resume: bool) -> None:
             mistakes.append(f"svd: {error}")
         try:
             choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
-            chosen = get(choice.method)
-            chosen.checked(settings.options)
+            choice.method.checked(settings.options)
             if choice.quant:
                 quantiser(choice.quant, double=settings.double_quant)
         except InputError as error:
             mistakes.append(f"method: {error}")
         else:
-            if settings.dropout and chosen.has_core:
-                mistakes.append(
-                    f"dropout: got {settings.dropout:g}, expected 0 with {settings.method}, whose core reads all inputs"
-                )
-            elif settings.dropout and not chosen.zero_start:
-                mistakes.append(
-                    f"dropout: got {settings.dropout:g}, expected 0 with {settings.method}: the adapter starts as a "
-                    "part of the weight itself, and dropping its inputs would change the model before the first step"
-                )
-            if not chosen.parts:
-                mistakes.append(f"method: got {settings.method}, which trains nothing: see pissa decompose")
-            mistakes += _about_calibration(settings)
+            mistakes += _about_method(settings, choice)
     else:
         mistakes += [
             f"{key}: got {getattr(settings, key)}, expected {unset} with full, which has no adapter"
@@ -82,14 +78,25 @@ def check(settings: TrainSettings, resume: bool) -> None:
         raise config_error(mistakes, "the settings")
     options.require_packages(settings)
     device(settings)
+    return choice
 
 
-def _about_calibration(settings: TrainSettings) -> list[str]:
+def _about_method(settings: TrainSettings, choice: Choice) -> list[str]:
+    """What a known method does not go with."""
+    if not choice.method.parts:
+        return [f"method: got {settings.method}, which trains nothing: see pissa decompose"]
+    form = form_of(choice.method, settings.base, choice.quant is not None)
+    why_not = form.why_no_dropout(settings.method) if settings.dropout else None
+    refused = [f"dropout: got {settings.dropout:g}, {why_not}"] if why_not else []
+    return refused + _about_calibration(settings, choice)
+
+
+def _about_calibration(settings: TrainSettings, choice: Choice) -> list[str]:
     """Where calibration would be passed over, or read as something that it is not."""
     if not settings.calibration:
         return []
     got = f"calibration: got {settings.calibration}, expected"
-    if observed(settings.method) is None:
+    if choice.method.observes is None:
         return [f"{got} null with {settings.method}, which needs the weights alone"]
     if residual.is_decomposed(settings.model):
         return [f"{got} null with {settings.model}, which was decomposed with what was seen then"]
@@ -98,14 +105,14 @@ def _about_calibration(settings: TrainSettings) -> list[str]:
     return []
 
 
-def check_layout(settings: TrainSettings) -> None:
+def check_layout(settings: TrainSettings, choice: Choice | None) -> None:
     """What a method cannot do where a launcher spreads what trains over processes."""
     sharding = layout()["sharding"]
-    if settings.method == "full" or sharding not in ("fsdp", "deepspeed"):
+    if choice is None or sharding not in ("fsdp", "deepspeed"):
         return
-    chosen = get(choose(settings.method).method)
+    form = form_of(choice.method, settings.base, choice.quant is not None)
     # DeepSpeed steps inside the backward pass, on weights of its own, where nothing can be put back.
-    if chosen.needs == OPTIMISER or (chosen.has_core and sharding == "deepspeed"):
+    if choice.method.optimizer or sharding in form.undivided:
         mistake = f"method: got {settings.method} under {sharding}, expected DDP or one process: it needs whole factors"
         raise config_error([mistake], "the settings")
 

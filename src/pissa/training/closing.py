@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pissa.adapters import cores
 from pissa.adapters.attach import adapter_layers, attachments_of
+from pissa.adapters.forms import Form
 from pissa.errors import InputError
 
 
@@ -27,26 +27,31 @@ class CloseLeft(TrainerCallback):
 
     Args:
         model: from `pissa.attach`.
+        eta: share of the steps after which all columns are closed; what the method was attached with by default.
 
     Raises:
-        InputError: its left factor does not train beside a core.
+        InputError: its left factor does not train beside a core, or nothing says when to close it.
     """
 
-    def __init__(self, model: Any):
-        self.layers: list[tuple[Any, str]] = []
+    def __init__(self, model: Any, eta: float | None = None):
+        self.layers: list[tuple[Any, str, Form]] = []
         for adapter, attachment in attachments_of(model).items():
-            for layer in adapter_layers(model, attachment.targets).values():
-                if cores.is_core(layer, adapter) and cores.trained(layer, adapter).left is not None:
-                    self.layers.append((layer, adapter))
-                    self.eta = float(attachment.recipe.options["eta"])
+            form = attachment.adaptation.form
+            if {"left", "core"} <= set(form.parts):
+                layers = adapter_layers(model, attachment.targets).values()
+                self.layers += [(layer, adapter, form) for layer in layers]
+                eta = attachment.recipe.options.get("eta") if eta is None else eta
         if not self.layers:
             raise InputError("this model has no left factor beside a core to close: attach lamda or lamda++ first")
+        if eta is None:
+            raise InputError("nothing says when the left factor is to be closed: give eta, a share of the steps")
+        self.eta = float(eta)
         self.kept: list[Tensor] = []
 
     @property
     def factors(self) -> list[Tensor]:
         """What may be closed, asked anew: FSDP2 puts other parameters into the layers."""
-        found = (cores.trained(layer, adapter).left for layer, adapter in self.layers)
+        found = (form.trained(layer, adapter).left for layer, adapter, form in self.layers)
         return [left for left in found if left is not None]
 
     def on_pre_optimizer_step(

@@ -17,7 +17,8 @@ acts on what trains, the factors or their drift. A trainer clips the factors' ra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -25,13 +26,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pissa.adapters import cores, factors, starts
+from pissa.adapters import factors
+from pissa.adapters.forms import Form, on_layer
+from pissa.adapters.forms.pair import Pair as PlainPair
+from pissa.adapters.runs import note_optimizer
 from pissa.errors import ConfigError, InputError
 from pissa.linalg.tangent import Tangent
 from pissa.training.distributed import layout
 
 Pair = tuple[Any, str]
 """A peft layer and the name of its adapter that trains."""
+PLAIN = PlainPair(("left", "right"))
 
 
 class LoraPro(Optimizer):
@@ -81,7 +86,12 @@ class LoraPro(Optimizer):
             {"params": others},
         ]
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        model.pissa_optimiser = "lora_pro"  # type: ignore[assignment]
+        note_optimizer(model, "lora_pro")
+
+    @staticmethod
+    def numbers_kept(shapes: Iterable[tuple[int, int]], form: str = "adamw", **options: float) -> int:
+        """How many numbers in float32 it keeps for weights of these shapes [out, in]."""
+        return 2 * sum(math.prod(shape) for shape in shapes) if form == "adamw" else 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -104,10 +114,8 @@ class LoraPro(Optimizer):
     def _updates(self, pair: Pair, left: Tensor, right: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """What lr times is to be subtracted from the pair, [out, r] and [r, in]."""
         layer, adapter = pair
-        B, A, gB, gA = (part.flatten(1) for part in (left, right, left.grad, right.grad))  # type: ignore[union-attr]
-        if adapter in layer.lora_variant:  # then the drift trains
-            L0, R0 = starts.one(layer, adapter).pair
-            B, A = L0 + B, R0 + A
+        gB, gA = (part.grad.flatten(1) for part in (left, right))  # type: ignore[union-attr]
+        B, A = _form(layer, adapter).current(layer, adapter)
         tangent = Tangent(B, A, layer.scaling[adapter], group["damping"])
         updates = tangent.updates(gB, gA)
         if group["form"] == "adamw":
@@ -144,8 +152,15 @@ def _pairs(model: nn.Module) -> list[Pair]:
     return pairs
 
 
+def _form(layer: Any, adapter: str) -> Form:
+    """An adapter that was not attached here is a plain LoRA."""
+    return on_layer(layer).get(adapter, PLAIN)
+
+
 def _trains_both(layer: Any, adapter: str) -> bool:
-    return not cores.is_core(layer, adapter) and all(part.requires_grad for part in factors.parameters(layer, adapter))
+    if _form(layer, adapter).parts != PLAIN.parts:
+        return False
+    return all(part.requires_grad for part in factors.parameters(layer, adapter))
 
 
 def _descend(parameter: Tensor, update: Tensor, group: dict[str, Any]) -> None:

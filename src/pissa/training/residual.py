@@ -12,11 +12,11 @@ from torch import nn
 
 from pissa.checkpoint.output import read_json
 from pissa.config import TrainSettings
+from pissa.config.jobs import DecomposeSettings
 from pissa.errors import CheckpointError
 from pissa.observe import Observations
-from pissa.presets import choose
+from pissa.presets import Choice, choose
 from pissa.records import Recipe
-from pissa.registry import get
 from pissa.surgery.decompose import prepare
 from pissa.surgery.decomposition import Decomposition
 from pissa.surgery.folders import RESIDUAL
@@ -29,12 +29,17 @@ DEFAULT_SVD = TrainSettings.model_fields["svd"].default
 
 
 def with_quantised_base(
-    settings: TrainSettings, out: Path, before: dict[str, Any] | None, seen: Callable[[], Observations | None]
+    settings: TrainSettings,
+    choice: Choice | None,
+    out: Path,
+    before: dict[str, Any] | None,
+    seen: Callable[[], Observations | None],
 ) -> TrainSettings:
     """The settings with the model to load: the one they name, or its quantised residual in OUT/residual.
 
     Args:
         settings: of the run.
+        choice: its method and quantizer; None for full.
         out: its folder.
         before: the record of the run to go on with, whose residual is kept as it is; None for a new run.
         seen: what the method needs to have been seen of the 16-bit base; all processes ask, where that is split.
@@ -42,7 +47,6 @@ def with_quantised_base(
     Raises:
         InputError, CheckpointError, OutputError: see `pissa.decompose`.
     """
-    choice = choose(settings.method, settings.quant, settings.iterations) if settings.method != "full" else None
     if choice is None or not choice.quant or is_decomposed(settings.model):
         return settings
     target = out / RESIDUAL
@@ -54,16 +58,15 @@ def with_quantised_base(
     observations = seen()
 
     def make() -> None:
-        job = prepare(
-            settings.model,
-            settings.method,
+        asked = DecomposeSettings(
+            choice.method.name,
             settings.rank,
             alpha=settings.alpha,
             targets=settings.targets,
             svd=settings.svd,
             seed=settings.seed,
             dtype=None if settings.dtype == "auto" else settings.dtype,
-            quant=settings.quant,
+            quant=choice.quant,
             iterations=settings.iterations,
             double_quant=settings.double_quant,
             device=device(settings),
@@ -72,7 +75,7 @@ def with_quantised_base(
             observations=observations,
             options=settings.options,
         )
-        _quantise(job, settings.model, out)
+        _quantise(prepare(settings.model, asked, choice), settings.model, out)
 
     distributed.on_first(make)
     return settings.model_copy(update={"model": str(target)})
@@ -101,16 +104,25 @@ def ready(model: nn.Module, settings: TrainSettings) -> nn.Module:
     return model
 
 
-def differences(recipe: Recipe, settings: TrainSettings) -> list[tuple[str, Any, Any]]:
-    """(key, asked for, as it was decomposed) for all that differs."""
-    choice = choose(settings.method, settings.quant or recipe.quant, settings.iterations)
+def differences(
+    recipe: Recipe, settings: TrainSettings, choice: Choice
+) -> list[tuple[str, Any, Any]]:  # values of settings, each of its own type
+    """(key, asked for, as it was decomposed) for all that differs.
+
+    Args:
+        recipe: of the decomposed folder.
+        settings: of the run that trains it.
+        choice: the method and quantizer that they name.
+    """
+    if recipe.quant and not settings.quant:  # the folder wins over a preset
+        choice = choose(choice.method, recipe.quant, settings.iterations)
     asked = {
-        "method": choice.method,
+        "method": choice.method.name,
         "quant": choice.quant,
         "rank": settings.rank,
         "alpha": settings.alpha,
         "iterations": choice.iterations if settings.iterations else recipe.iterations,
-        "options": get(choice.method).checked(settings.options) if settings.options else recipe.options,
+        "options": choice.method.checked(settings.options) if settings.options else recipe.options,
         "double_quant": settings.double_quant or recipe.double_quant,
         "svd": recipe.svd if settings.svd == DEFAULT_SVD else settings.svd,
     }

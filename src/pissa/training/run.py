@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +14,12 @@ import yaml
 from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback
 
-from pissa.adapters import runs, sharding
+from pissa.adapters import exact, runs, sharding
 from pissa.adapters.attach import is_residual
 from pissa.checkpoint.output import write_json
 from pissa.config import TrainSettings
 from pissa.errors import BusyError, DivergedError, require
+from pissa.observe import Observations
 from pissa.records import versions
 from pissa.surgery.folders import RESIDUAL
 from pissa.training import classification, distributed, folder, language, regression, residual, starting
@@ -32,7 +34,6 @@ from pissa.training.callbacks import (
     OldLoss,
     Progress,
     place_reports,
-    read_exact,
 )
 from pissa.training.checks import check, check_layout, check_same_data, check_same_settings
 from pissa.training.data import load_rows
@@ -64,9 +65,9 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, CheckpointError, OutputError, WrongBaseError, InputError: see `pissa.errors`.
     """
-    check(settings, resume)
+    choice = check(settings, resume)
     settings = distributed.join(settings, device(settings))
-    check_layout(settings)
+    check_layout(settings, choice)
     out = Path(settings.output).expanduser()
     before = distributed.on_first(lambda: folder.previous_run(out, resume=resume, force=settings.force))
     if before:
@@ -84,13 +85,16 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         distributed.on_first(lambda: stack.enter_context(folder.held(out)))
         if distributed.on_first(lambda: folder.previous_run(out, resume=resume, force=settings.force)) != before:
             raise BusyError(f"another process has written into {out} just now: look at it, then start again")
+
+        def seen_by(load: Callable[[], Any]) -> Observations | None:  # loads a transformers model
+            return observations(load, task, examples, tokenizer, settings, choice)
+
         loaded = residual.with_quantised_base(
             settings,
+            choice,
             out,
             before,
-            lambda: observations(
-                lambda: task.load_model(settings, examples, tokenizer), task, examples, tokenizer, settings
-            ),
+            lambda: seen_by(lambda: task.load_model(settings, examples, tokenizer)),
         )
         model = residual.ready(task.load_model(loaded, examples, tokenizer), settings)
         data = {"sources": rows.sources, **examples.facts()}
@@ -100,9 +104,9 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         record = before or {}
         started = is_residual(model) or (before and (out / "state").is_dir())
         # All processes look, each at rows of its own.
-        seen = None if started else observations(lambda: model, task, examples, tokenizer, settings)
+        seen = None if started else seen_by(lambda: model)
         with distributed.first_ahead(out):
-            model, base = starting.start(model, loaded, before, out / "state", seen)
+            model, base = starting.start(model, loaded, choice, before, out / "state", seen)
             facts = {"data": data, "base": {**base, "name": settings.model}, "labels": examples.names}
             if distributed.is_first():
                 record = before or _open_run(out, settings, {**facts, "processes": distributed.layout()}, kept)
@@ -113,7 +117,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         stop = EarlyStop(settings.early_stopping, out / folder.METRICS)
         callbacks = [metrics, Checkpoints(settings.save_total_limit, model, newest), stop, *starting.callbacks(model)]
         trainer = task.build_trainer(model, tokenizer, examples, settings, str(out / "checkpoints"), callbacks)
-        trainer.optimizer = starting.optimiser(model, settings)
+        trainer.optimizer = starting.optimizer(model, settings)
         if examples.old:
             trainer.add_callback(OldLoss(trainer, require("datasets", "train").Dataset.from_list(examples.old)))
         try:
@@ -148,7 +152,7 @@ def _run(trainer: Any, newest: Path | None, stop: EarlyStop) -> None:
     if newest and (stop.reason() or folder.step_of(newest) >= folder.all_steps(newest)):
         # Killed between the last step and the end. The trainer's own resume would train one step more here.
         trainer._load_from_checkpoint(str(newest))
-        read_exact(trainer.model, newest)
+        exact.read(trainer.model, newest)
         trainer.state.global_step, trainer.state.max_steps = folder.step_of(newest), folder.all_steps(newest)
         return
     distributed.partition(trainer)

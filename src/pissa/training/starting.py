@@ -9,31 +9,42 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback
 
 from pissa.adapters import runs
-from pissa.adapters.attach import attach, is_residual, recipe_of
+from pissa.adapters.attach import adaptation_of, attach, is_residual
 from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.targets import find_targets, head_modules
 from pissa.config import TrainSettings, config_error
 from pissa.errors import OutputError
 from pissa.observe import Observations
-from pissa.registry import OPTIMISER, get
+from pissa.presets import Choice
+from pissa.registry import brought
 from pissa.training import distributed, residual
 from pissa.training.arguments import device
-from pissa.training.closing import CloseLeft
-from pissa.training.lora_pro import LoraPro
 
 
 def start(
     model: nn.Module,
     settings: TrainSettings,
+    choice: Choice | None,
     before: dict[str, Any] | None,
     state: Path,
     seen: Observations | None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model ready to train from step 0, and what to record of the base."""
+    """The model ready to train from step 0, and what to record of the base.
+
+    Args:
+        model: as it was loaded.
+        settings: of the run.
+        choice: its method; None for full.
+        before: the record of the run to go on with.
+        state: where the run keeps its start.
+        seen: what the method needs to have been seen of the base.
+    """
     base: dict[str, Any] = {"name": settings.model, "revision": settings.revision, "dtype": str(model.dtype)}
-    if settings.method == "full":
+    if choice is None:
         if model.dtype == torch.float16:
             mistake = (
                 "dtype: got float16, expected bfloat16 or float32 with full: AdamW's small steps vanish in float16"
@@ -56,12 +67,12 @@ def start(
     if (before or not distributed.is_first()) and state.is_dir():
         model = runs.restart(model, state)
     elif is_residual(model):
-        model = _load_decomposed(model, settings)
+        model = _load_decomposed(model, settings, choice)
     else:
         heads = [*head_modules(model), *(settings.modules_to_save or ())]
         model = attach(
             model,
-            settings.method,
+            choice.method,
             settings.rank,
             alpha=settings.alpha,
             targets=settings.targets,
@@ -78,17 +89,17 @@ def start(
     return model, base
 
 
-def _load_decomposed(model: nn.Module, settings: TrainSettings) -> PeftModel:
+def _load_decomposed(model: nn.Module, settings: TrainSettings, choice: Choice) -> PeftModel:
     """The start that lies beside a residual, which the settings must not contradict."""
     heads = [*head_modules(model), *(settings.modules_to_save or ())]
     attached = runs.load(model, settings.model, modules_to_save=heads)
-    recipe = recipe_of(attached)
+    recipe = adaptation_of(attached).recipe
     mistakes = [
         f"{key}: got {got!r}, expected {expected!r}, as {settings.model} was decomposed"
-        for key, got, expected in residual.differences(recipe, settings)
+        for key, got, expected in residual.differences(recipe, settings, choice)
     ]
     if settings.targets != "all-linear":
-        asked = find_targets(attached.get_base_model(), settings.targets, quantised=recipe.needs_residual)
+        asked = find_targets(attached.get_base_model(), settings.targets, quantised=recipe.quant is not None)
         if {target.module for target in asked} != set(recipe.targets):
             mistakes.append(f"targets: got {settings.targets!r}, expected those of {settings.model}, or all-linear")
     if mistakes:
@@ -96,17 +107,27 @@ def _load_decomposed(model: nn.Module, settings: TrainSettings) -> PeftModel:
     return attached
 
 
-def optimiser(model: nn.Module, settings: TrainSettings) -> LoraPro | None:
+def optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer | None:
     """The method's own; None for the trainer's AdamW."""
-    if not isinstance(model, PeftModel) or get(recipe_of(model).method).needs != OPTIMISER:
+    if not isinstance(model, PeftModel):
         return None
-    return LoraPro(model, settings.learning_rate, weight_decay=settings.weight_decay, **recipe_of(model).options)
+    adaptation = adaptation_of(model)
+    if adaptation.method.optimizer is None:
+        return None
+    make, options = brought(adaptation.method.optimizer), adaptation.recipe.options
+    made: Optimizer = make(model, settings.learning_rate, weight_decay=settings.weight_decay, **options)
+    runs.note_optimizer(model, adaptation.method.name)
+    return made
 
 
-def callbacks(model: nn.Module) -> list[Any]:
+def callbacks(model: nn.Module) -> list[TrainerCallback]:
     """What a method does beside the steps."""
-    closing = isinstance(model, PeftModel) and get(recipe_of(model).method).parts == ("left", "core")
-    return [CloseLeft(model)] if closing else []
+    if not isinstance(model, PeftModel):
+        return []
+    adaptation = adaptation_of(model)
+    if adaptation.method.schedule is None:
+        return []
+    return [brought(adaptation.method.schedule)(model, **adaptation.recipe.options)]
 
 
 def set_dropout(model: nn.Module, share: float) -> None:

@@ -3,106 +3,122 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pissa.adapters import plain
-from pissa.checkpoint.layout import Spec, plan_bytes
-from pissa.checkpoint.output import read_json, staged_output, write_json
+from pissa.checkpoint.layout import Plan
+from pissa.checkpoint.output import read_json, write_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton
 from pissa.checkpoint.targets import Target, find_targets
-from pissa.checkpoint.writer import CheckpointWriter, parse_bytes
+from pissa.checkpoint.writer import parse_bytes
+from pissa.config.jobs import DenseSettings
+from pissa.config.keywords import spelled_out
 from pissa.records import Record, versions
 from pissa.surgery.decompose import STORED, check_dtype, output_dtype
-from pissa.surgery.decomposition import Progress
+from pissa.surgery.streaming import SHARDS, Piece, StreamJob
 from pissa.w4a4.linear import W4A4Linear
 from pissa.w4a4.loading import w4a4_note
 from pissa.w4a4.writing import WEIGHTS
 
+CODES = "codes"
+"""The part of a 4-bit layer in whose place the dense weight is written."""
 
-def export_dense(
-    source: str | Path,
-    out: str | Path,
-    *,
-    dtype: str | None = None,
-    max_shard_bytes: int | str = "5GB",
-    trust_remote_code: bool = False,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Record:
-    """Write what the 4-bit weights stand for; activations are no longer quantised, which no weight can carry.
+
+@spelled_out(DenseSettings)
+def export_dense(source: str | Path, out: str | Path, settings: DenseSettings) -> Record:
+    """Write what the 4-bit weights stand for; activations are no longer quantized, which no weight can carry.
 
     Args:
         source: a folder that `svdquant` wrote.
         out: the folder to write, an ordinary Hugging Face model; it appears whole or not at all.
-        dtype: "float32", "bfloat16" or "float16"; of the base by default.
-        max_shard_bytes: size of an output file.
-        trust_remote_code: whether the model's own code may run.
-        force: replace `out`.
-        progress: told after every tensor.
+        settings: a keyword argument each, see `pissa.config.jobs`.
+
+    Returns:
+        The record that was written.
 
     Raises:
         CheckpointError: another kind of folder.
     """
-    check_dtype(dtype)
-    source, shard_bytes = Path(source), parse_bytes(max_shard_bytes)
+    check_dtype(settings.dtype)
+    source, shard_bytes = Path(source), parse_bytes(settings.max_shard_bytes)
     note = w4a4_note(source)
     own = str(read_json(source / "config.json").get("dtype", "float32"))
-    skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
+    skeleton = build_skeleton(source, trust_remote_code=settings.trust_remote_code)
     targets = {target.module: target for target in find_targets(skeleton, note["modules"])}
     stored = Checkpoint.open(source / WEIGHTS, need_config=False)
-    wanted = STORED[dtype or own]
-    plan = dict(_plan(stored, targets, dtype, wanted))
-    total, done = plan_bytes(plan), 0
-    with staged_output(out, force=force, needs_bytes=total, inputs=[source]) as folder:
-        with CheckpointWriter(folder, plan, shard_bytes) as writer:
-            for name, spec in plan.items():
-                module = name.removesuffix(".weight")
-                target = targets.get(module)
-                tensor = _dense(stored, target, note["rank"]) if target else stored.read(name)
-                writer.write(name, tensor.to(spec[0]))
-                done += plan_bytes({name: spec})
-                if progress:
-                    progress(name, done, total)
-        record = _write_small_files(source, folder, wanted)
-    return record
+    wanted = STORED[settings.dtype or own]
+    job = _Job(stored, shard_bytes, source, targets, note["rank"], settings.dtype, wanted)
+    return job.into(out, force=settings.force, workers=1, progress=settings.progress)
 
 
-def _plan(
-    stored: Checkpoint, targets: dict[str, Target], dtype: str | None, wanted: torch.dtype
-) -> Iterator[tuple[str, Spec]]:
-    """Name, dtype and shape of each tensor in the output; a target's parts give one."""
-    parts = set(W4A4Linear(1, 1, 1, device="meta").state_dict())
-    for name, info in stored.tensors.items():
+@dataclass
+class _Job(StreamJob):
+    """The parts of a 4-bit layer give one weight, all other tensors themselves."""
+
+    checkpoint: Checkpoint
+    shard_bytes: int
+    source: Path
+    targets: dict[str, Target]
+    rank: int
+    asked: str | None
+    wanted: torch.dtype
+
+    def planned(self, name: str) -> dict[str, Plan]:
+        """What is written for a stored tensor: of a layer's parts, for its codes alone."""
         module, _, part = name.rpartition(".")
-        if module not in targets or part not in parts:
-            yield name, (output_dtype(info.dtype, dtype), info.shape)
-        elif part == "codes":
-            yield f"{module}.weight", (wanted, targets[module].shape)
+        if module not in self.targets or part not in _PARTS:
+            info = self.checkpoint.tensors[name]
+            return {SHARDS: {name: (output_dtype(info.dtype, self.asked), info.shape)}}
+        if part != CODES:
+            return {}
+        return {SHARDS: {f"{module}.weight": (self.wanted, self.targets[module].shape)}}
+
+    def piece(self, name: str) -> Piece:
+        """Read it, and of a layer all its parts."""
+        plan = self.planned(name).get(SHARDS, {})
+        target = self.targets.get(name.removesuffix(f".{CODES}"))
+        tensors = {}
+        for key, (dtype, _) in plan.items():
+            tensor = self._dense(target) if target else self.checkpoint.read(name)
+            tensors[key] = tensor.to(dtype)
+        return Piece(name, tensors)
+
+    def facts(self) -> dict[str, Any]:  # JSON
+        """The dtype; all else is the source's."""
+        return {"dtype": str(self.wanted)}
+
+    def inputs(self) -> list[Path]:
+        """The whole folder, of which the weights are one down."""
+        return [self.source]
+
+    def finish(self, staging: Path, final: Path, pieces: list[Piece]) -> Record:
+        """Config without the note of 4 bits, tokenizer, and a record that names the same base."""
+        for file in self.source.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, staging / file.name)
+        config = read_json(self.source / "config.json")
+        config.pop("pissa")
+        config["dtype"] = str(self.wanted).removeprefix("torch.")
+        write_json(staging / "config.json", config)
+        said = read_json(self.source / plain.RECORD)
+        facts = said | {"kind": "merged", "notes": {}, "versions": versions()}
+        record = Record.from_json(facts, str(self.source / plain.RECORD))
+        write_json(staging / plain.RECORD, record.to_json())
+        return record
+
+    def _dense(self, target: Target) -> Tensor:
+        """The weight of one target in its stored shape, float32."""
+        rows, columns = target.matrix_shape
+        layer = W4A4Linear(columns, rows, self.rank)
+        parts = {part: f"{target.module}.{part}" for part in layer.state_dict()}
+        layer.load_state_dict({part: self.checkpoint.read(name) for part, name in parts.items()})
+        return target.from_matrix(layer.dense())
 
 
-def _dense(stored: Checkpoint, target: Target, rank: int) -> Tensor:
-    """The weight of one target in its stored shape, float32."""
-    rows, columns = target.matrix_shape
-    layer = W4A4Linear(columns, rows, rank)
-    layer.load_state_dict({key: stored.read(f"{target.module}.{key}") for key in layer.state_dict()})
-    return target.from_matrix(layer.dense())
-
-
-def _write_small_files(source: Path, folder: Path, dtype: torch.dtype) -> Record:
-    """Config without the note of 4 bits, tokenizer, and a record that names the same base."""
-    for file in source.iterdir():
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
-    config = read_json(source / "config.json")
-    config.pop("pissa")
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    write_json(folder / "config.json", config)
-    facts = read_json(source / plain.RECORD) | {"kind": "merged", "notes": {}, "versions": versions()}
-    record = Record.from_json(facts, str(source / plain.RECORD))
-    write_json(folder / plain.RECORD, record.to_json())
-    return record
+_PARTS = frozenset(W4A4Linear(1, 1, 1, device="meta").state_dict())

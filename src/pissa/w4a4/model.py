@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pissa.checkpoint.fingerprint import canonical
 from pissa.checkpoint.targets import ALL_LINEAR, Target, find_targets
 from pissa.checks import check_rank
 from pissa.errors import InputError
 from pissa.observe import Observations
-from pissa.registry import get
-from pissa.splits import Split
+from pissa.presets import find
 from pissa.w4a4.linear import W4A4Linear
 
+SVDQUANT = "svdquant"
 KINDS = ("linear", "conv1d")
 """Of layers that can compute in 4 bits."""
 
@@ -47,7 +47,7 @@ def quantise_model(
     Raises:
         InputError, WrongBaseError: naming the tensor; the model is as it was.
     """
-    found = find_targets(model, targets)
+    found, method = find_targets(model, targets), find(SVDQUANT)
     check_targets(found, rank)
     prefix = getattr(model, "base_model_prefix", "")
     layers: dict[str, W4A4Linear] = {}
@@ -57,26 +57,12 @@ def quantise_model(
         observations.check({name: weight})
         inputs = observations.get("inputs", name).to(weight.device)
         matrix = target.to_matrix(weight)
-        split = split_layer(matrix, inputs, rank, name=target.weight, svd=svd, seed=seed, options=options)
+        split = method.split(matrix, rank, svd=svd, seed=seed, name=target.weight, observed=inputs, options=options)
         layers[target.module] = W4A4Linear.from_split(split, module.bias)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     refuse_saving(model)
     return layers
-
-
-def split_layer(
-    matrix: Tensor,
-    inputs: Tensor,
-    rank: int,
-    *,
-    name: str,
-    svd: str | float,
-    seed: int,
-    options: Mapping[str, Any] | None,
-) -> Split:
-    """One weight [out, in] by the method svdquant."""
-    return get("svdquant").split(matrix, rank, svd=svd, seed=seed, name=name, observed=inputs, options=options)
 
 
 def check_targets(targets: Iterable[Target], rank: int) -> None:

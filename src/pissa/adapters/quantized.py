@@ -1,8 +1,6 @@
-"""An adapter beside a frozen part in few bits: y = Q x + s L R x, where W is only nearly Q + s L0 R0.
+"""What a quantized part under a peft layer must be kept from: repacking, rounding, merging.
 
-Nothing can be given back exactly here, so L and R train themselves, in peft's own lora_B and lora_A, and what any tool
-saves is a plain LoRA that is right on Q and on nothing else. The start L0, R0 is kept in buffers: with the adapter off
-the layer still stands for W as nearly as it did at the start, not for Q alone.
+The adapter forms that live beside such a part are `pissa.adapters.forms.*_beside_quantized`.
 """
 
 from __future__ import annotations
@@ -11,35 +9,14 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from pissa.adapters import factors, starts
+from pissa.adapters import starts
 from pissa.errors import InputError
-from pissa.splits import Factors
-
-
-def install(layer: Any, adapter: str, start: Factors) -> None:
-    """Give one adapter of a peft layer its start.
-
-    Args:
-        layer: a peft layer over the quantised part; it must hold no other adapter.
-        adapter: its name.
-        start: L0 [out, r] and R0 [r, in].
-    """
-    starts.hold(layer)
-    begin(layer, adapter, start)
-    layer.register_forward_hook(starts.give_back_principal)
-    refuse_merging(layer)
 
 
 def refuse_merging(layer: Any) -> None:
     """Let a peft layer over a quantised part refuse what would lose what was trained, and a second adapter."""
     for name, override in _OVERRIDES.items():
         setattr(layer, name, MethodType(override, layer))
-
-
-def begin(layer: Any, adapter: str, start: Factors) -> None:
-    """Put an adapter of the layer at its start, and keep the start."""
-    factors.assign(layer, adapter, *start.pair)
-    starts.put(layer, adapter, start, like=factors.trained(layer, adapter)[0])
 
 
 def keep_codes(layer: Any) -> None:

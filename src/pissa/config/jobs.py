@@ -1,0 +1,138 @@
+"""The settings of the commands that read a checkpoint and write one: each field said once.
+
+They are plain data, as the command line and a caller of `pissa.decompose` give them; nothing here
+needs torch. What has no documentation is for callers alone and has no flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from typing_extensions import Doc
+
+Progress = Callable[[str, int, int], None]
+"""Called with a tensor's name, the bytes done and the bytes in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteSettings:
+    """How a model is written."""
+
+    max_shard_bytes: Annotated[int | str, Doc("Size of an output file: bytes, 500MB, 5GB.")] = "5GB"
+    trust_remote_code: Annotated[bool, Doc("Run Python code that comes with the model.")] = False
+    force: Annotated[bool, Doc("Replace the output folder if it is there.")] = False
+    progress: Progress | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings(WriteSettings):
+    """How a model is read and another one written, tensor by tensor."""
+
+    workers: Annotated[
+        int | None,
+        Doc("Tensors worked on side by side, 1 or more. Default: one a core, up to 4."),
+    ] = None
+    revision: Annotated[str | None, Doc("Commit, tag or branch of a Hub model.")] = None
+
+
+@dataclass(frozen=True)
+class DecomposeSettings(StreamSettings):
+    """What `pissa decompose` is told."""
+
+    method: Annotated[str, Doc("How to split; see `pissa methods`. Presets: qlora, loftq, qpissa.")] = "pissa"
+    rank: Annotated[int, Doc("Rank of the trainable part, 1 to the smaller side of the narrowest target.")] = 16
+    _: KW_ONLY
+    alpha: Annotated[
+        float | None,
+        Doc("Strength: the product is scaled by alpha / rank. Default: the rank (1)."),
+    ] = None
+    targets: Annotated[
+        str | Iterable[str],
+        Doc("all-linear, names separated by commas, or a regular expression."),
+    ] = "all-linear"
+    svd: Annotated[
+        str | float,
+        Doc("fast (seeded sketch), exact (certified to 1e-5) or the tolerance to certify."),
+    ] = "fast"
+    seed: Annotated[int, Doc("Fixes every random number, together with the tensors' names.")] = 0
+    dtype: Annotated[
+        str | None,
+        Doc("float32, bfloat16 or float16 for what is written. Default: as stored."),
+    ] = None
+    quant: Annotated[
+        str | None,
+        Doc("nf4, fp4 or int8 for the frozen part. Default: as it is, or as a preset says."),
+    ] = None
+    iterations: Annotated[
+        int | None,
+        Doc("Rounds of low-rank part and quantized rest (pissa, loftq). Default: 5."),
+    ] = None
+    double_quant: Annotated[bool, Doc("Quantize the scales of the blocks too (nf4, fp4).")] = False
+    options: Annotated[
+        Mapping[str, Any] | None,  # each method's own settings, checked by the method
+        Doc("A setting of the method's own, NAME=VALUE; may be given several times."),
+    ] = None
+    store: Annotated[str, Doc("packed (few bits, for bitsandbytes) or 16bit (what they stand for, for any tool).")] = (
+        "packed"
+    )
+    device: Annotated[str, Doc("Where the algebra runs: cpu, cuda, cuda:1.")] = "cpu"
+    observations: Any = None  # pissa.Observations, which needs torch, its file, or None
+    """What was seen of this model, for the methods that need it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings(StreamSettings):
+    """What `pissa merge` is told."""
+
+    dtype: Annotated[
+        str | None,
+        Doc("float32, bfloat16 or float16 for what is written. Default: as stored."),
+    ] = None
+    quant: Annotated[str | None, Doc("nf4, fp4 or int8 for the merged weights. Default: 16 bits.")] = None
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """What `pissa convert` is told."""
+
+    rank: Annotated[int | None, Doc("Best approximation of this rank. Default: exact (rank 2r).")] = None
+    _: KW_ONLY
+    start: Annotated[str | Path | None, Doc("The pissa_init/ folder that the adapter was trained from.")] = None
+    base: Annotated[str | Path | None, Doc("The original base, to check against and to write down.")] = None
+    force: Annotated[bool, Doc("Replace the output folder if it is there.")] = False
+
+
+@dataclass(frozen=True)
+class FourBitSettings(StreamSettings):
+    """What `pissa.w4a4.svdquant` is told."""
+
+    observations: Any  # pissa.Observations, which needs torch
+    """What entered the targets while this model read calibration rows."""
+    rank: Annotated[int, Doc("Rank of the branches, 1 to the smaller side of the narrowest target.")] = 32
+    _: KW_ONLY
+    targets: Annotated[
+        str | Iterable[str],
+        Doc("all-linear, names separated by commas, or a regular expression."),
+    ] = "all-linear"
+    svd: Annotated[
+        str | float,
+        Doc("fast (seeded sketch), exact (certified to 1e-5) or the tolerance to certify."),
+    ] = "fast"
+    seed: Annotated[int, Doc("Fixes every random number, together with the tensors' names.")] = 0
+    options: Annotated[
+        Mapping[str, Any] | None,  # the method's own settings
+        Doc("The method's own settings: smoothing, rounds."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSettings(WriteSettings):
+    """What `pissa.w4a4.export_dense` is told."""
+
+    dtype: Annotated[
+        str | None,
+        Doc("float32, bfloat16 or float16 for what is written. Default: of the base."),
+    ] = None
