@@ -48,7 +48,8 @@ def random_control(split: Split, seed: int) -> Split:
 
     def directions(factor: Tensor) -> Tensor:
         noise = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
-        basis = torch.linalg.qr(noise)[0].to(factor)
-        return basis * factor.norm(dim=0)
+        basis: Tensor = torch.linalg.qr(noise)[0]
+        norms: Tensor = factor.norm(dim=0)
+        return basis.to(factor) * norms
 
     return dataclasses.replace(split, left=directions(split.left), right=directions(split.right.T).T.contiguous())

@@ -32,7 +32,7 @@ Digests = dict[str, str]
 def tensor_digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     """SHA-256 of shape and bytes, as if the tensor were of `dtype`; a piece of it is copied at a time."""
     digest = hashlib.sha256(str(list(tensor.shape)).encode())
-    for piece in tensor.detach().reshape(-1).split(PIECE):
+    for piece in torch.split(tensor.detach().reshape(-1), PIECE):
         digest.update(piece.to("cpu", dtype or tensor.dtype).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -79,11 +79,12 @@ class Checkpoint:
             if shard != info.shard:
                 file = safe_open(self.folder / info.shard, framework="pt", device="cpu")
                 self._latest = (info.shard, file)
-            return file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"{self.folder / info.shard}: {name!r} cannot be read any more ({error}): has the file changed?"
             ) from error
+        return tensor
 
     def companions(self) -> list[Path]:
         """Files that belong to the model and carry no weights and no code: config, tokenizer, chat template.

@@ -6,7 +6,8 @@ linear layer are known, whatever the size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,20 @@ def build_skeleton(folder: Path, *, config: dict[str, Any] | None = None, trust_
         else:
             settings = transformers.AutoConfig.for_model(**config)
         model_class = getattr(transformers, (content.get("architectures") or [""])[0], None)
+        build: Callable[..., transformers.PreTrainedModel]
+        if model_class is not None:
+            build = model_class
+        elif remote:
+            build = partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=True)
+        else:
+            build = transformers.AutoModel.from_config
         with torch.device("meta"):
-            if model_class is not None:
-                model = model_class(settings)
-            elif remote:
-                model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=True)
-            else:
-                model = transformers.AutoModel.from_config(settings)
+            model = build(settings)
     except Exception as error:  # every architecture checks its settings in its own way, or stumbles over them
         raise CheckpointError(f"{folder}/config.json: transformers cannot build this model ({error})") from error
     model.tie_weights()
-    return model.eval()
+    skeleton: nn.Module = model  # whose own `eval` has no types
+    return skeleton.eval()
 
 
 def parameter_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:

@@ -104,12 +104,11 @@ def target_of(name: str, module: nn.Module) -> Target:
     Args:
         name: the module's path.
         module: of a kind that can be a target.
+
+    Raises:
+        InputError: it is of no such kind.
     """
-    weight: Any = module.weight
-    kind = kind_of(module)
-    assert kind is not None
-    shape = (module.out_features, module.in_features) if is_quantised(module) else tuple(weight.shape)
-    return Target(name, kind, shape)  # type: ignore[arg-type]
+    return Target(name, _target_kind(name, module), _stored_shape(module))
 
 
 def find_targets(
@@ -144,17 +143,11 @@ def find_targets(
             hit |= matches
         if not chosen:
             continue
-        kind = kind_of(module)
-        if kind is None:
-            _refuse_experts(name, module)
-            raise InputError(
-                f"target `{name}` is a {type(module).__name__}, expected Linear, Conv1D, Embedding or Conv2d: "
-                "leave it out of --targets"
-            )
+        kind = _target_kind(name, module)
         if name in attention_outputs:
             raise InputError(f"target `{name}` belongs to nn.MultiheadAttention, which bypasses adapters: leave it out")
         _refuse_unsupported(name, module, quantised)
-        found.append(target_of(name, module))
+        found.append(Target(name, kind, _stored_shape(module)))
     missing = [pattern for pattern in asked if pattern not in hit] if not everything else []
     if missing or not found:
         raise InputError(_no_match(missing or asked, modules))
@@ -196,6 +189,26 @@ def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
         for name, module in modules.items()
         if module is output or name in new or name.startswith(tuple(f"{head}." for head in new))
     }
+
+
+def _target_kind(name: str, module: nn.Module) -> str:
+    """Its kind; InputError where it has none."""
+    kind = kind_of(module)
+    if kind is None:
+        _refuse_experts(name, module)
+        raise InputError(
+            f"target `{name}` is a {type(module).__name__}, expected Linear, Conv1D, Embedding or "
+            "Conv2d: leave it out of --targets"
+        )
+    return kind
+
+
+def _stored_shape(module: nn.Module) -> tuple[int, ...]:
+    """Of the weight; of a quantized one, whose stored shape is another, that of its matrix."""
+    layer: Any = module  # which attributes it has depends on its kind
+    if is_quantised(module):
+        return layer.out_features, layer.in_features
+    return tuple(layer.weight.shape)
 
 
 def _refuse_unsupported(name: str, module: nn.Module, quantised: bool) -> None:

@@ -210,10 +210,9 @@ def _settle(places: Any, threads: int) -> None:
 
 def _end_with_parent() -> None:
     """A run that nobody waits for any more would go on for hours, and be in the way of the same command typed again."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _train(cell: Cell, common: TrainSettings, out: Path) -> Cell:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from pissa.comparison.analysis import Comparison
-from pissa.comparison.statistics import Difference
+from pissa.comparison.statistics import Difference, mean
 from pissa.registry import CONTROL
 
 PACKAGES = ("pissa", "torch", "transformers", "peft", "trl")
@@ -118,19 +118,20 @@ def _title(method: str) -> str:
 def _baseline(comparison: Comparison) -> str:
     reference = comparison.reference
     rate = comparison.best[reference]
-    found = comparison.mean(reference, rate)
-    assert found is not None
-    return f"{reference}'s best rate of those tried is {rate:g}: loss {_plus_minus(found.mean, found.error)}."
+    found = mean([run.loss for run in comparison.runs(reference, rate)])
+    loss = _plus_minus(found.mean, found.error)
+    return f"{reference}'s best rate of those tried is {rate:g}: loss {loss}."
 
 
 def _verdict(test: Difference, other: str) -> str:
     size = _plus_minus(abs(test.difference), test.error)
-    if test.p is None:
+    if test.adjusted is None:
         side = "below" if test.difference < 0 else "above"
         return f"ends {size} {side} {other} (not tested)" if math.isfinite(test.difference) else "diverged"
+    p = _p(test.adjusted)
     if not test.seen:
-        return f"and {other}: no difference seen ({test.difference:+.3g} ± {test.error:.2g}, {_p(test)})"
-    return f"ends {size} {'lower' if test.difference < 0 else 'higher'} than {other} ({_p(test)})"
+        return f"and {other}: no difference seen ({test.difference:+.3g} ± {test.error:.2g}, {p})"
+    return f"ends {size} {'lower' if test.difference < 0 else 'higher'} than {other} ({p})"
 
 
 def _equal_rates(comparison: Comparison, method: str) -> str:
@@ -174,6 +175,5 @@ def _plus_minus(value: float, error: float | None) -> str:
     return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
 
 
-def _p(test: Difference) -> str:
-    assert test.adjusted is not None
-    return "p below 0.001 after Holm" if test.adjusted < 0.001 else f"p = {test.adjusted:.2g} after Holm"
+def _p(adjusted: float) -> str:
+    return "p below 0.001 after Holm" if adjusted < 0.001 else f"p = {adjusted:.2g} after Holm"

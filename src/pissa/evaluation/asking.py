@@ -36,7 +36,7 @@ class Gold:
     cut: bool
 
 
-class Asking(LM):
+class Asking(LM):  # type: ignore[misc]  # the harness has no types
     """Batches of a fixed make-up, longest first, through the harness's own model, into a log."""
 
     def __init__(

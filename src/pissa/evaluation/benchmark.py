@@ -18,7 +18,7 @@ from pissa.evaluation.questions import Questions
 from pissa.evaluation.result import SHARES, Perplexity, Score, TaskResult
 from pissa.evaluation.tracks import PAPER, Protocol
 from pissa.records import versions
-from pissa.scoring.answers import score
+from pissa.scoring.answers import score, walls
 from pissa.scoring.code import verbatim
 from pissa.scoring.isolation.run import Isolation
 from pissa.scoring.verdict import Item, Share, summary
@@ -132,8 +132,7 @@ def _scored(
 def _item(protocol: Protocol, output: str, doc: Mapping[str, Any], isolation: Isolation | None, number: str) -> Item:
     if protocol.track == PAPER:
         return score(protocol.task, output, {"id": number, **doc}, isolation=isolation)
-    assert isolation is not None
-    return verbatim(protocol.task, output, doc, isolation)
+    return verbatim(protocol.task, output, doc, walls(protocol.task, isolation))
 
 
 def _as_the_harness(protocol: Protocol, raw: list[dict[str, Any]]) -> list[Sample]:

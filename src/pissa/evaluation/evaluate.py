@@ -210,19 +210,19 @@ def _one(
     say: Callable[[str, int, int], None],
 ) -> None:
     """What is there already is kept: the weights are not even loaded."""
-    talk = protocol.task == MT_BENCH
-    settings = job_of(subject, protocol, found, asked)
-    if talk:
-        assert found is not None
-        settings = settings_of(subject, protocol, found, asked, judge)
+    talk = found if protocol.task == MT_BENCH else None
+    if talk is None:
+        settings = job_of(subject, protocol, found, asked)
+    else:
+        settings = settings_of(subject, protocol, talk, asked, judge)
     file = folder / f"{protocol.stem}.json"
     if file.is_file() and not asked.force:
         there = TaskResult.from_json(read_json(file), str(file))
-        if talk and judge is None:
+        if talk is not None and judge is None:
             settings["judge"] = there.settings.get("judge")  # a mark that is there stays
         if there.settings == settings and there.versions == scoring_versions():
             return
-    if talk and found is not None:
-        mt_bench(subject, protocol, found, asked, folder, judge, say)
-    else:
+    if talk is None:
         benchmark(subject, protocol, found, asked, folder, say)
+    else:
+        mt_bench(subject, protocol, talk, asked, folder, judge, say)

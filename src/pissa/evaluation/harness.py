@@ -50,7 +50,6 @@ def loaded_task(protocol: Protocol, found: Questions | None) -> Iterator[dict[st
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    assert protocol.harness is not None
     own = Path(lm_eval.__file__).parent / "tasks" / (protocol.folder or ".")
     # All of the harness's thousands of task files are read only where one of them was named by hand.
     places = [str(TASKS), *([str(own)] if protocol.folder else [])]

@@ -196,7 +196,7 @@ def vllm_command(subject: Subject, protocols: Sequence[Protocol], folder: Path, 
     """The same questions by the harness's own command, on a machine that has vLLM; it takes them from the Hub."""
     arguments = ",".join(f"{key}={value}" for key, value in vllm_arguments(subject).items())
     words = ["lm_eval", "run", "--model", "vllm", "--model_args", shlex.quote(arguments)]
-    words += ["--tasks", ",".join(str(asks.harness) for asks in protocols if asks.harness)]
+    words += ["--tasks", ",".join(asks.harness for asks in protocols if asks.harness)]
     words += ["--include_path", shlex.quote(str(folder)), "--batch_size", "auto"]
     words += ["--limit", str(limit)] if limit else []
     words += ["--confirm_run_unsafe_code"] if any(asks.runs_code for asks in protocols) else []

@@ -38,7 +38,8 @@ class Paired:
     def p(self) -> float:
         """McNemar's test (Psychometrika 12, 1947) in its exact form, two-sided."""
         unequal, fewer = self.won + self.lost, min(self.won, self.lost)
-        return min(1.0, 2 * sum(math.comb(unequal, n) for n in range(fewer + 1)) / 2**unequal)
+        tail = sum(math.comb(unequal, n) for n in range(fewer + 1))
+        return float(min(1.0, 2 * tail / 2**unequal))
 
 
 def paired(first: Iterable[dict[str, Any]], second: Iterable[dict[str, Any]]) -> Paired | None:

@@ -28,7 +28,7 @@ class Protocol:
     Attributes:
         task: ours, or the harness's own name on the standard track.
         track: paper or standard.
-        harness: the task's name in the harness; None for what it cannot ask (two turns).
+        harness: the task's name in the harness; empty for what it cannot ask (two turns).
         says: the protocol in one sentence, for the result.
         headline: the score that a table shows first.
         runs_code: whether answers are programs.
@@ -37,7 +37,7 @@ class Protocol:
 
     task: str
     track: str
-    harness: str | None
+    harness: str
     says: str
     headline: str
     runs_code: bool = False
@@ -46,7 +46,7 @@ class Protocol:
     @property
     def ours(self) -> bool:
         """Whether the task file and the scorer are ours."""
-        return str(self.harness).startswith("pissa_")
+        return self.harness.startswith("pissa_")
 
     @property
     def stem(self) -> str:
@@ -90,7 +90,7 @@ def protocol(task: str, track: str) -> Protocol:
                 f"task is {task!r}, expected one of {', '.join(SOURCES)} on the paper track.{near} The harness's own "
                 "tasks are on --track standard"
             )
-        harness = None if task == MT_BENCH else f"pissa_{task}"
+        harness = "" if task == MT_BENCH else f"pissa_{task}"
         headline = "ours" if task != MT_BENCH else "judge"
         return Protocol(task, track, harness, _PAPER[task], headline, task in CODE)
     if task == MT_BENCH:

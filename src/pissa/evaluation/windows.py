@@ -195,7 +195,8 @@ def _compare(base: Tensor, model: Tensor, labels: Tensor) -> Compared:
     base_loss = loss = kl = 0.0
     agreed, differences = 0, []
     rows = max(1, PIECE // base.shape[-1])
-    for ours, theirs, right in zip(base.split(rows), model.split(rows), labels.split(rows), strict=True):
+    pieces = (torch.split(tensor, rows) for tensor in (base, model, labels))
+    for ours, theirs, right in zip(*pieces, strict=True):
         ours, theirs, right = ours.float(), theirs.float(), right[:, None]
         differences.append(float((ours - theirs).abs().max()))
         agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())

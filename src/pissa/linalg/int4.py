@@ -52,7 +52,7 @@ def quantise(matrix: Tensor, group: int = GROUP) -> Int4:
     """
     columns = matrix.shape[1]
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    grouped = pad(wide, (0, -columns % group)).unflatten(1, (-1, group))
+    grouped = torch.unflatten(pad(wide, (0, -columns % group)), 1, (-1, group))
     scales = (grouped.abs().amax(2) / LARGEST).to(torch.float16)
     steps = torch.where(scales == 0, 1, scales.to(wide.dtype))
     codes = (grouped / steps[..., None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
@@ -74,9 +74,9 @@ def product(left: Int4, right: Int4) -> Tensor:
             f"groups of {right.group}, expected the same: quantise both alike"
         )
     total = torch.zeros(len(left.codes), len(right.codes), device=left.codes.device)
-    pieces = zip(*(matrix.codes.float().split(matrix.group, dim=1) for matrix in (left, right)), strict=True)
-    for index, (ours, theirs) in enumerate(pieces):
-        scaled = (ours @ theirs.T) * left.scales[:, index, None].float()
+    ours, theirs = (torch.split(each.codes.float(), each.group, dim=1) for each in (left, right))
+    for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        scaled = (one @ other.T) * left.scales[:, index, None].float()
         total.addcmul_(scaled, right.scales[:, index].float())
     return total
 

@@ -21,7 +21,8 @@ def thin_qr(block: Tensor) -> tuple[Tensor, Tensor]:
     scaled = block / norms
     factor, failed = torch.linalg.cholesky_ex((scaled.T @ scaled).double())
     if failed or factor.diagonal().min() < SOUND:
-        return torch.linalg.qr(block)
+        Q, R = torch.linalg.qr(block)
+        return Q, R
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
     return scaled @ inverse.T.to(block.dtype), factor.T.to(block.dtype) * norms
@@ -106,7 +107,8 @@ class KrylovSpace:
     def turn_from_images(self) -> Tensor:
         """The turn of `ritz` without squaring: right for singular values down to rounding, not to its root."""
         R = torch.linalg.qr(self.images[: self.size].T, mode="r").R
-        return torch.linalg.svd(R.double()).Vh.T.to(self.dtype)
+        turn: Tensor = torch.linalg.svd(R.double()).Vh.T
+        return turn.to(self.dtype)
 
     def turned(self, turn: Tensor) -> tuple[Tensor, Tensor]:
         """(basis [n, k], images [m, k]) in the directions `turn` [size, k]."""
@@ -147,5 +149,6 @@ class KrylovSpace:
         same = self.weight.dtype == self.products
         # One buffer for all: mapping a new one for every panel takes as long as its products.
         buffer = self.weight if same else torch.empty_like(self.weight[:size], dtype=self.products)
-        for rows, part in zip(self.weight.split(size), image.split(size), strict=True):
+        pieces = zip(torch.split(self.weight, size), torch.split(image, size), strict=True)
+        for rows, part in pieces:
             yield rows if same else buffer[: len(rows)].copy_(rows), part

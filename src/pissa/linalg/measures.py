@@ -10,7 +10,9 @@ def product_singular_values(left: Tensor, right: Tensor, scale: float = 1.0) -> 
     """Singular values of ``scale * left [m, k] @ right [k, n]``, descending, without forming it, in their dtype."""
     left_small = torch.linalg.qr(left, mode="r").R
     right_small = torch.linalg.qr(right.T, mode="r").R
-    return scale * torch.linalg.svdvals(left_small.double() @ right_small.double().T).to(left.dtype)
+    small = left_small.double() @ right_small.double().T
+    values: Tensor = torch.linalg.svdvals(small)
+    return scale * values.to(left.dtype)
 
 
 def frobenius(matrix: Tensor) -> float:
@@ -18,7 +20,7 @@ def frobenius(matrix: Tensor) -> float:
     flat = matrix.reshape(-1)
     square = float(torch.dot(flat, flat))
     if 1e-30 < square < 1e30:
-        return square**0.5
+        return float(square**0.5)
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 

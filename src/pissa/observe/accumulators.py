@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from pissa.checkpoint.targets import Target
 from pissa.errors import InputError, OutputError
@@ -66,7 +67,7 @@ class Covariance:
             self.total.addmm_(scaled.T, scaled)
         else:
             self.total.add_((scaled.T @ scaled).cpu())
-        self.samples += len(sample.unique())
+        self.samples += len(torch.unique(sample))
 
     def combine(self) -> None:
         """See `Accumulator`."""
@@ -103,8 +104,13 @@ class Stream:
         self.seen = reduce(lambda one, other: one.joined(other, SPARE * self.most), parts)
 
     def result(self) -> Components:
-        """At most `most`."""
-        assert self.seen is not None
+        """At most `most`.
+
+        Raises:
+            InputError: no rows came.
+        """
+        if self.seen is None:
+            raise InputError("no rows came to take components of: give a batch with tokens")
         return self.seen.leading(self.most)
 
 
@@ -152,7 +158,8 @@ class MeanGradient:
     def watch(self, weight: Tensor) -> Callable[[], None]:
         """Take the gradients of that parameter from now on; call what is returned to end it."""
         weight.requires_grad_(True)
-        return weight.register_post_accumulate_grad_hook(self._take).remove
+        register: Callable[..., RemovableHandle] = weight.register_post_accumulate_grad_hook
+        return register(self._take).remove
 
     def combine(self) -> None:
         """See `Accumulator`."""
@@ -166,7 +173,8 @@ class MeanGradient:
     def _take(self, weight: Tensor) -> None:
         """Add a gradient as soon as it is made, and let go of it."""
         gradient, weight.grad = weight.grad, None
-        assert gradient is not None
+        if gradient is None:  # none was made
+            return
         if not is_finite(gradient):
             raise InputError(f"the gradient of `{self.target.weight}` has NaN or Inf: load the model in float32")
         self.total.add_(self.target.to_matrix(gradient).cpu())

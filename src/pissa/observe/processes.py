@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def add_up(total: Tensor) -> None:
     if not _many():
         return
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    for piece in total.view(-1).split(PIECE):
+    for piece in torch.split(total.view(-1), PIECE):
         sent = piece.to(device)
         dist.all_reduce(sent)
         piece.copy_(sent)

@@ -74,7 +74,7 @@ def observe(
     """
     asked = {needs} if isinstance(needs, str) else set(needs)
     found = find_targets(model, targets)
-    plain: dict[str, Any] = plain_modules(model)  # type: ignore[assignment]
+    plain: dict[str, Any] = plain_modules(model)
     prefix = getattr(model, "base_model_prefix", "")
     modules = {canonical(target.weight, prefix): plain[target.module] for target in found}
     _check_needs(model, found, asked)
@@ -135,7 +135,7 @@ def _read(
         with torch.set_grad_enabled(backward):
             output = model(**on_device)
             if backward:
-                _loss(output, batch, read).backward()
+                torch.autograd.backward(_loss(output, batch, read))
         layers.next_batch(None)
         read, samples = read + 1, samples + len(next(iter(batch.values())))
         tokens += int(keep.sum()) if keep is not None else 0
@@ -156,15 +156,17 @@ def _kept(batch: Batch, labelled_only: bool) -> Tensor | None:
         return keep
     if keep is None or labels is None or labels.shape != keep.shape:
         raise InputError("labelled_only needs a label for each token, `labels` of the shape of `input_ids`")
-    return keep & (labels != IGNORED)
+    counts: Tensor = keep & (labels != IGNORED)
+    return counts
 
 
 def _loss(output: Any, batch: Batch, index: int) -> Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
+    given = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if given is None:
         raise InputError(
             f"the gradient needs a loss, and the model gave none for batch {index} of {', '.join(batch)}: add `labels`"
         )
+    loss: Tensor = given
     if not is_finite(loss.detach()):
         raise InputError(f"the loss of batch {index} is {loss.item()}: look at its rows, or load the model in float32")
     return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class FewBits(nn.Linear):
         rows, columns = target.matrix_shape
         super().__init__(columns, rows, bias=False, device="meta")
         self.dtype = dtype
-        self.bias = bias  # type: ignore[assignment]
+        self.register_parameter("bias", bias)
         for name, (kind, shape) in parts.items():
             part = torch.empty(shape, dtype=kind, device="meta")
             if name == "weight":
@@ -49,5 +50,6 @@ class FewBits(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
-        product = _Product.apply(x, (self.out_features, self.in_features), self.dtype)
+        multiply: Callable[..., Tensor] = _Product.apply
+        product = multiply(x, (self.out_features, self.in_features), self.dtype)
         return product if self.bias is None else product + self.bias

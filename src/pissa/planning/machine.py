@@ -64,7 +64,7 @@ def look(settings: TrainSettings, memory: int | None = None) -> Machine:
 
 def _free_memory() -> int:
     """Of the machine or, where that is less, of the container."""
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     try:
         most = int((CGROUP / "memory.max").read_text())
         lines = (line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())

@@ -81,8 +81,9 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Of all steps, from those that were measured."""
-        known = self.measured and self.counts.steps
-        return self.measured.step_seconds * self.counts.steps if known else None  # type: ignore[union-attr, operator]
+        if self.measured is None or not self.counts.steps:
+            return None
+        return self.measured.step_seconds * self.counts.steps
 
     @property
     def tokens_per_second(self) -> float | None:

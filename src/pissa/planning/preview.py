@@ -197,7 +197,8 @@ def _response(row: Row, columns: tuple[str, ...]) -> str:
     """What the model is to learn, as the row has it."""
     if columns == ("messages",):
         return "".join(message["content"] for message in row.fields["messages"] if message["role"] == "assistant")
-    return row.fields[columns[-1]]
+    response: str = row.fields[columns[-1]]
+    return response
 
 
 def _learns(seen: _Seen, limit: int) -> bool:
@@ -218,7 +219,9 @@ def _segments(ids: list[int], losses: list[bool], tokenizer: Any) -> Iterator[Se
     """Text in pieces; each from the row's beginning, since tokenizers drop the space before a first word."""
 
     def text(count: int) -> str:
-        return tokenizer.decode(ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        decoded: str = tokenizer.decode(ids[:count], **exact)
+        return decoded
 
     end = 0
     for loss, group in groupby(losses):

@@ -111,7 +111,8 @@ def _dtype(settings: TrainSettings, config: dict[str, Any], tensors: dict[str, T
     """As asked for, else as the config says, else that of the first floating-point weight."""
     asked = settings.dtype if settings.dtype != "auto" else config.get("dtype") or config.get("torch_dtype")
     if asked:
-        return getattr(torch, str(asked).removeprefix("torch."))
+        named: torch.dtype = getattr(torch, str(asked).removeprefix("torch."))
+        return named
     stored = [info.dtype for info in tensors.values()] or _dtypes_on_hub(settings)
     return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,7 @@ def step_bytes(planned: Planned, rows: int, length: int, *, checkpointing: bool,
         ids = torch.zeros(rows, length, dtype=torch.long, device=NO_DEVICE)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         try:
-            _loss(base, inputs, kind).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(_loss(base, inputs, kind))
         except NotImplementedError:  # the model looks at values, which there are none of
             logger.warning("%s cannot be tried without weights: activations by a rule of thumb", type(base).__name__)
             trained = sum(parameter.numel() * parameter.itemsize for parameter in planned.trained)
@@ -76,9 +76,11 @@ def _loss(base: Any, inputs: dict[str, Tensor], kind: str) -> Tensor:
     if head is None:
         scores = base.config.num_labels == 1  # regression's labels are numbers, a class is an index
         labels = torch.zeros(rows, dtype=torch.float32 if scores else torch.long, device=NO_DEVICE)
-        return base(**inputs, labels=labels).loss
+        loss: Tensor = base(**inputs, labels=labels).loss
+        return loss
     hidden = base.base_model(**inputs, use_cache=False).last_hidden_state
-    return _FusedHead.apply(hidden[:, :-1].flatten(0, 1), head.weight, WIDE_TILES[kind]).sum()
+    losses: Callable[..., Tensor] = _FusedHead.apply
+    return losses(hidden[:, :-1].flatten(0, 1), head.weight, WIDE_TILES[kind]).sum()
 
 
 class _FusedHead(torch.autograd.Function):
@@ -130,11 +132,11 @@ def _use_fused_attention(base: Any) -> None:
         talk.setLevel(level)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all tensors alive that were not there before, and the most there were at a time."""
 
     def __init__(self, present: Iterable[Tensor]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._alive: dict[int, Any] = {}
         for tensor in present:

@@ -24,7 +24,7 @@ class Codebook:
         order = values.argsort()
         midpoints = (values[order[:-1]] + values[order[1:]]) / 2
         cells = _cells(midpoints)
-        assert len(cells.unique()) == len(midpoints), "two midpoints in one cell"
+        assert len(torch.unique(cells)) == len(midpoints), "two midpoints in one cell"
         self._order = order.to(torch.uint8)
         self._below = torch.bucketize(torch.arange(CELLS + 1, dtype=torch.int32), cells).to(torch.uint8)
         self._midpoint = torch.full((CELLS + 1,), torch.inf)

@@ -34,7 +34,7 @@ class Int8:
     def quantise(self, matrix: Tensor, dtype: torch.dtype) -> Quantised:
         """See `Quantiser.quantise`."""
         codes, scales = [], []
-        for rows in matrix.split(ROWS):
+        for rows in torch.split(matrix, ROWS):
             half = rows.to(torch.float16).contiguous()
             if not is_finite(half):
                 raise InputError("a value is above float16's 65504, in which int8 rows are rounded: use nf4")

@@ -54,7 +54,7 @@ class FourBit:
         F = self._functional
         dtype = dtype if dtype in UNPACKED else torch.float32
         codes, scales = [], []
-        for piece in matrix.contiguous().reshape(-1).split(PIECE):
+        for piece in torch.split(matrix.contiguous().reshape(-1), PIECE):
             packed, scale = self._packed(piece.float())
             codes.append(packed)
             scales.append(scale)
@@ -132,13 +132,15 @@ class FourBit:
     def _dense(self, packed: Tensor, state: Any) -> Tensor:
         dense = torch.empty(prod(state.shape), dtype=state.dtype, device=packed.device)
         scales = self._scales(state)
-        pieces = (packed.split(PIECE // 2), scales.split(PIECE // BLOCK), dense.split(PIECE))
+        sizes = ((packed, PIECE // 2), (scales, PIECE // BLOCK), (dense, PIECE))
+        pieces = (torch.split(tensor, size) for tensor, size in sizes)
         for codes, absmax, out in zip(*pieces, strict=True):
             piece = self._functional.QuantState(absmax, out.shape, state.code, BLOCK, self.name, state.dtype)
             out.copy_(self._functional.dequantize_4bit(codes, piece).reshape(-1))
         return dense.reshape(state.shape)
 
     def _scales(self, state: Any) -> Tensor:
-        if not state.nested:
-            return state.absmax
-        return self._functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        scales: Tensor = state.absmax
+        if state.nested:
+            scales = self._functional.dequantize_blockwise(scales, state.state2) + state.offset
+        return scales

@@ -13,6 +13,8 @@ from pissa.scoring.verdict import Item, Verdict
 
 Scorer = Callable[[str, str], Verdict]
 """(what the model wrote, the gold answer) to a verdict."""
+Doc = Mapping[str, Any]
+"""A question with its answer or tests, as a data set has it, or a row of answers."""
 CODE = ("humaneval", "mbpp")
 """Tasks whose answers are programs that must run."""
 
@@ -49,10 +51,25 @@ def check_permission(tasks: Sequence[str], allowed: bool) -> None:
     """Raise ConfigError where one of the tasks is scored by running programs and that is not allowed."""
     code = [task for task in tasks if task in CODE]
     if code and not allowed:
-        raise ConfigError(
-            f"{', '.join(code)}: scored by running programs that a model wrote, in a process without network, files or "
-            "rights: permit it with --allow-code-execution, or leave it out"
-        )
+        raise _not_permitted(code)
+
+
+def walls(task: str, isolation: Isolation | None) -> Isolation:
+    """What the programs of a task run behind.
+
+    Raises:
+        ConfigError: nothing, so they may not run.
+    """
+    if isolation is None:
+        raise _not_permitted([task])
+    return isolation
+
+
+def _not_permitted(tasks: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"{', '.join(tasks)}: scored by running programs that a model wrote, in a process without "
+        "network, files or rights: permit it with --allow-code-execution, or leave it out"
+    )
 
 
 def score(task: str, output: str, doc: Mapping[str, Any], *, isolation: Isolation | None = None) -> Item:
@@ -73,9 +90,7 @@ def score(task: str, output: str, doc: Mapping[str, Any], *, isolation: Isolatio
         scorers, gold = TEXT[task], str(doc["answer"])
         name = str(doc.get("id", doc.get("unique_id", "")))
         return Item(name, scorers.ours(output, gold), scorers.authors(output, gold))
-    check_permission([task], isolation is not None)
-    assert isolation is not None
-    return code.score(task, output, doc, isolation)
+    return code.score(task, output, doc, walls(task, isolation))
 
 
 def score_rows(
@@ -122,7 +137,7 @@ def _check_once(asked: Sequence[tuple[str, str]]) -> None:
         first[name] = where
 
 
-def _doc(task: str, number: int, where: str, row: Mapping[str, Any], by_id: Mapping[str, Any]) -> Mapping[str, Any]:
+def _doc(task: str, number: int, where: str, row: Doc, by_id: Mapping[str, Doc]) -> Doc:
     if not isinstance(row.get("output"), str):
         raise DataError(f"{where}: got fields {', '.join(row) or 'none'}, expected a text in `output`")
     if task in TEXT:

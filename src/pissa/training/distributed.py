@@ -110,16 +110,16 @@ def on_first(work: Callable[[], Result]) -> Result:
     """What `work` returns or raises on the first process, on all of them; the others wait."""
     if processes() == 1:
         return work()
-    outcome: list[Any] = [None, None]
     if is_first():
         try:
-            outcome[0] = work()
+            result = work()
         except Exception as error:
             _tell([None, _told(error)])
             raise
-        _tell(outcome)
-        return outcome[0]
-    return _hear()
+        _tell([result, None])
+    else:
+        result = _hear()
+    return result
 
 
 @contextmanager

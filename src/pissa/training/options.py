@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
+from transformers.utils.import_utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_kernels_available,
+)
 
 from pissa.config import TrainSettings
 from pissa.errors import MissingExtraError, did_you_mean
@@ -46,7 +51,8 @@ def require_packages(settings: TrainSettings) -> None:
     Raises:
         MissingExtraError: with the pip line.
     """
-    there = get_available_reporting_integrations()
+    integrations: Callable[[], list[str]] = get_available_reporting_integrations
+    there = integrations()
     for name in reports(settings):
         # flyte is not among those that transformers looks for
         if name != "all" and name not in there and not importlib.util.find_spec(_PACKAGES.get(name, name).split()[0]):

@@ -28,7 +28,9 @@ class PackingCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch for the model."""
-        return self.packed(rows) if "seq_lengths" in rows[0] else self.padded(rows)
+        collate = self.packed if "seq_lengths" in rows[0] else self.padded
+        batch: dict[str, Any] = collate(rows)
+        return batch
 
 
 def packed(rows: Any, length: int) -> Any:
@@ -77,7 +79,8 @@ def _logits(model: Any, *rows: list[int]) -> Tensor:
     del batch["labels"]
     on_device = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     with torch.no_grad():
-        return model(**on_device, use_cache=False).logits[0, -_SECOND:].float()
+        logits: Tensor = model(**on_device, use_cache=False).logits
+    return logits[0, -_SECOND:].float()
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

@@ -151,7 +151,9 @@ def _chat_parts(messages: list[dict[str, str]], tokenizer: Any, where: str) -> l
     """What the tokenizer's template adds for each assistant message carries loss, its end mark too."""
 
     def render(count: int, ask: bool) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask)
+        said = messages[:count]
+        text: str = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=ask)
+        return text
 
     parts: list[tuple[str, bool]] = []
     done = ""

@@ -18,6 +18,7 @@ import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from pissa.errors import InputError
 from pissa.scoring.isolation.inside import BEGUN, LONGEST
@@ -104,6 +105,12 @@ class Outcome:
     seconds: float
 
 
+class _Program(subprocess.Popen[bytes]):
+    """A process whose output is read here."""
+
+    stdout: IO[bytes]
+
+
 def find_isolation(limits: Limits | None = None, *, allow_none: bool = False) -> Isolation:
     """The best walls of this machine, tried with a program.
 
@@ -172,7 +179,7 @@ def run(program: str, isolation: Isolation, tests: str = "") -> Outcome:
     channel, theirs = socket.socketpair()
     with place as folder, channel:
         try:
-            process = subprocess.Popen(
+            process = _Program(
                 argv, stdin=theirs.fileno(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder,
                 env={"PYTHONHASHSEED": "0"}, start_new_session=True, user=user,
                 group=user, extra_groups=() if user else None,
@@ -189,7 +196,7 @@ def run(program: str, isolation: Isolation, tests: str = "") -> Outcome:
             return _listen(process, channel, token, isolation)
         finally:
             _stop(process, bare)
-            process.stdout.close()  # type: ignore[union-attr]
+            process.stdout.close()
 
 
 def _resource_limits(isolation: Isolation) -> dict[str, int]:
@@ -205,9 +212,8 @@ def _resource_limits(isolation: Isolation) -> dict[str, int]:
     return values if isolation.walls == "none" else {**values, "RLIMIT_NPROC": limits.processes + 1}
 
 
-def _listen(process: subprocess.Popen[bytes], channel: socket.socket, token: str, isolation: Isolation) -> Outcome:
+def _listen(process: _Program, channel: socket.socket, token: str, isolation: Isolation) -> Outcome:
     limits = isolation.limits
-    assert process.stdout is not None
     heard = {process.stdout.fileno(): b"", channel.fileno(): b""}
     most = {process.stdout.fileno(): limits.output_bytes, channel.fileno(): LONGEST_ANSWER}
     start, seconds, reason = time.monotonic(), STARTUP, ""
