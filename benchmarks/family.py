@@ -30,8 +30,9 @@ import transformers
 from torch import Tensor
 
 from pissa.linalg.tangent import Tangent
+from pissa.method import OBSERVED
 from pissa.observe import Observations, observe
-from pissa.registry import OBSERVED, get
+from pissa.registry import get
 
 CURVES: dict[str, tuple[str, dict[str, str]]] = {
     "plain": ("milora", {}),

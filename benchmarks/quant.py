@@ -8,8 +8,8 @@ matrices of a checkpoint but embeddings and lm_head whose smaller side is at lea
 "frobenius" then compare sums of nuclear norms and roots of summed squares, "mean" is of each matrix's reduction.
 
 "authors" is their procedure at its simplest: torch.linalg.svd of the whole matrix in float32 and bitsandbytes, T times.
-QPiSSA ends on quantising there; "closing" adds the last SVD, as `pissa` does by default. Q is unpacked to float32
-everywhere. "of authors" divides seconds by those of the authors' QPiSSA with T=5. The engines take turns.
+QPiSSA ends on quantizing there, ours with one more SVD. Q is unpacked to float32 everywhere.
+"of authors" divides seconds by those of the authors' QPiSSA with T=5. The engines take turns.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from svd import constructed, seconds
 
 from pissa.checkpoint.reader import Checkpoint
 from pissa.linalg import frobenius, nuclear
+from pissa.method import Quantisation
 from pissa.quant import quantiser
-from pissa.registry import Quantisation, get
+from pissa.registry import get
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # Q, B, A
 NOT_LINEAR = ("embed", "lm_head", "wte", "wpe")

@@ -11,8 +11,9 @@ from torch import Tensor
 import pissa
 from pissa.errors import InputError
 from pissa.linalg import relative_error
+from pissa.method import Quantisation
 from pissa.quant import NAMES, quantiser
-from pissa.registry import Quantisation, get
+from pissa.registry import get
 from pissa.splits import Quantised, Split
 from spectra import with_values
 from test_laws import matrix, same_bits

@@ -16,10 +16,11 @@ from conftest import PACKABLE, TOKENS, build_pico
 from pissa.adapters.attach import adaptation_of
 from pissa.checkpoint.output import read_json
 from pissa.errors import InputError, WrongBaseError
+from pissa.jobs import DecomposeSettings
+from pissa.method import OBSERVED
 from pissa.observe import Observations, observe
-from pissa.config.jobs import DecomposeSettings
 from pissa.records import Record
-from pissa.registry import OBSERVED, get, methods
+from pissa.registry import get, methods
 from pissa.surgery.decompose import prepare
 from pissa.training.lora_pro import LoraPro
 

@@ -22,9 +22,7 @@ SHAPES = {"wide": (12, 40), "tall": (40, 12), "square": (24, 24)}
 # docs: float64 identities to 1e-10 of the norm, float32 ones to 2e-6 sqrt(k); here k <= 24.
 REBUILD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
-OF_THE_WEIGHT = [
-    name for name in PAIRS if methods()[name].needs == "weight" and not methods()[name].optimizer
-]
+OF_THE_WEIGHT = [name for name in PAIRS if methods()[name].needs == "weight" and not methods()[name].optimizer]
 """What the weight alone starts, and any optimizer trains."""
 
 every_method = pytest.mark.parametrize("method", METHODS)

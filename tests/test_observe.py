@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from conftest import build_pico
 from pissa.checkpoint.fingerprint import model_tensors
 from pissa.errors import CheckpointError, InputError, OutputError, WrongBaseError
+from pissa.method import OBSERVED
 from pissa.observe import Observations, observe
 from pissa.observe.accumulators import Sample
-from pissa.registry import OBSERVED
 
 Q, K, DOWN = (f"layers.1.{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"))
 

@@ -21,6 +21,7 @@ from pissa.planning import Plan, plan, step
 from pissa.planning.model import build
 from pissa.planning.source import open_source
 from pissa.planning.step import _Counter, step_bytes
+from pissa.presets import choose
 from pissa.training import train
 from test_cli import run
 from training_runs import save_tokenizer
@@ -124,7 +125,9 @@ def test_steps_and_tokens_are_those_of_the_trainer(
 def test_a_step_without_values_takes_the_bytes_of_a_real_one(method: str, base: Path, tmp_path: Path) -> None:
     values = {"model": str(base), "data": "none", "output": str(tmp_path / "out"), "rank": 4}
     name = "lora" if method == "checkpointed" else method
-    planned = build(open_source(load_settings(None, values)), load_settings(None, {**values, "method": name}), 2)
+    asked = load_settings(None, {**values, "method": name})
+    choice = None if name == "full" else choose(name)
+    planned = build(open_source(load_settings(None, values)), asked, choice, 2)
     expected = step_bytes(planned, 2, 24, checkpointing=method == "checkpointed", accumulates=False, kind="cpu")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base).train()
     if name != "full":
@@ -209,7 +212,8 @@ def test_full_size_recipes_are_planned_offline(method: str, llama: Path, tmp_pat
         pytest.skip("this recipe is not there")
     asked = load_settings(recipe, {"model": str(llama), "output": str(tmp_path / "out")})
     settings = open_source(asked)
-    planned = build(settings, asked, 2)
+    choice = None if method == "full" else choose(asked.method, asked.quant)
+    planned = build(settings, asked, choice, 2)
     assert sum(p.numel() for p in planned.trained) == (6_738_415_616 if method == "full" else 319_815_680)
 
 

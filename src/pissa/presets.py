@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pissa.errors import InputError
-from pissa.registry import PRESETS, Method, get, methods
+from pissa.method import Method
+from pissa.registry import PRESETS, get, methods
 
 ITERATIONS = 5
 """Rounds of the methods that alternate, as in the scripts of PiSSA and LoftQ."""
@@ -51,7 +52,7 @@ def choose(
     """
     chosen = find(method)
     _, preset_quant = PRESETS.get(method, ("", None)) if isinstance(method, str) else ("", None)
-    quant, name = quant or preset_quant, method if isinstance(method, str) else method.name
+    quant, name = quant or preset_quant, chosen.name
     if quant and chosen.full_rank:
         raise InputError(
             f"quant is {quant} with {name}, whose bases are larger in 32 bits than the weight in 16: leave it out"

@@ -15,11 +15,11 @@ from pissa.adapters.forms import Form, form_of
 from pissa.adapters.splitting import quantizer_of, split_by
 from pissa.checkpoint.targets import Target
 from pissa.errors import InputError
+from pissa.method import Method
 from pissa.observe import Observations
 from pissa.presets import find
 from pissa.quant import Quantiser
 from pissa.records import Recipe
-from pissa.registry import Method
 from pissa.splits import Split
 
 
@@ -43,13 +43,13 @@ class Adaptation:
 
         Args:
             recipe: new, or from a file.
-            method: the recipe's, where it is at hand.
+            method: that is at hand, and most likely the one that the recipe names.
 
         Raises:
             InputError: a method that this version does not know.
         """
-        method = method or find(recipe.method)
-        return cls(recipe, method, form_of(method, recipe.base_form, recipe.quant is not None))
+        named = method if method and method.name == recipe.method else find(recipe.method)
+        return cls(recipe, named, form_of(named, recipe.base_form, recipe.quant is not None))
 
     def changed(self, **facts: Any) -> Adaptation:  # fields of a Recipe, each of its own type
         """With other facts in the recipe, of the same method and quantizer."""

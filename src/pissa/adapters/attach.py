@@ -22,10 +22,10 @@ from pissa.checkpoint.fingerprint import canonical, combined, fingerprint, model
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
 from pissa.checks import chosen_device, scale_of
 from pissa.errors import InputError, WrongBaseError
+from pissa.method import Method
 from pissa.observe import Observations
 from pissa.presets import choose
 from pissa.records import Base, Layer, Recipe, Record, versions
-from pissa.registry import Method
 from pissa.splits import Factors
 
 
@@ -194,7 +194,7 @@ def wrap(
             model.add_adapter(adapter, config)
             wrapped = model
         else:
-            wrapped = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
+            wrapped = get_peft_model(model, config, adapter_name=adapter)
     quantized.keep_precision(wrapped)
     for module, layer in adapter_layers(wrapped, attachment.targets).items():
         quantized.keep_codes(layer)

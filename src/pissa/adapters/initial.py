@@ -21,6 +21,7 @@ from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules
 from pissa.errors import CheckpointError, WrongBaseError
+from pissa.method import Method
 from pissa.records import Base, Recipe, Record
 from pissa.splits import Factors
 
@@ -73,9 +74,20 @@ def read_starts(folder: Path, targets: dict[str, Target], form: Form) -> dict[st
 
 
 def load_initial(
-    model: nn.Module, folder: Path, adapter: str, modules_to_save: Iterable[str] | None = None
+    model: nn.Module,
+    folder: Path,
+    adapter: str = "default",
+    modules_to_save: Iterable[str] | None = None,
+    method: Method | None = None,
 ) -> PeftModel:
     """Put the start of a decomposed folder on its residual model; see `pissa.load`.
+
+    Args:
+        model: the residual.
+        folder: that it was loaded from.
+        adapter: peft's name for it.
+        modules_to_save: modules that train whole; by default a new head.
+        method: that the folder most likely names, where it is at hand.
 
     Raises:
         WrongBaseError: the model is not the residual that was written beside this start.
@@ -102,7 +114,7 @@ def load_initial(
         targets={names[module]: kind for module, kind in recipe.targets.items()},
         ranks={names[module]: rank for module, rank in recipe.ranks.items()},
     )
-    adaptation = Adaptation.of(recipe)
+    adaptation = Adaptation.of(recipe, method)
     by_name_there = {there: by_module[here] for there, here in names.items()}
     starts = read_starts(initial, by_name_there, adaptation.form)
     notes = {**record.notes, "residual": str(folder.resolve())}

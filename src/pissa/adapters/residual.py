@@ -50,7 +50,8 @@ def _unload(layer: Any, merge: bool, safe_merge: bool, adapter_names: list[str] 
         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
     else:
         _restore(layer)
-    return layer.get_base_layer()
+    plain: nn.Module = layer.get_base_layer()
+    return plain
 
 
 def _delete(layer: Any, adapter: str) -> None:

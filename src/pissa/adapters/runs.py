@@ -30,8 +30,8 @@ from pissa.adapters.state import (
 from pissa.checkpoint.output import read_json, staged_output
 from pissa.checkpoint.targets import short_names
 from pissa.errors import CheckpointError, InputError, OutputError
+from pissa.method import Method, brought
 from pissa.records import Record
-from pissa.registry import Method, brought
 from pissa.splits import Factors
 
 

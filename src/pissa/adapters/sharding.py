@@ -45,13 +45,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of what trains, whole and on the CPU; started adapters as their plain LoRA.
 
-    A frozen factor of a core is none of the parameters, but a part of that LoRA.
+    A factor that does not train is none of the parameters, but a part of that LoRA.
     """
     parameters = dict(model.named_parameters())
     names = {name for name, part in parameters.items() if part.requires_grad}
     with gathered(model):
         state = model.state_dict()
-        names |= {name for name in state if ".lora_B." in name and name not in parameters}
+        names |= {name for name in state if ".lora_" in name and name not in parameters}
         return {name: whole(state[name]).detach().cpu().clone() for name in state if name in names}
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pissa.checks import check_weight, scale_of
 from pissa.errors import InputError
+from pissa.method import Method, Quantisation
 from pissa.observe import Observations
 from pissa.presets import choose
 from pissa.quant import Quantiser, quantiser
 from pissa.records import Recipe
-from pissa.registry import Method, Quantisation
 from pissa.splits import Quantised, Split
 
 

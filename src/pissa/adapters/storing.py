@@ -49,7 +49,8 @@ def store(name: str, split: Split, factor_dtype: torch.dtype, frozen_dtype: torc
     quantised = split.quantised
     frozen = quantised.dense.to(frozen_dtype) if quantised else torch.empty_like(split.weight, dtype=frozen_dtype)
     lost = 0.0
-    for weight, left, rows in zip(*(part.split(ROWS) for part in (split.weight, split.left_core, frozen)), strict=True):
+    parts = (torch.split(part, ROWS) for part in (split.weight, split.left_core, frozen))
+    for weight, left, rows in zip(*parts, strict=True):
         product = split.scale * (left @ split.right)
         if not quantised:
             rows.copy_(weight - product)
@@ -69,7 +70,9 @@ def describe(name: str, split: Split, lost: float = 0.0) -> Layer:
         split: what trains.
         lost: Frobenius norm of what the weight lost on the way; 0 where the weight is kept as it is.
     """
-    norm = sum(frobenius(rows.to(split.left.dtype)) ** 2 for rows in split.weight.split(ROWS)) ** 0.5
+    pieces = torch.split(split.weight, ROWS)
+    squares: list[float] = [frobenius(rows.to(split.left.dtype)) ** 2 for rows in pieces]
+    norm: float = sum(squares) ** 0.5
     values = product_singular_values(split.left_core, split.right, split.scale)
     energy = float(values.square().sum()) / norm**2 if norm > 0 else 0.0
     error = lost / norm if norm > 0 else lost

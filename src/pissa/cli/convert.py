@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument
 
 from pissa.cli import options, show
-from pissa.config.jobs import ConvertSettings
+from pissa.jobs import ConvertSettings
 
 
 @options.flags(ConvertSettings)

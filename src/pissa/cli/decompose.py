@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument
 
 from pissa.cli import options, show
-from pissa.config.jobs import DecomposeSettings
 from pissa.errors import InputError
+from pissa.jobs import DecomposeSettings
 
 if TYPE_CHECKING:
+    from pissa.method import Method
     from pissa.observe import Observations
-    from pissa.registry import Method
 
 UNUSED_BY_FOUR_BITS = ("alpha", "dtype", "store", "device")
 """What a method that trains nothing has no use for."""
@@ -95,7 +95,7 @@ def _refuse_unused(settings: DecomposeSettings) -> None:
 
 def _four_bits(model: str, out: Path, settings: DecomposeSettings, seen: Observations, as_json: bool) -> None:
     """A method that trains nothing: a model that computes in 4 bits."""
-    from pissa.config.jobs import FourBitSettings
+    from pissa.jobs import FourBitSettings
     from pissa.w4a4 import svdquant
 
     shared = {key: getattr(settings, key) for key in vars(FourBitSettings(seen)) if key != "observations"}

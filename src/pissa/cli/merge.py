@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument
 
 from pissa.cli import options, show
-from pissa.config.jobs import MergeSettings
+from pissa.jobs import MergeSettings
 
 
 @options.flags(MergeSettings)
@@ -46,8 +46,8 @@ def merge(
 def _sixteen_bits(base: str, run: Path, out: Path, settings: MergeSettings, as_json: bool) -> None:
     """What a model in 4 bits stands for; the base is only compared with the one it was made from."""
     from pissa.checkpoint.output import read_json
-    from pissa.config.jobs import DenseSettings
     from pissa.errors import InputError
+    from pissa.jobs import DenseSettings
     from pissa.records import Record
     from pissa.surgery.convert import check_folder
     from pissa.w4a4 import export_dense

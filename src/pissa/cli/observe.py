@@ -34,7 +34,8 @@ def observe(
     Then: pissa decompose MODEL OUT --method corda --calibration FILE.
     """
     from pissa.errors import InputError, OutputError
-    from pissa.registry import OBSERVED, methods
+    from pissa.method import OBSERVED
+    from pissa.registry import methods
     from pissa.training.calibration import SAVED, calibrate
 
     wanted = [need.strip() for need in needs.split(",")]

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from pissa.config.jobs import DecomposeSettings
-from pissa.config.keywords import documented
 from pissa.errors import InputError
+from pissa.jobs import DecomposeSettings
+from pissa.keywords import documented
 
 _MEANING = {name: meaning for name, (_, meaning) in documented(DecomposeSettings).items()}
 
@@ -39,7 +39,7 @@ def flags(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]
     """Give a command a flag for each documented field of a settings class.
 
     Args:
-        settings: a dataclass, see `pissa.config.keywords`.
+        settings: a dataclass, see `pissa.keywords`.
 
     Returns:
         A decorator. The command takes an object of that class as `settings`, and the flags stand in

@@ -78,13 +78,13 @@ def _sentences(plan: Plan) -> list[str]:
         f"{cost.method}: {cost.problem}" if cost.problem else f"{cost.method} needs {size(cost.needs)}: {cost.fits}"
         for cost in plan.costs
     ]
-    assert asked.disk is not None
-    room = "yes" if asked.disk.total <= machine.disk_bytes else "no"
+    on_disk = asked.disk.total if asked.disk else 0
+    room = "yes" if on_disk <= machine.disk_bytes else "no"
     lines = [
         f"model   {plan.model}: {asked.parameters:,} parameters in {asked.dtype}",
         f"trains  {asked.trainable:,} parameters ({share:.2%}) with {asked.method}",
         f"memory  {machine.name} has {size(machine.device_bytes)} free; {'; '.join(verdicts)}",
-        f"disk    {asked.method} needs {size(asked.disk.total)}, {size(machine.disk_bytes)} are free: {room}",
+        f"disk    {asked.method} needs {size(on_disk)}, {size(machine.disk_bytes)} are free: {room}",
     ]
     known = [
         f"{value:,} {what}"

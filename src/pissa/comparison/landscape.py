@@ -242,7 +242,7 @@ def _losses(
     if not held:
         raise InputError("the runs have no evaluation rows to take the loss over: train with eval_data or eval_size")
     model = language.load_model(settings.model_copy(update={"dtype": "float32"}), examples, tokenizer).eval()
-    modules: dict[str, Any] = plain_modules(model)  # type: ignore[assignment]
+    modules: dict[str, Any] = plain_modules(model)
     base = {target: modules[target.module].weight.detach().clone() for target in directions[0].keys() | directions[1]}
     losses = []
     for row, second in enumerate(y):

@@ -58,7 +58,7 @@ class TrainSettings(BaseModel):
     svd: Literal["fast", "exact"] | Number = Field(
         "fast", description="fast: seeded sketch. exact: certified to 1e-5. A number: the tolerance to certify."
     )
-    quant: Literal["nf4", "fp4", "int8"] | None = Field(
+    quant: str | None = Field(
         None, description="nf4, fp4 or int8 for the frozen part of a 16-bit base; null: as it is, or as a preset says."
     )
     iterations: Whole | None = Field(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pissa.linalg.measures import frobenius
 from pissa.linalg.svd import LowRank, truncated_svd
-from pissa.registry import Quantisation
+from pissa.method import Quantisation
 from pissa.splits import Quantised, Split
 
 LEAST_GAIN = 1e-4

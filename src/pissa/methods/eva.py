@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pissa.errors import InputError
 from pissa.linalg import Components
-from pissa.registry import Allotment, method
+from pissa.method import Allotment
+from pissa.registry import method
 from pissa.splits import Split
 
 

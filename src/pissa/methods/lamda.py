@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pissa.errors import InputError
 from pissa.linalg import frobenius, truncated_svd
-from pissa.registry import Allotment, method
+from pissa.method import Allotment
+from pissa.registry import method
 from pissa.splits import Split
 
 LEAST, MOST = 0.5, 2.0

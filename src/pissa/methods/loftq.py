@@ -11,7 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pissa.linalg import alternate
-from pissa.registry import Quantisation, method
+from pissa.method import Quantisation
+from pissa.registry import method
 from pissa.splits import Split
 
 

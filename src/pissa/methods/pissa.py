@@ -14,7 +14,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pissa.linalg import alternate, truncated_svd
-from pissa.registry import Quantisation, method
+from pissa.method import Quantisation
+from pissa.registry import method
 from pissa.splits import Split
 
 

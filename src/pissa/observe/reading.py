@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from pissa.checkpoint.fingerprint import Digests, canonical, fingerprint
 from pissa.checkpoint.targets import Target, find_targets, plain_modules
 from pissa.errors import InputError, require
+from pissa.method import OBSERVED
 from pissa.observe.accumulators import Accumulator, Covariance, MeanGradient, Sample, Stream
 from pissa.observe.layers import Layers
 from pissa.observe.observations import GRADIENT, Observations
 from pissa.observe.processes import process
 from pissa.randomness import tensor_seed
 from pissa.records import versions
-from pissa.registry import OBSERVED
 from pissa.splits import is_finite
 
 IGNORED = -100

@@ -11,7 +11,7 @@ two numbers a trained one, in its dtype. Gradients and activations are those of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pissa.checkpoint.layout import plan_bytes
 from pissa.config import TrainSettings
+from pissa.method import brought
 from pissa.planning.model import Planned
 from pissa.planning.step import step_bytes
 from pissa.quant import Quantiser
-from pissa.registry import brought
 from pissa.surgery.pipeline import MOST_WORKERS, WAITING
 
 FLOAT = 4
@@ -162,7 +162,7 @@ def _optimizer_bytes(planned: Planned) -> int:
     """Two moments of all that trains; a method's own optimizer may keep others of the weights themselves."""
     adaptation = planned.adaptation
     own = adaptation.method.optimizer if adaptation else None
-    numbers_kept = getattr(brought(own), "numbers_kept", None) if own else None
+    numbers_kept: Callable[..., int] | None = getattr(brought(own), "numbers_kept", None) if own else None
     if adaptation is None or numbers_kept is None:
         return 2 * _bytes(planned.trained)
     named = planned.model.named_parameters()

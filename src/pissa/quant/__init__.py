@@ -1,6 +1,6 @@
 """Frozen parts in few bits: one file per format. `quantiser` finds one by name."""
 
-from pissa.quant.names import NAMES, quantiser
-from pissa.quant.quantiser import Quantiser
+from pissa.quant.names import NAMES, of_config, quantiser
+from pissa.quant.quantiser import Quantiser, quantizer_format
 
-__all__ = ["NAMES", "Quantiser", "quantiser"]
+__all__ = ["NAMES", "Quantiser", "of_config", "quantiser", "quantizer_format"]

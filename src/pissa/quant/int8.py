@@ -6,12 +6,13 @@ Rows are rounded in float16, as bitsandbytes does when it quantises a layer itse
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from pissa.errors import InputError, require
+from pissa.quant.quantiser import quantizer_format
 from pissa.splits import Quantised, is_finite
 
 ROWS = 256
@@ -19,17 +20,33 @@ ROWS = 256
 LARGEST = 127
 
 
+@quantizer_format("int8")
 class Int8:
     """Symmetric 8 bits, row by row.
 
+    Args:
+        name: what users type.
+        double: there are no scales of blocks, so never true.
+
     Raises:
+        InputError: double.
         MissingExtraError: bitsandbytes is absent.
     """
 
-    name, double = "int8", False
+    mark: ClassVar[str] = "SCB"
+    double: bool = False
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "int8", double: bool = False) -> None:
+        if double:
+            raise InputError("double quantisation is of block scales, which int8 has not: leave --double-quant out")
+        self.name = name
         self._functional: Any = require("bitsandbytes.functional", "quant")
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Self | None:
+        """See `Quantiser.of_config`."""
+        ours = config.get("quant_method") == "bitsandbytes" and config.get("load_in_8bit")
+        return cls() if ours else None
 
     def quantise(self, matrix: Tensor, dtype: torch.dtype) -> Quantised:
         """See `Quantiser.quantise`."""

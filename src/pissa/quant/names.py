@@ -1,30 +1,54 @@
-"""The table of quantisers."""
+"""The table of quantizers, read from this folder."""
 
 from __future__ import annotations
 
-from pissa.errors import InputError, did_you_mean
-from pissa.quant.int8 import Int8
-from pissa.quant.nf4 import FourBit
-from pissa.quant.quantiser import Quantiser
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-NAMES = ("nf4", "fp4", "int8")
+from pissa.errors import InputError, did_you_mean
+from pissa.quant.quantiser import FORMATS, Quantiser
+
+
+def _read_folder() -> tuple[str, ...]:
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name != "names":
+            importlib.import_module(f"{package}.{module.name}")
+    return tuple(sorted(FORMATS))
+
+
+NAMES = _read_folder()
+"""Of all formats, in alphabetical order."""
 
 
 def quantiser(name: str, *, double: bool = False) -> Quantiser:
-    """The quantiser of that name.
+    """The quantizer of that name.
 
     Args:
         name: one of `NAMES`.
-        double: quantise the scales of the blocks too (nf4 and fp4).
+        double: quantize the scales of the blocks too, where there are any.
 
     Raises:
         InputError: unknown, or double where there are no blocks.
         MissingExtraError: bitsandbytes is absent; the message is the pip line.
     """
-    if name not in NAMES:
-        raise InputError(f"unknown quantiser {name!r}.{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}")
-    if name == "int8":
-        if double:
-            raise InputError("double quantisation is of block scales, which int8 has not: leave --double-quant out")
-        return Int8()
-    return FourBit(name, double)
+    if name not in FORMATS:
+        known = ", ".join(NAMES)
+        raise InputError(f"unknown quantiser {name!r}.{did_you_mean(name, NAMES)} Known: {known}")
+    return FORMATS[name](name, double)
+
+
+def of_config(config: Mapping[str, Any]) -> Quantiser | None:
+    """What a model's `quantization_config` says its weights are packed with; None if it is no format of ours.
+
+    Args:
+        config: JSON.
+
+    Raises:
+        MissingExtraError: as for `quantiser`.
+    """
+    found = (kind.of_config(config) for kind in dict.fromkeys(FORMATS.values()))
+    return next((packer for packer in found if packer is not None), None)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from pissa.errors import CheckpointError, InputError, require
 from pissa.quant.codebook import Codebook
+from pissa.quant.quantiser import quantizer_format
 from pissa.splits import Quantised, is_finite
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -32,6 +33,7 @@ STATE_BYTES = 256
 """More than the JSON of any quantisation state takes."""
 
 
+@quantizer_format("nf4", "fp4")
 class FourBit:
     """NF4 ("nf4": the quantiles of a normal distribution) or FP4 ("fp4").
 
@@ -43,11 +45,22 @@ class FourBit:
         MissingExtraError: bitsandbytes is absent.
     """
 
+    mark: ClassVar[str] = "weight.absmax"
+
     def __init__(self, name: str, double: bool = False) -> None:
         self.name, self.double = name, double
         self._functional: Any = require("bitsandbytes.functional", "quant")
         self._values = self._functional.get_4bit_type(name, "cpu")
         self._codebook = Codebook(self._values)
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Self | None:
+        """See `Quantiser.of_config`."""
+        name = config.get("bnb_4bit_quant_type")
+        if config.get("quant_method") != "bitsandbytes" or config.get("load_in_8bit"):
+            return None
+        double = bool(config.get("bnb_4bit_use_double_quant"))
+        return cls(name, double) if name in ("nf4", "fp4") else None
 
     def quantise(self, matrix: Tensor, dtype: torch.dtype) -> Quantised:
         """See `Quantiser.quantise`."""

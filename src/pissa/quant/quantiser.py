@@ -1,9 +1,9 @@
-"""What a way to store a matrix in few bits has to offer; a new one is one file and one line in `names.py`."""
+"""What a way to store a matrix in few bits has to offer; a new one is one file in this folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,29 @@ class Quantiser(Protocol):
     Attributes:
         name: what users type.
         double: whether the scales are quantised too.
+        mark: the part, other than "weight", that each packed weight has and nothing else.
     """
 
     name: str
     double: bool
+    mark: ClassVar[str]
+
+    def __init__(self, name: str, double: bool = False) -> None:
+        """Make the quantizer of one of the names that the class was registered under.
+
+        Args:
+            name: what users type.
+            double: quantize the scales too.
+
+        Raises:
+            InputError: there are no scales that could be.
+            MissingExtraError: a library is absent; the message is the pip line.
+        """
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Self | None:
+        """The quantizer of a model with this `quantization_config`; None for another format's."""
+        ...
 
     def quantise(self, matrix: Tensor, dtype: torch.dtype) -> Quantised:
         """Pack a matrix [out, in] and say what the packed one stands for.
@@ -63,3 +82,18 @@ class Quantiser(Protocol):
             skipped: full names of the linear modules that stay as they are.
         """
         ...
+
+
+FORMATS: dict[str, type[Quantiser]] = {}
+"""What users type to the class of the format; filled by `quantizer_format`, read through `names`."""
+Kind = TypeVar("Kind", bound=type[Quantiser])
+
+
+def quantizer_format(*names: str) -> Callable[[Kind], Kind]:
+    """Register the decorated class as the format of these names."""
+
+    def register(kind: Kind) -> Kind:
+        FORMATS.update(dict.fromkeys(names, kind))
+        return kind
+
+    return register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Change:
     @property
     def norm(self) -> float:
         """The Frobenius norm of the change."""
-        return sum(value**2 for value in self.singular_values) ** 0.5
+        return math.hypot(*self.singular_values)
 
     @property
     def relative(self) -> float | None:

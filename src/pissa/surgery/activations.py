@@ -38,7 +38,7 @@ def layer_inputs(folder: Path, targets: Iterable[Target], text: Path) -> dict[st
         raise CheckpointError(f"{folder} cannot be loaded by transformers ({error})") from error
     linear = [target for target in targets if target.kind in PACKABLE]
     window = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
-    batches = [{"input_ids": part[None]} for part in tokens.split(window)]
+    batches = [{"input_ids": part[None]} for part in torch.split(tokens, window)]
     try:
         seen = observe(model, batches, "inputs", targets=[target.module for target in linear], inputs=TOKENS)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:

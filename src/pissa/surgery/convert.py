@@ -17,9 +17,9 @@ from pissa.checkpoint.output import read_json, staged_output
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names
 from pissa.checkpoint.targets import Target
-from pissa.config.jobs import ConvertSettings
-from pissa.config.keywords import spelled_out
 from pissa.errors import CheckpointError, InputError, WrongBaseError
+from pissa.jobs import ConvertSettings
+from pissa.keywords import spelled_out
 from pissa.presets import find
 from pissa.records import Base, Recipe, Record, versions
 from pissa.splits import Factors, Lora, drift_as_lora
@@ -40,7 +40,7 @@ def convert(run: str | Path, out: str | Path, settings: ConvertSettings) -> Reco
     Args:
         run: a run, its state/ or a plain LoRA; with `start`, an adapter that stock peft trained on a residual.
         out: the folder to write.
-        settings: a keyword argument each, see `pissa.config.jobs`.
+        settings: a keyword argument each, see `pissa.jobs`.
 
     Returns:
         The record; `notes["error"]` is the relative error of the change (0 when exact).
@@ -145,8 +145,8 @@ def _started_elsewhere(trained: Tensor, start: Tensor) -> bool:
     if norm == 0:
         return False
     share = float((trained * start).sum()) / norm**2
-    chance = float(torch.linalg.vector_norm(trained)) / norm / float(trained.numel()) ** 0.5
-    return share + 4 * chance < LEAST_SHARE
+    chance = float(torch.linalg.vector_norm(trained)) / norm / trained.numel() ** 0.5
+    return bool(share + 4 * chance < LEAST_SHARE)
 
 
 def check_folder(record: Record, folder: Path, what: str) -> None:

@@ -13,9 +13,9 @@ from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_ta
 from pissa.checkpoint.targets import Target, find_targets
 from pissa.checkpoint.writer import parse_bytes
 from pissa.checks import chosen_device, scale_of, tolerance_of
-from pissa.config.jobs import DecomposeSettings
-from pissa.config.keywords import spelled_out
 from pissa.errors import CheckpointError, InputError, WrongBaseError
+from pissa.jobs import DecomposeSettings
+from pissa.keywords import spelled_out
 from pissa.presets import Choice, choose
 from pissa.records import Recipe, Record
 from pissa.surgery.decomposition import Decomposition
@@ -35,7 +35,7 @@ def decompose(source: str | Path, out: str | Path, settings: DecomposeSettings) 
     Args:
         source: a folder or a Hub id.
         out: the folder to write; it appears whole or not at all.
-        settings: a keyword argument each, see `pissa.config.jobs`.
+        settings: a keyword argument each, see `pissa.jobs`.
 
     Returns:
         The record that was written as `pissa.json`.

@@ -131,8 +131,9 @@ def adapter_scale(config: dict[str, Any], where: Path) -> float:
     """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; refuses what a plain pair does not say."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     one_scale = not config.get("use_rslora") and ranks.keys() == alphas.keys()
-    scale = config["lora_alpha"] / config["r"]
-    if one_scale and all(abs(alphas[layer] / rank - scale) < 1e-9 * scale for layer, rank in ranks.items()):
+    alpha, rank = float(config["lora_alpha"]), float(config["r"])
+    scale = alpha / rank
+    if one_scale and all(abs(alphas[layer] / own - scale) < 1e-9 * scale for layer, own in ranks.items()):
         ranks = alphas = {}  # ranks of their own, as the shapes say, and one scale everywhere
     unsupported = [key for key in ("use_dora", "lora_bias") if config.get(key)]
     unsupported += [key for key, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)) if pattern]
@@ -140,7 +141,7 @@ def adapter_scale(config: dict[str, Any], where: Path) -> float:
         raise CheckpointError(
             f"{where / plain.CONFIG} sets {', '.join(unsupported)}, which is not plain LoRA: merge it with peft instead"
         )
-    return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    return alpha / rank**0.5 if config.get("use_rslora") else scale
 
 
 def principal_share(weight: Tensor, change: Lora) -> float:

@@ -13,8 +13,8 @@ from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target
-from pissa.config.jobs import Progress
 from pissa.errors import CheckpointError, InputError, PissaError, WrongBaseError
+from pissa.jobs import Progress
 from pissa.linalg import product_singular_values
 from pissa.records import Record
 from pissa.splits import Lora

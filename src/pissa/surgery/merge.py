@@ -21,9 +21,9 @@ from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, kind_of
 from pissa.checkpoint.writer import parse_bytes
-from pissa.config.jobs import MergeSettings
-from pissa.config.keywords import spelled_out
 from pissa.errors import WrongBaseError
+from pissa.jobs import MergeSettings
+from pissa.keywords import spelled_out
 from pissa.linalg import frobenius
 from pissa.quant import quantiser
 from pissa.records import Record, versions
@@ -51,7 +51,7 @@ def merge(
         base: the original model, a folder or a Hub id; for a run beside a quantised residual, that residual's folder.
         run: a run, its state/ or a plain LoRA.
         out: the folder to write; it appears whole or not at all.
-        settings: a keyword argument each, see `pissa.config.jobs`.
+        settings: a keyword argument each, see `pissa.jobs`.
 
     Returns:
         The record; `notes["errors"]` has the relative error of what was written, and of nf4 where the base is packed.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.targets import Target, kind_of
 from pissa.errors import CheckpointError, InputError
-from pissa.quant import NAMES, Quantiser, quantiser
+from pissa.quant import Quantiser, of_config
 
 PACKABLE = ("linear", "conv1d")
 """Kinds of layers that transformers loads in few bits."""
@@ -92,13 +92,13 @@ def quantiser_of_checkpoint(checkpoint: Checkpoint) -> Quantiser | None:
     config = checkpoint.config.get("quantization_config")
     if not config:
         return None
-    kind = config.get("quant_method")
-    name = "int8" if config.get("load_in_8bit") else config.get("bnb_4bit_quant_type")
-    if kind != "bitsandbytes" or name not in NAMES:
+    found = of_config(config)
+    if found is None:
+        kind, name = config.get("quant_method"), config.get("bnb_4bit_quant_type")
         raise CheckpointError(
             f"{checkpoint.name} is quantised with {kind} ({name}), expected bitsandbytes' 4 or 8 bits"
         )
-    return quantiser(name, double=name != "int8" and bool(config.get("bnb_4bit_use_double_quant")))
+    return found
 
 
 class PackedWeights:
@@ -116,11 +116,9 @@ class PackedWeights:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._quantiser = checkpoint, quantiser_of_checkpoint(checkpoint)
-        marks = (".SCB",) if self._quantiser and self._quantiser.name == "int8" else (".absmax",)
-        found = (name for name in checkpoint.tensors if self._quantiser and name.endswith(marks))
-        self.names = {
-            name.removesuffix(".absmax").removesuffix(".SCB").removesuffix(".weight") + ".weight" for name in found
-        }
+        mark = f".{self._quantiser.mark}" if self._quantiser else None
+        modules = (name.removesuffix(mark) for name in checkpoint.tensors if mark and name.endswith(mark))
+        self.names = {f"{module}.weight" for module in modules}
 
     def parts(self, weight: str) -> dict[str, Tensor]:
         """The parts of a weight by their names in its module."""
@@ -136,6 +134,10 @@ class PackedWeights:
 
     def weight_of(self, name: str) -> str | None:
         """The quantised weight that a tensor is a part of, if it is one."""
-        module = name.split(".weight")[0].removesuffix(".SCB")
-        weight = f"{module}.weight"
-        return weight if weight in self.names and not name.endswith(".bias") else None
+        if name.endswith(".bias"):
+            return None
+        module = name
+        while module := module.rpartition(".")[0]:
+            if f"{module}.weight" in self.names:
+                return f"{module}.weight"
+        return None

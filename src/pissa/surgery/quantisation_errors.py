@@ -15,7 +15,7 @@ from pissa.adapters.plain import INIT
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.targets import Target
-from pissa.config.jobs import Progress
+from pissa.jobs import Progress
 from pissa.linalg import frobenius, nuclear
 from pissa.records import Recipe
 from pissa.surgery.activations import layer_inputs

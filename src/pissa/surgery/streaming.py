@@ -25,7 +25,7 @@ from pissa.checkpoint.layout import Plan, Spec, plan_bytes
 from pissa.checkpoint.output import staged_output
 from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.writer import CheckpointWriter, TensorFile
-from pissa.config.jobs import Progress
+from pissa.jobs import Progress
 from pissa.records import Record, versions
 from pissa.surgery.pipeline import in_order
 

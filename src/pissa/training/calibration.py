@@ -11,10 +11,10 @@ import torch
 
 from pissa.config import TrainSettings, load_settings
 from pissa.errors import InputError
+from pissa.method import Method
 from pissa.observe import Observations, observe
 from pissa.observe.processes import process
 from pissa.presets import Choice, find
-from pissa.registry import Method
 from pissa.training import distributed, language
 from pissa.training.arguments import device
 from pissa.training.data import Rows, read, renamed

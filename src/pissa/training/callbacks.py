@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from pissa.adapters import exact
 from pissa.errors import DivergedError

@@ -46,12 +46,11 @@ def check(settings: TrainSettings, resume: bool) -> Choice | None:
         try:
             choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
             choice.method.checked(settings.options)
-            if choice.quant:
-                quantiser(choice.quant, double=settings.double_quant)
         except InputError as error:
             mistakes.append(f"method: {error}")
         else:
             mistakes += _about_method(settings, choice)
+            mistakes += _about_quantizer(settings, choice)
     else:
         mistakes += [
             f"{key}: got {getattr(settings, key)}, expected {unset} with full, which has no adapter"
@@ -89,6 +88,16 @@ def _about_method(settings: TrainSettings, choice: Choice) -> list[str]:
     why_not = form.why_no_dropout(settings.method) if settings.dropout else None
     refused = [f"dropout: got {settings.dropout:g}, {why_not}"] if why_not else []
     return refused + _about_calibration(settings, choice)
+
+
+def _about_quantizer(settings: TrainSettings, choice: Choice) -> list[str]:
+    """A format that is not known, or scales that it does not have."""
+    try:
+        if choice.quant:
+            quantiser(choice.quant, double=settings.double_quant)
+    except InputError as error:
+        return [f"quant: {error}"]
+    return []
 
 
 def _about_calibration(settings: TrainSettings, choice: Choice) -> list[str]:

@@ -135,7 +135,8 @@ class LoraPro(Optimizer):
         mean = state["exp_avg"].lerp_(gradient, 1 - beta)
         squares = state["exp_avg_sq"].mul_(beta_squares).addcmul_(gradient, gradient, value=1 - beta_squares)
         root = (squares / (1 - beta_squares**count)).sqrt_().add_(group["eps"])
-        return mean / (1 - beta**count) / root
+        direction: Tensor = mean / (1 - beta**count) / root
+        return direction
 
 
 def _pairs(model: nn.Module) -> list[Pair]:

@@ -139,8 +139,8 @@ def _model_of(path: Path, base: str | None) -> tuple[str, str | None, Path | Non
             f"{path} is a {kind} folder, whose base cannot be checked: see pissa inspect {path}, then pissa convert it"
         )
     file = path / "state" / plain.RECORD if kind == "run" else path / plain.RECORD
-    served_on = Record.from_json(read_json(file), str(file)).served_on
-    assert served_on is not None
+    record = Record.from_json(read_json(file), str(file))
+    served_on = record.served_on or record.made_of(str(path))
     if base or not (path / RESIDUAL).is_dir():
         return base or served_on.name, None if base else served_on.revision, path
     return str(path / RESIDUAL), None, path  # beside a run that may have been moved

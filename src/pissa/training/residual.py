@@ -12,8 +12,8 @@ from torch import nn
 
 from pissa.checkpoint.output import read_json
 from pissa.config import TrainSettings
-from pissa.config.jobs import DecomposeSettings
 from pissa.errors import CheckpointError
+from pissa.jobs import DecomposeSettings
 from pissa.observe import Observations
 from pissa.presets import Choice, choose
 from pissa.records import Recipe
@@ -100,7 +100,8 @@ def is_decomposed(model: str) -> bool:
 def ready(model: nn.Module, settings: TrainSettings) -> nn.Module:
     """A model in few bits as training wants it: what is not quantised in float32, inputs ready for backward."""
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
+        prepare: Callable[..., nn.Module] = prepare_model_for_kbit_training
+        return prepare(model, use_gradient_checkpointing=settings.gradient_checkpointing)
     return model
 
 

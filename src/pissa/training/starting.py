@@ -14,13 +14,14 @@ from transformers import TrainerCallback
 
 from pissa.adapters import runs
 from pissa.adapters.attach import adaptation_of, attach, is_residual
+from pissa.adapters.initial import load_initial
 from pissa.checkpoint.fingerprint import check_same, fingerprint, model_tensors
 from pissa.checkpoint.targets import find_targets, head_modules
 from pissa.config import TrainSettings, config_error
 from pissa.errors import OutputError
+from pissa.method import brought
 from pissa.observe import Observations
 from pissa.presets import Choice
-from pissa.registry import brought
 from pissa.training import distributed, residual
 from pissa.training.arguments import device
 
@@ -92,7 +93,7 @@ def start(
 def _load_decomposed(model: nn.Module, settings: TrainSettings, choice: Choice) -> PeftModel:
     """The start that lies beside a residual, which the settings must not contradict."""
     heads = [*head_modules(model), *(settings.modules_to_save or ())]
-    attached = runs.load(model, settings.model, modules_to_save=heads)
+    attached = load_initial(model, Path(settings.model), modules_to_save=heads, method=choice.method)
     recipe = adaptation_of(attached).recipe
     mistakes = [
         f"{key}: got {got!r}, expected {expected!r}, as {settings.model} was decomposed"

@@ -17,8 +17,8 @@ from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton
 from pissa.checkpoint.targets import Target, find_targets
 from pissa.checkpoint.writer import parse_bytes
-from pissa.config.jobs import DenseSettings
-from pissa.config.keywords import spelled_out
+from pissa.jobs import DenseSettings
+from pissa.keywords import spelled_out
 from pissa.records import Record, versions
 from pissa.surgery.decompose import STORED, check_dtype, output_dtype
 from pissa.surgery.streaming import SHARDS, Piece, StreamJob
@@ -37,7 +37,7 @@ def export_dense(source: str | Path, out: str | Path, settings: DenseSettings) -
     Args:
         source: a folder that `svdquant` wrote.
         out: the folder to write, an ordinary Hugging Face model; it appears whole or not at all.
-        settings: a keyword argument each, see `pissa.config.jobs`.
+        settings: a keyword argument each, see `pissa.jobs`.
 
     Returns:
         The record that was written.

@@ -66,7 +66,8 @@ class W4A4Linear(nn.Module):
             split: as the method returns it.
             bias: [out], kept as it is.
         """
-        assert split.quantised is not None
+        if split.quantised is None:
+            raise InputError("this split has nothing in 4 bits: make it with the method svdquant")
         rows, columns = split.weight.shape
         layer = cls(columns, rows, split.rank, bias, split.weight.device)
         factors = {"left": split.scale * split.left, "right": split.right}

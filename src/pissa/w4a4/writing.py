@@ -25,15 +25,15 @@ from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.skeleton import build_skeleton, parameter_names, stored_targets
 from pissa.checkpoint.targets import Target, find_targets
 from pissa.checkpoint.writer import parse_bytes
-from pissa.config.jobs import FourBitSettings
-from pissa.config.keywords import spelled_out
 from pissa.errors import InputError
+from pissa.jobs import FourBitSettings
+from pissa.keywords import spelled_out
 from pissa.linalg import frobenius, relative_error
 from pissa.linalg.int4 import GROUP
+from pissa.method import Method
 from pissa.observe import Observations
 from pissa.presets import find
 from pissa.records import Base, Layer, Recipe, Record, versions
-from pissa.registry import Method
 from pissa.surgery.pipeline import check_workers
 from pissa.surgery.streaming import SHARDS, Piece, StreamJob
 from pissa.w4a4.linear import W4A4Linear
@@ -51,7 +51,7 @@ def svdquant(source: str | Path, out: str | Path, settings: FourBitSettings) -> 
     Args:
         source: a folder or a Hub id, in 16 or 32 bits.
         out: the folder to write; it appears whole or not at all.
-        settings: a keyword argument each, see `pissa.config.jobs`.
+        settings: a keyword argument each, see `pissa.jobs`.
 
     Returns:
         The record that was written as `pissa.json`; `notes["output_errors"]` has each layer's relative output error on

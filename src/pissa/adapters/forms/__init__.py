@@ -10,7 +10,7 @@ from typing import Any
 
 from pissa.adapters.forms.form import Form, on_layer
 from pissa.errors import InputError
-from pissa.registry import Method
+from pissa.method import Method
 
 __all__ = ["Form", "form_of", "forms", "on_layer"]
 

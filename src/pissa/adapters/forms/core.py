@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pissa.adapters import starts
 from pissa.adapters.forms.zero_core import ZeroCore, moved_left, through_core
-from pissa.registry import Method
+from pissa.method import Method
 from pissa.splits import Factors
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pissa.adapters import quantized, sharding, starts
 from pissa.adapters.forms.core_on_residual import CoreOnResidual
-from pissa.registry import Method
+from pissa.method import Method
 from pissa.splits import Factors, Lora
 
 

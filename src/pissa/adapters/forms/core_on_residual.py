@@ -14,7 +14,7 @@ from torch import Tensor
 from pissa.adapters import residual, starts
 from pissa.adapters.forms.core import Core
 from pissa.adapters.forms.zero_core import moved_left, through_core
-from pissa.registry import Method
+from pissa.method import Method
 from pissa.splits import Factors
 
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from pissa.adapters import factors, sharding, starts
 from pissa.adapters.forms.form import Variant
 from pissa.adapters.forms.pair_beside_quantized import NO_DROPOUT
-from pissa.registry import Method
+from pissa.method import Method
 from pissa.splits import Factors, Lora, drift_as_lora, drift_as_pair
 
 

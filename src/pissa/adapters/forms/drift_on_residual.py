@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pissa.adapters import factors, residual, starts
 from pissa.adapters.forms.drift import Drift
-from pissa.registry import Method
+from pissa.method import Method
 from pissa.splits import Factors
 
 

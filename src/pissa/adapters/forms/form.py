@@ -20,7 +20,7 @@ from pissa.adapters import factors, sharding, starts
 from pissa.adapters.plain import whole
 from pissa.checkpoint.targets import target_of
 from pissa.errors import InputError
-from pissa.registry import Method
+from pissa.method import Method
 from pissa.splits import Factors, Lora
 
 PARTS_OF_A_START = ("left", "right", "core", "pattern")
@@ -233,7 +233,7 @@ def _emit(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None
     """state_dict hook: what leaves the layer is a plain LoRA."""
     for adapter, form in on_layer(layer).items():
         keys = factors.keys(layer, adapter, prefix)
-        if keys[1] in state and not sharding.is_away(state[keys[1]]):
+        if _has(state, keys):
             form.emit(layer, adapter, state, keys)
 
 
@@ -241,5 +241,11 @@ def _take(layer: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
     """load_state_dict hook: the plain LoRA of this very start is taken apart again."""
     for adapter, form in on_layer(layer).items():
         keys = factors.keys(layer, adapter, prefix)
-        if keys[1] in state and not sharding.is_away(state[keys[1]]):
+        if _has(state, keys):
             form.take(layer, adapter, state, keys)
+
+
+def _has(state: dict[str, Any], keys: tuple[str, str]) -> bool:
+    """Whether a state dict holds the adapter, whole; a form may train one factor alone."""
+    own = [state[key] for key in keys if key in state]
+    return bool(own) and not any(map(sharding.is_away, own))

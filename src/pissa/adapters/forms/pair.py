@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pissa.adapters import factors
 from pissa.adapters.forms.form import Form, remember
-from pissa.registry import Method
+from pissa.method import Method
 from pissa.splits import Factors, Lora
 
 

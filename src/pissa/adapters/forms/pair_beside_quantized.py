@@ -12,7 +12,7 @@ from typing import Any
 
 from pissa.adapters import factors, quantized, starts
 from pissa.adapters.forms.form import Form, remember
-from pissa.registry import Method
+from pissa.method import Method
 from pissa.splits import Factors, Lora
 
 NO_DROPOUT = (

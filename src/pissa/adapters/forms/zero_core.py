@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pissa.adapters import sharding, starts
 from pissa.adapters.forms.form import PARTS_OF_A_START, Variant
 from pissa.linalg import relative_error
-from pissa.registry import Method
+from pissa.method import Method
 from pissa.splits import Factors, Lora, drift_as_lora, drift_as_pair, whole_core
 
 FITS = 1e-3

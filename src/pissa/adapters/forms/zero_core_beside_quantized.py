@@ -10,7 +10,7 @@ from typing import Any
 
 from pissa.adapters import quantized
 from pissa.adapters.forms.zero_core import ZeroCore
-from pissa.registry import Method
+from pissa.method import Method
 from pissa.splits import Factors
 
 

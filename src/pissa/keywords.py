@@ -80,9 +80,8 @@ def documented(settings: Any) -> dict[str, tuple[Any, str]]:
     found = {}
     for name in dict.fromkeys(order):
         if typing.get_origin(hints.get(name)) is Annotated:
-            kind, note = typing.get_args(hints[name])
-            assert isinstance(note, Doc)
-            found[name] = kind, note.documentation
+            kind, *notes = typing.get_args(hints[name])
+            found[name] = kind, next(one.documentation for one in notes if isinstance(one, Doc))
     return found
 
 
