@@ -56,7 +56,7 @@ def core_alone(weight, rank, *, scale, svd, seed, name):
 def left_and_zero_core(weight, rank, *, scale, svd, seed, name):
     """The left factor trains beside a core of zeros."""
     top = truncated_svd(weight, rank, svd, seed=seed, name=name)
-    return Split(weight, top.U, top.Vh, top.S.new_zeros(rank, rank), scale)
+    return Split(weight, top.U, top.S[:, None] * top.Vh, top.S.new_zeros(rank, rank), scale)
 ''',
     "by_sgd": HEAD
     + '''

@@ -240,7 +240,7 @@ def test_methods_that_do_not_alternate_quantise_the_frozen_part_of_their_own_spl
         ("pissa", {"iterations": 3}, "only with a quantiser: add --quant nf4"),
         ("lora", {"quant": "nf4", "iterations": 3}, "leave it out, or use one of loftq, pissa"),
         ("qlora", {"iterations": 3}, "leave it out, or use one of loftq, pissa"),
-        ("pissa", {"quant": "nf5"}, "unknown quantiser 'nf5'. Did you mean 'nf4'[?] Known: nf4, fp4, int8"),
+        ("pissa", {"quant": "nf5"}, "unknown quantiser 'nf5'. Did you mean 'nf4'[?] Known: fp4, int8, nf4"),
         ("qpisa", {}, "unknown method 'qpisa'. Did you mean 'qpissa'[?]"),
     ],
 )

@@ -63,12 +63,13 @@ def most(method: str, shape: tuple[int, int]) -> int:
 
 
 def drifts(split: Split, size: float = 0.3, seed: int = 1, parts: tuple[str, ...] = ("left", "right")) -> Factors:
-    """Random drifts of `size` relative to a start factor (to 1 where the factor is zero)."""
+    """Random drifts of `size` relative to a start factor (to entries of 1 where the factor is zero)."""
     generator = torch.Generator().manual_seed(seed)
 
     def drift(factor: Tensor) -> Tensor:
         noise = torch.randn(factor.shape, generator=generator, dtype=torch.float64).to(factor)
-        return size * noise * (factor.norm() / noise.norm() if factor.any() else 1.0)
+        norm = factor.norm() if factor.any() else factor.numel() ** 0.5
+        return size * noise * norm / noise.norm()
 
     found = {part: drift(getattr(split, part)) for part in parts}
     if "core" in parts and split.pattern is not None:

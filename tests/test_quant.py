@@ -272,7 +272,7 @@ def test_the_config_is_one_that_transformers_reads(name, double):
 
 @pytest.mark.parametrize(("wrong", "meant"), [("nf5", "nf4"), ("fp-4", "fp4"), ("int4", "int8")])
 def test_unknown_name_names_the_nearest(wrong, meant):
-    with pytest.raises(InputError, match=f"unknown quantiser '{wrong}'. Did you mean '{meant}'[?] Known: nf4, fp4"):
+    with pytest.raises(InputError, match=f"unknown quantiser '{wrong}'. Did you mean '{meant}'[?] Known: fp4, int8, nf4"):
         quantiser(wrong)
 
 

@@ -181,7 +181,7 @@ def test_settings_that_contradict_the_decomposed_folder_are_refused(
         ({"method": "full", "quant": "nf4"}, "quant: got nf4, expected null with full"),
         ({"method": "lora", "quant": "nf4", "iterations": 3}, "iterations is 3 with lora"),
         ({"method": "loftq", "quant": None, "iterations": 0}, "iterations: got 0"),
-        ({"quant": "nf5"}, "quant: got 'nf5', expected 'nf4', 'fp4' or 'int8'"),
+        ({"quant": "nf5"}, "quant: unknown quantiser 'nf5'. Did you mean 'nf4'"),
         ({"quant": "int8", "load_in_4bit": True}, "load_in_4bit: got it beside quant 'int8'"),
         ({"load_in_4bit": "maybe"}, "load_in_4bit: got 'maybe', expected true or false"),
         ({"quant": "int8", "double_quant": True}, "which int8 has not"),
