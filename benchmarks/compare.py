@@ -24,7 +24,13 @@ from pissa.config import load_settings
 
 METHODS = ("full", "lora", "pissa", "milora", "pissa-control")
 COMMON = {"rank": 8, "dtype": "float32", "device": "cpu", "warmup_ratio": 0.1, "save_steps": 0}
-LANGUAGE = COMMON | {"batch_size": 4, "max_steps": 40, "eval_steps": 8, "eval_limit": 24, "template": "none"}
+LANGUAGE = COMMON | {
+    "batch_size": 4,
+    "max_steps": 40,
+    "eval_steps": 8,
+    "eval_limit": 24,
+    "template": "none",
+}
 CLASSIFICATION = COMMON | {
     "task": "classification", "batch_size": 8, "max_steps": 40, "eval_steps": 20, "eval_limit": 128, "max_length": 64,
 }  # fmt: skip
@@ -70,11 +76,16 @@ def write_texts(shared: Path, texts: Path) -> None:
     _write(texts / "shakespeare_train.jsonl", ({"text": piece} for piece in _pieces(play[:edge])))
     _write(texts / "shakespeare_test.jsonl", ({"text": piece} for piece in _pieces(play[edge:])))
     talk = (shared / "data/tinytalk_val/chat_val.txt").read_text(encoding="utf-8")
-    _write(texts / "tinytalk.jsonl", ({"text": part.strip()} for part in talk.split("\n\n") if part.strip()))
+    _write(
+        texts / "tinytalk.jsonl",
+        ({"text": part.strip()} for part in talk.split("\n\n") if part.strip()),
+    )
     for name in ("train", "dev"):
         table = (shared / f"data/glue/CoLA/{name}.tsv").read_text(encoding="utf-8").splitlines()
         rows = (line.split("\t") for line in table if line)
-        _write(texts / f"cola_{name}.jsonl", ({"label": row[1], "sentence": row[3]} for row in rows))
+        _write(
+            texts / f"cola_{name}.jsonl", ({"label": row[1], "sentence": row[3]} for row in rows)
+        )
 
 
 def minilm() -> Path:
@@ -93,7 +104,9 @@ def _write(path: Path, rows: Iterator[dict[str, str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--case", nargs="*")
@@ -107,11 +120,18 @@ def main() -> None:
         if asked.case and name not in asked.case:
             continue
         say(f"## {name}")
-        texts = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+        texts = {
+            key: str(value) if isinstance(value, Path) else value for key, value in values.items()
+        }
         settings = load_settings(None, texts | {"output": str(asked.out / name)})
         rates = [float(rate) for rate in asked.lr.split(",")]
         found = compare(
-            settings, asked.methods.split(","), rates, range(asked.seeds), jobs=asked.jobs, say=counted("runs")
+            settings,
+            asked.methods.split(","),
+            rates,
+            range(asked.seeds),
+            jobs=asked.jobs,
+            say=counted("runs"),
         )
         print(f"## {name}\n", *(f"- {line}" for line in supported(found)), sep="\n")
 

@@ -47,11 +47,16 @@ def write_llama(folder: Path, gigabytes: float) -> None:
         dtype="bfloat16",
     )
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in transformers.LlamaForCausalLM(config).named_parameters()}
+        shapes = {
+            name: tuple(p.shape)
+            for name, p in transformers.LlamaForCausalLM(config).named_parameters()
+        }
     # Every tensor is a window on one pool of noise, as drawing all would take longer than the decomposition.
     largest = max(torch.Size(shape).numel() for shape in shapes.values())
     generator = torch.Generator().manual_seed(0)
-    pool = torch.empty(largest + len(shapes), dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    pool = torch.empty(largest + len(shapes), dtype=torch.bfloat16).normal_(
+        0, 0.02, generator=generator
+    )
     plan = {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
     with CheckpointWriter(folder, plan, 1_000_000_000) as out:
         config.save_pretrained(folder)
@@ -77,7 +82,19 @@ def engine(folder: Path, rank: int, device: str) -> None:
 
 
 def command(folder: Path, out: Path, rank: int, device: str) -> None:
-    words = [sys.executable, "-m", "pissa", "decompose", folder, out, "--rank", rank, "--device", device, "--force"]
+    words = [
+        sys.executable,
+        "-m",
+        "pissa",
+        "decompose",
+        folder,
+        out,
+        "--rank",
+        rank,
+        "--device",
+        device,
+        "--force",
+    ]
     subprocess.run(list(map(str, words)), check=True, capture_output=True)
 
 
@@ -85,19 +102,27 @@ def peft_start(folder: Path, rank: int, device: str) -> float:
     """Seconds that peft takes to start a model that is in memory already."""
     from peft import LoraConfig, get_peft_model
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights="pissa_niter_16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(
+        device
+    )
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights="pissa_niter_16"
+    )
     return seconds(lambda: get_peft_model(model, config))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--ranks", default="16,128")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--peft", action="store_true", help="also peft's pissa_niter_16, once: needs the model in memory"
+        "--peft",
+        action="store_true",
+        help="also peft's pissa_niter_16, once: needs the model in memory",
     )
     options = parser.parse_args()
     rows = []
@@ -108,9 +133,15 @@ def main() -> None:
             times: dict[str, list[float]] = {"engine": [], "command": []}
             for _ in range(options.repeats):
                 times["engine"].append(seconds(lambda r=rank: engine(source, r, options.device)))
-                times["command"].append(seconds(lambda r=rank: command(source, out, r, options.device)))
+                times["command"].append(
+                    seconds(lambda r=rank: command(source, out, r, options.device))
+                )
                 shutil.rmtree(out)
-            row = {"gigabytes": options.gigabytes, "rank": rank, **{name: median(t) for name, t in times.items()}}
+            row = {
+                "gigabytes": options.gigabytes,
+                "rank": rank,
+                **{name: median(t) for name, t in times.items()},
+            }
             row["ratio"] = row["command"] / row["engine"]
             if options.peft:
                 row["peft_niter_16"] = peft_start(source, rank, options.device)

@@ -36,7 +36,9 @@ def mixture(data: Path) -> Iterator[dict[str, str]]:
     for line in (data / "mbpp/mbpp.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["task_id"] > 600:
-            asked = f"{row['text']} Your code should pass these tests:\n\n" + "\n".join(row["test_list"])
+            asked = f"{row['text']} Your code should pass these tests:\n\n" + "\n".join(
+                row["test_list"]
+            )
             code = row["code"].replace("\r", "")
             yield {"instruction": asked, "output": f"```python\n{code}\n```"}
     for row in json.loads((data / "alpaca/alpaca_5000.json").read_text(encoding="utf-8")):
@@ -45,7 +47,9 @@ def mixture(data: Path) -> Iterator[dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", default="stories260K,mixed-8m")
@@ -65,7 +69,9 @@ def main() -> None:
         values = {"model": str(model), "data": str(asked.out / "mixture.jsonl"), "output": str(run)}
         say(f"## {name}")
         with quiet():
-            train(load_settings(None, {**SETTINGS, **values, "max_steps": asked.steps}), resume=True)
+            train(
+                load_settings(None, {**SETTINGS, **values, "max_steps": asked.steps}), resume=True
+            )
             with steps_progress() as told:
                 found = evaluate(
                     [str(run)],

@@ -44,7 +44,9 @@ def write_llama(folder: Path, tokenizer: str, hidden: int, layers: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tokenizer")
     parser.add_argument("data")
     parser.add_argument("--hidden", type=int, default=512)
@@ -54,9 +56,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--set", default="", help="more settings with commas, as gradient_checkpointing=true")
+    parser.add_argument(
+        "--set", default="", help="more settings with commas, as gradient_checkpointing=true"
+    )
     options = parser.parse_args()
-    more = {key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in options.set.split(",") if pair)}
+    more = {
+        key: yaml.safe_load(value)
+        for key, value in (pair.split("=") for pair in options.set.split(",") if pair)
+    }
     rows = []
     with tempfile.TemporaryDirectory() as temporary, quiet():
         model = Path(temporary, "model")
@@ -73,7 +80,12 @@ def main() -> None:
             device = plan(settings).asked.device
             record = pissa.train(settings)
             planned, taken = (device.total if device else 0), int(record["peak_memory_bytes"] or 0)
-            row = {"method": method, "planned": planned, "taken": taken, "ratio": planned / max(taken, 1)}
+            row = {
+                "method": method,
+                "planned": planned,
+                "taken": taken,
+                "ratio": planned / max(taken, 1),
+            }
             rows.append({**row, "seconds": record["seconds"]})
             print(
                 f"{method:10} planned {planned / 1e9:6.2f} GB  taken {taken / 1e9:6.2f} GB  {row['ratio']:5.2f}",

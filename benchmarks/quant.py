@@ -80,7 +80,9 @@ def norms(matrix: torch.Tensor, with_nuclear: bool) -> tuple[float, float]:
     return nuclear(matrix) if with_nuclear else math.nan, frobenius(matrix)
 
 
-def measured(weight: torch.Tensor, rank: int, options: argparse.Namespace) -> tuple[dict[str, float], torch.Tensor]:
+def measured(
+    weight: torch.Tensor, rank: int, options: argparse.Namespace
+) -> tuple[dict[str, float], torch.Tensor]:
     """Seconds by engine, without the first of several runs; norms [1 + engines, 2] of what is missed, nf4(W) first."""
     table = engines(weight, rank)
     times: dict[str, list[float]] = {engine: [] for engine in table}
@@ -93,7 +95,9 @@ def measured(weight: torch.Tensor, rank: int, options: argparse.Namespace) -> tu
             times[engine].append(taken)
             if repeat == 0:
                 errors.append(norms(weight.float() - Q - B @ A, options.nuclear))
-    return {engine: median(t[1:] or t) for engine, t in times.items()}, torch.tensor(errors, dtype=torch.float64)
+    return {engine: median(t[1:] or t) for engine, t in times.items()}, torch.tensor(
+        errors, dtype=torch.float64
+    )
 
 
 def reductions(errors: torch.Tensor) -> torch.Tensor:
@@ -109,38 +113,68 @@ def groups(options: argparse.Namespace) -> Iterator[tuple[str, list[torch.Tensor
         return
     checkpoint = Checkpoint.open(options.weights)
     names = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 2]
-    matrices = [checkpoint.read(name) for name in names if not any(word in name for word in NOT_LINEAR)]
+    matrices = [
+        checkpoint.read(name) for name in names if not any(word in name for word in NOT_LINEAR)
+    ]
     yield "/".join(options.weights.rstrip("/").split("/")[-2:]), matrices
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", default="2048x2048")
     parser.add_argument("--ranks", default="16,64,128")
     parser.add_argument("--weights", help="a checkpoint folder, in place of constructed matrices")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--lapack-repeats", type=int, default=1, help="runs of the authors' procedure, 1 or more")
-    parser.add_argument("--no-nuclear", dest="nuclear", action="store_false", help="the Frobenius norm alone")
+    parser.add_argument(
+        "--lapack-repeats", type=int, default=1, help="runs of the authors' procedure, 1 or more"
+    )
+    parser.add_argument(
+        "--no-nuclear", dest="nuclear", action="store_false", help="the Frobenius norm alone"
+    )
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     heads = " ".join(f"{column:>14}" for column in COLUMNS)
-    print(f"{'matrix':26} {'rank':>4} {'matrices':>8}  {'engine':18} {'seconds':>8} {'of authors':>10} {heads}")
+    print(
+        f"{'matrix':26} {'rank':>4} {'matrices':>8}  {'engine':18} {'seconds':>8} {'of authors':>10} {heads}"
+    )
     for group, weights in groups(options):
         for rank in map(int, options.ranks.split(",")):
-            fitting = [weight.to(options.device) for weight in weights if 4 * rank <= min(weight.shape)]
+            fitting = [
+                weight.to(options.device) for weight in weights if 4 * rank <= min(weight.shape)
+            ]
             start = f"{group:26} {rank:4} {f'{len(fitting)}/{len(weights)}':>8}  "
             if not fitting:
                 print(f"{start}left out: above a quarter of every matrix's smaller side")
                 continue
-            times, errors = zip(*(measured(weight, rank, options) for weight in fitting), strict=True)
+            times, errors = zip(
+                *(measured(weight, rank, options) for weight in fitting), strict=True
+            )
             total = {engine: sum(each[engine] for each in times) for engine in times[0]}
-            for (engine, taken), saved in zip(total.items(), reductions(torch.stack(errors)).tolist(), strict=True):
+            for (engine, taken), saved in zip(
+                total.items(), reductions(torch.stack(errors)).tolist(), strict=True
+            ):
                 ratio = taken / total["authors qpissa T=5"]
-                row = {"matrix": group, "rank": rank, "matrices": len(fitting), "engine": engine, "seconds": taken}
-                figures = {name: value for name, value in zip(COLUMNS, saved, strict=True) if not math.isnan(value)}
+                row = {
+                    "matrix": group,
+                    "rank": rank,
+                    "matrices": len(fitting),
+                    "engine": engine,
+                    "seconds": taken,
+                }
+                figures = {
+                    name: value
+                    for name, value in zip(COLUMNS, saved, strict=True)
+                    if not math.isnan(value)
+                }
                 rows.append({**row, "of authors": ratio, **figures})
-                print(f"{start}{engine:18} {taken:8.3f} {ratio:10.4f}", *(f"{v:14.2f}" for v in saved), flush=True)
+                print(
+                    f"{start}{engine:18} {taken:8.3f} {ratio:10.4f}",
+                    *(f"{v:14.2f}" for v in saved),
+                    flush=True,
+                )
     print(json.dumps({"threads": torch.get_num_threads(), "device": options.device, "rows": rows}))
 
 

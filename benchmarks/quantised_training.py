@@ -26,7 +26,9 @@ def evaluations(run: Path) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
     parser.add_argument("--eval-data", required=True)
@@ -66,7 +68,9 @@ def main() -> None:
         print(f"{'base, not quantised':20} start {base:.4f}", flush=True)
         rows_out = []
         for method in PRESETS:
-            losses = [run(method, seed, options.steps) for seed in map(int, options.seeds.split(","))]
+            losses = [
+                run(method, seed, options.steps) for seed in map(int, options.seeds.split(","))
+            ]
             starts, ends = [loss[0] for loss in losses], [loss[-1] for loss in losses]
             rows_out.append({"method": method, "starts": starts, "ends": ends})
             each = " ".join(f"{end:.4f}" for end in ends)

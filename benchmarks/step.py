@@ -32,7 +32,9 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def step_of(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-5)
+    optimizer = torch.optim.AdamW(
+        [part for part in model.parameters() if part.requires_grad], lr=1e-5
+    )
 
     def step() -> None:
         model(tokens, labels=tokens).loss.backward()
@@ -61,7 +63,12 @@ def main() -> None:
     tokens = torch.randint(0, 1024, (4, 256), device=options.device)
 
     def stock(start: str | bool) -> torch.nn.Module:
-        lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear", init_lora_weights=start)
+        lora = LoraConfig(
+            r=options.rank,
+            lora_alpha=options.rank,
+            target_modules="all-linear",
+            init_lora_weights=start,
+        )
         return get_peft_model(copy.deepcopy(base), lora)
 
     def ours(svd: str = "fast") -> torch.nn.Module:
@@ -82,7 +89,11 @@ def main() -> None:
         print(f"{name:28} {value * 1000:9.1f} ms")
     ratio = rows["step: pissa keep"] / rows["step: peft lora"]
     print(f"{'step ratio':28} {ratio:9.3f}")
-    print(json.dumps({"hidden": options.hidden, "rank": options.rank, "seconds": rows, "step_ratio": ratio}))
+    print(
+        json.dumps(
+            {"hidden": options.hidden, "rank": options.rank, "seconds": rows, "step_ratio": ratio}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -81,17 +81,25 @@ def matrices(options: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor]]:
         for name, info in checkpoint.tensors.items():
             if len(info.shape) == 2 and info.shape not in seen and "embed" not in name:
                 seen.add(info.shape)
-                yield f"{name.split('.')[-2]} {info.shape[0]}x{info.shape[1]}", checkpoint.read(name)
+                yield (
+                    f"{name.split('.')[-2]} {info.shape[0]}x{info.shape[1]}",
+                    checkpoint.read(name),
+                )
         return
     for shape in options.shapes.split(","):
         rows, columns = map(int, shape.split("x"))
         for spectrum in options.spectra.split(","):
             for dtype in options.dtypes.split(","):
-                yield f"{shape} {spectrum} {dtype}", constructed(rows, columns, spectrum, getattr(torch, dtype))
+                yield (
+                    f"{shape} {spectrum} {dtype}",
+                    constructed(rows, columns, spectrum, getattr(torch, dtype)),
+                )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", default="2048x2048")
     parser.add_argument("--ranks", default="16,128")
     parser.add_argument("--spectra", default="language")
@@ -99,15 +107,23 @@ def main() -> None:
     parser.add_argument("--weights", help="a checkpoint folder, in place of constructed matrices")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--lapack-repeats", type=int, default=1, help="of torch.linalg.svd; 0 leaves it out")
+    parser.add_argument(
+        "--lapack-repeats", type=int, default=1, help="of torch.linalg.svd; 0 leaves it out"
+    )
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
-    print(f"{'matrix':34} {'rank':>4}  {'engine':17} {'seconds':>8} {'of niter_16':>11} {'gap':>9} {'sigma':>9}")
+    print(
+        f"{'matrix':34} {'rank':>4}  {'engine':17} {'seconds':>8} {'of niter_16':>11} {'gap':>9} {'sigma':>9}"
+    )
     for name, weight in matrices(options):
         weight = weight.to(options.device)
         wide = weight.double()
-        squares = torch.linalg.eigvalsh(wide.T @ wide if wide.shape[0] >= wide.shape[1] else wide @ wide.T).flip(0)
-        for rank in (rank for rank in map(int, options.ranks.split(",")) if rank < min(weight.shape)):
+        squares = torch.linalg.eigvalsh(
+            wide.T @ wide if wide.shape[0] >= wide.shape[1] else wide @ wide.T
+        ).flip(0)
+        for rank in (
+            rank for rank in map(int, options.ranks.split(",")) if rank < min(weight.shape)
+        ):
             engines: dict[str, Callable[[], Triplets]] = {
                 "pissa_niter_16": lambda w=weight, r=rank: lowrank(w, r, 16),
                 "pissa_niter_4": lambda w=weight, r=rank: lowrank(w, r, 4),
@@ -125,11 +141,21 @@ def main() -> None:
                         times[engine].append(taken)
                     if repeat == 0:
                         gap, sigma = missed(weight, found, squares)
-                        rows.append({"matrix": name, "rank": rank, "engine": engine, "gap": gap, "sigma": sigma})
+                        rows.append(
+                            {
+                                "matrix": name,
+                                "rank": rank,
+                                "engine": engine,
+                                "gap": gap,
+                                "sigma": sigma,
+                            }
+                        )
             for row in rows[-sum(map(bool, times.values())) :]:
                 row["seconds"] = median(times[str(row["engine"])])
                 ratio = row["seconds"] / median(times["pissa_niter_16"])
-                figures = f"{row['seconds']:8.3f} {ratio:11.3f} {row['gap']:9.1e} {row['sigma']:9.1e}"
+                figures = (
+                    f"{row['seconds']:8.3f} {ratio:11.3f} {row['gap']:9.1e} {row['sigma']:9.1e}"
+                )
                 print(f"{name:34} {rank:4}  {row['engine']:17} {figures}", flush=True)
     print(json.dumps({"threads": torch.get_num_threads(), "device": options.device, "rows": rows}))
 

@@ -42,7 +42,9 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
@@ -60,7 +62,10 @@ def main() -> None:
         for index, shape in enumerate(shapes):
             weight = torch.randn(shape, generator=generator, device=options.device).bfloat16()
             name = f"{layer}.{index}"
-            taken = clock(lambda w=weight, n=name: truncated_svd(w, options.rank, "fast", name=n), options.device)
+            taken = clock(
+                lambda w=weight, n=name: truncated_svd(w, options.rank, "fast", name=n),
+                options.device,
+            )
             if layer:  # the first one warms up
                 total += taken
                 operations += 2 * weight.numel() * columns
@@ -74,7 +79,10 @@ def main() -> None:
         "of the copy ceiling": moved / total / copy,
     }
     print(
-        "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+        "  ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in row.items()
+        )
     )
     print(json.dumps({**vars(options), **row}))
 

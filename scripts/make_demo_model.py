@@ -24,12 +24,26 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 DEMO = Path(__file__).resolve().parents[1] / "src" / "pissa" / "demo"
 # Tests and tables teach a language model little; site-packages is not part of Python.
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+}
 END = "<|end|>"
 VOCAB, CONTEXT, BATCH, THREADS = 2048, 256, 8, 2
 MAX_CHARS, MAX_TOKENS = 420, 200  # of one row, prompt and completion together
@@ -81,10 +95,19 @@ def without_docstrings(source: str) -> str:
     """Cut the docstrings out of the text, so that the fine-tuning prose is new to the model."""
     lines = source.encode().split(b"\n")  # the columns of ast count bytes of UTF-8
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, DOCUMENTED)]
-    found: list[tuple[Any, Any]] = [(node.body[0], node) for node in nodes if ast.get_docstring(node, clean=False)]
+    found: list[tuple[Any, Any]] = [
+        (node.body[0], node) for node in nodes if ast.get_docstring(node, clean=False)
+    ]
     for doc, node in sorted(found, key=lambda pair: pair[0].lineno, reverse=True):
-        before, after = lines[doc.lineno - 1][: doc.col_offset], lines[doc.end_lineno - 1][doc.end_col_offset :]
-        kept = before + (b"pass" if len(node.body) == 1 and not isinstance(node, ast.Module) else b"") + after
+        before, after = (
+            lines[doc.lineno - 1][: doc.col_offset],
+            lines[doc.end_lineno - 1][doc.end_col_offset :],
+        )
+        kept = (
+            before
+            + (b"pass" if len(node.body) == 1 and not isinstance(node, ast.Module) else b"")
+            + after
+        )
         lines[doc.lineno - 1 : doc.end_lineno] = [kept] if kept.strip() else []
     return b"\n".join(lines).decode()
 
@@ -109,7 +132,9 @@ def definitions(node: DOCUMENTED, name: str) -> Iterator[tuple[str, DOCUMENTED]]
     """Walk the public classes and functions with their dotted names; ast itself keeps no parents."""
     yield name, node
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
+        if isinstance(
+            child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        ) and not child.name.startswith("_"):
             yield from definitions(child, f"{name}.{child.name}")
 
 
@@ -121,11 +146,17 @@ def questions() -> Iterator[tuple[str, str, str]]:
         if any(part.startswith("_") for part in parts):
             continue
         for name, node in definitions(ast.parse(read(path)), ".".join(parts)):
-            question = "What is the module `{}` for?" if isinstance(node, ast.Module) else "What does `{}` do?"
+            question = (
+                "What is the module `{}` for?"
+                if isinstance(node, ast.Module)
+                else "What does `{}` do?"
+            )
             question = "What is `{}`?" if isinstance(node, ast.ClassDef) else question
             yield parts[0], question.format(name), ast.get_docstring(node) or ""
     for statement in ast.parse(read(STDLIB / "pydoc_data" / "topics.py")).body:
-        if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Dict):
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(
+            statement.value, ast.Dict
+        ):
             for topic, text in sorted(ast.literal_eval(statement.value).items()):
                 yield "pydoc_data", f"What does the Python reference say on `{topic}`?", text
 
@@ -138,11 +169,18 @@ def make_rows(seed: int) -> tuple[list[Row], list[Row]]:
         completion = prose(text, MAX_CHARS - len(question) - 1)
         if completion and not {question, completion.lower()} & seen:
             seen |= {question, completion.lower()}
-            modules.setdefault(module, []).append({"prompt": question + "\n", "completion": completion})
+            modules.setdefault(module, []).append(
+                {"prompt": question + "\n", "completion": completion}
+            )
     rng = random.Random(seed)
     train, held_out = list[Row](), list[Row]()
-    for name in rng.sample(sorted(modules), len(modules)):  # whole modules, none so big that it would be most of eval
-        fits = len(modules[name]) <= min(EVAL_ROWS // 8, EVAL_ROWS - len(held_out)) and name != "pydoc_data"
+    for name in rng.sample(
+        sorted(modules), len(modules)
+    ):  # whole modules, none so big that it would be most of eval
+        fits = (
+            len(modules[name]) <= min(EVAL_ROWS // 8, EVAL_ROWS - len(held_out))
+            and name != "pydoc_data"
+        )
         (held_out if fits else train).extend(modules[name])
     return rng.sample(train, min(TRAIN_ROWS, len(train))), rng.sample(held_out, len(held_out))
 
@@ -153,7 +191,9 @@ def make_data(folder: Path, seed: int) -> list[Row]:
     train, held_out = make_rows(seed)
     for name, rows in (("train", train), ("eval", held_out)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_bytes(text.encode())  # bytes: the same newlines on every system
+        (folder / f"{name}.jsonl").write_bytes(
+            text.encode()
+        )  # bytes: the same newlines on every system
         print(f"{name}.jsonl: {len(rows)} rows, {len(text):,} bytes")
     shutil.copyfile(STDLIB / "LICENSE.txt", folder / "LICENSE.txt")
     return train + held_out
@@ -200,25 +240,43 @@ def mean_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
     """Average over the whole held-out text, so that the number has no luck in it."""
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     with torch.no_grad():
-        losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in windows.split(64)]
+        losses = [
+            model(input_ids=part, labels=part).loss.item() * len(part) for part in windows.split(64)
+        ]
     return sum(losses) / len(windows)
 
 
 def make_model(folder: Path, rows: list[Row], args: argparse.Namespace) -> None:
     """Train the tokenizer and the model, and write them as a folder that transformers loads."""
     torch.set_num_threads(THREADS)
-    texts = [text for path in source_files() if len(text := without_docstrings(read(path)).strip() + "\n") > 200]
+    texts = [
+        text
+        for path in source_files()
+        if len(text := without_docstrings(read(path)).strip() + "\n") > 200
+    ]
     random.Random(args.seed).shuffle(texts)
     split = len(texts) // 20
     tokenizer = make_tokenizer(texts[split:])
-    if (longest := max(len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows)) > MAX_TOKENS:
+    if (
+        longest := max(
+            len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows
+        )
+    ) > MAX_TOKENS:
         raise SystemExit(f"a row has {longest} tokens, more than {MAX_TOKENS}: lower MAX_CHARS")
     val, train = (torch.tensor([i for text in part for i in [0, *tokenizer(text, verbose=False)["input_ids"]]])
                   for part in (texts[:split], texts[split:]))  # fmt: skip
-    unigram = -torch.log((torch.bincount(train, minlength=VOCAB) + 1) / (len(train) + VOCAB))[val].mean().item()
-    print(f"{len(train):,} tokens, {len(val):,} held out, longest row {longest}, unigram loss {unigram:.3f}")
+    unigram = (
+        -torch.log((torch.bincount(train, minlength=VOCAB) + 1) / (len(train) + VOCAB))[val]
+        .mean()
+        .item()
+    )
+    print(
+        f"{len(train):,} tokens, {len(val):,} held out, longest row {longest}, unigram loss {unigram:.3f}"
+    )
     model = pretrain(train, args.steps, args.seed, args.rate)
-    val_loss = mean_loss(model.bfloat16().float(), val)  # the weights as stored, computed with in float32
+    val_loss = mean_loss(
+        model.bfloat16().float(), val
+    )  # the weights as stored, computed with in float32
     print(f"validation loss {val_loss:.4f}")
     shutil.rmtree(folder, ignore_errors=True)
     model.bfloat16().save_pretrained(folder)
@@ -239,7 +297,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
-    parser.add_argument("--data-only", action="store_true", help="write the fine-tuning files and no model")
+    parser.add_argument(
+        "--data-only", action="store_true", help="write the fine-tuning files and no model"
+    )
     arguments = parser.parse_args()
     demo_rows = make_data(arguments.out / "data", arguments.seed)
     if not (init := arguments.out / "__init__.py").exists():

@@ -30,12 +30,17 @@ CASES = {
     "fidelity-mixed-8m": ("fidelity.json",),
 }
 LINK = re.compile(r'<a href="[^"#]*\.html">(.*?)</a>')
-TABLES = re.compile(r"(<!-- (?P<name>[\w-]+): scripts/write_evaluation.py -->\n).*?(<!-- end of [\w-]+ -->)", re.DOTALL)
+TABLES = re.compile(
+    r"(<!-- (?P<name>[\w-]+): scripts/write_evaluation.py -->\n).*?(<!-- end of [\w-]+ -->)",
+    re.DOTALL,
+)
 
 
 def main() -> None:
     """Read OUT, write docs/results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     asked = parser.parse_args()
@@ -51,7 +56,9 @@ def main() -> None:
 
 def filled(page: str) -> str:
     """The page with each table as the numbers beside it have it."""
-    return TABLES.sub(lambda found: found[1] + "\n".join(lines(found["name"])) + "\n" + found[3], page)
+    return TABLES.sub(
+        lambda found: found[1] + "\n".join(lines(found["name"])) + "\n" + found[3], page
+    )
 
 
 def lines(name: str) -> list[str]:
@@ -71,10 +78,21 @@ def read(name: str) -> dict[str, Any]:
 
 def _glue(data: dict[str, Any]) -> list[str]:
     tasks = data["tasks"]
-    columns = [f"{task['title']}, {measure}" for task in tasks.values() for measure in task["measures"]]
-    rows = [["majority class", *(f"{100 * task['floor'][m]:.1f}" for task in tasks.values() for m in task["measures"])]]
+    columns = [
+        f"{task['title']}, {measure}" for task in tasks.values() for measure in task["measures"]
+    ]
+    rows = [
+        [
+            "majority class",
+            *(f"{100 * task['floor'][m]:.1f}" for task in tasks.values() for m in task["measures"]),
+        ]
+    ]
     for method in next(iter(tasks.values()))["methods"]:
-        cells = [_spread(task["methods"].get(method), m) for task in tasks.values() for m in task["measures"]]
+        cells = [
+            _spread(task["methods"].get(method), m)
+            for task in tasks.values()
+            for m in task["measures"]
+        ]
         rows.append([method, *cells])
     return _table(["", *columns], rows)
 
@@ -88,7 +106,15 @@ def _spread(found: dict[str, Any] | None, measure: str) -> str:
 
 
 def _fidelity(data: dict[str, Any]) -> list[str]:
-    columns = ["model", "kind", "dtype", "perplexity", "against base, %", "KL, nats", "top-1 agreement, %"]
+    columns = [
+        "model",
+        "kind",
+        "dtype",
+        "perplexity",
+        "against base, %",
+        "KL, nats",
+        "top-1 agreement, %",
+    ]
     rows = [
         [
             Path(row["model"]).name,

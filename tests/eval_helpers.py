@@ -48,22 +48,35 @@ def moved_run(base: Path, run: Path, **settings: Any) -> Path:
     with torch.no_grad():
         for index, (name, parameter) in enumerate(model.named_parameters()):
             if "lora_" in name and parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+                parameter.add_(
+                    0.3
+                    * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+                )
     pissa.save(model, run)
     return run
 
 
-def ask(models: list[Path], out: Path, data: Path, tasks: list[str] | None = None, **settings: Any) -> list[TaskResult]:
+def ask(
+    models: list[Path], out: Path, data: Path, tasks: list[str] | None = None, **settings: Any
+) -> list[TaskResult]:
     """`evaluate` in small."""
     settings = {"batch_size": 2, "data": str(data), "device": "cpu", "base_row": False, **settings}
-    return evaluate([str(model) for model in models], ["gsm8k"] if tasks is None else tasks, out, **settings)
+    return evaluate(
+        [str(model) for model in models], ["gsm8k"] if tasks is None else tasks, out, **settings
+    )
 
 
 def samples(out: Path, model: str = "base", task: str = "gsm8k") -> list[dict[str, Any]]:
     """What was written of each answer."""
-    return [json.loads(line) for line in (out / model / f"{task}.samples.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (out / model / f"{task}.samples.jsonl").read_text().splitlines()
+    ]
 
 
 def answers(out: Path, model: str = "base", task: str = "gsm8k") -> list[dict[str, Any]]:
     """The log without its first line."""
-    return [json.loads(line) for line in (out / model / f"{task}.answers.jsonl").read_text().splitlines()][1:]
+    return [
+        json.loads(line)
+        for line in (out / model / f"{task}.answers.jsonl").read_text().splitlines()
+    ][1:]

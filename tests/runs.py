@@ -19,7 +19,9 @@ def train(model: nn.Module, steps: int = 5, learning_rate: float = 1e-2) -> nn.M
     """A few AdamW steps on fixed tokens; classification models get fixed labels."""
     classifies = type(model.get_base_model()).__name__.endswith("ForSequenceClassification")
     labels = torch.tensor([0, 1]) if classifies else TOKENS
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=learning_rate
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         model(input_ids=TOKENS, labels=labels).loss.backward()
@@ -27,7 +29,9 @@ def train(model: nn.Module, steps: int = 5, learning_rate: float = 1e-2) -> nn.M
     return model.eval()
 
 
-def make_run(base: Path, run: Path, *, dtype: torch.dtype = torch.float32, **settings: Any) -> Tensor:
+def make_run(
+    base: Path, run: Path, *, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Tensor:
     """Attach to a language model on disk, train, save; returns the trained logits."""
     settings = {"rank": 4, **settings}
     model = train(pissa.attach(language_model(base, dtype=dtype), **settings))
@@ -39,7 +43,9 @@ def language_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Modul
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def stock_logits(base: Path, adapter: Path, load: Callable[[Path], nn.Module] = language_model) -> Tensor:
+def stock_logits(
+    base: Path, adapter: Path, load: Callable[[Path], nn.Module] = language_model
+) -> Tensor:
     """Logits of a stock peft adapter on a base."""
     return logits(peft.PeftModel.from_pretrained(load(base), adapter).eval())
 
@@ -56,4 +62,7 @@ def gap(one: Tensor, other: Tensor) -> float:
 
 def error_of(got: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference relative to the expected, in float64."""
-    return float(torch.linalg.vector_norm((got - expected).double()) / torch.linalg.vector_norm(expected.double()))
+    return float(
+        torch.linalg.vector_norm((got - expected).double())
+        / torch.linalg.vector_norm(expected.double())
+    )

@@ -55,7 +55,11 @@ def drawn(seed: int) -> tuple[str, Tensor, int]:
     size = choose.choice((1.0, 1.0, 1e-3, 1e3, 1e30, 1e-30)) if dtype != torch.float16 else 1.0
     values = size * spectrum(kind, min(rows, columns), generator)
     weight = with_values(values, rows, columns, generator).to(dtype)
-    return f"{kind} {rows}x{columns} {dtype} {size:g}", weight, min(choose.choice(RANKS), rows, columns)
+    return (
+        f"{kind} {rows}x{columns} {dtype} {size:g}",
+        weight,
+        min(choose.choice(RANKS), rows, columns),
+    )
 
 
 def missed(weight: Tensor, found: LowRank, true: Tensor) -> tuple[float, float]:

@@ -81,7 +81,9 @@ CASES = {
     "linear": Case(build_pico, language, "all-linear"),
     "conv1d": Case(gpt2, language, "all-linear"),
     "embedding": Case(lambda: build_pico(tie_word_embeddings=False), language, ["embed_tokens"]),
-    "embedding and head": Case(lambda: build_pico(tie_word_embeddings=False), language, ["embed_tokens", "lm_head"]),
+    "embedding and head": Case(
+        lambda: build_pico(tie_word_embeddings=False), language, ["embed_tokens", "lm_head"]
+    ),
     "conv2d": Case(picture, pixels, ["first", "second", "third", "last"]),
     "classifier": Case(bert, language, "all-linear"),
 }
@@ -96,7 +98,9 @@ def output(case: Case, model: nn.Module) -> Tensor:
 
 def fit(case: Case, model: nn.Module, steps: int = 5) -> nn.Module:
     """Towards one fixed class everywhere."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         case.output(model.train()).log_softmax(-1)[..., 2].mean().neg().backward()
@@ -120,7 +124,10 @@ def test_first_step_equals_the_base_bit_for_bit(case, method, dtype):
 @both_forms
 def test_trained_saved_and_loaded_by_stock_peft_and_by_pissa(case, method, base, tmp_path):
     untouched = output(case, case.build())
-    model = fit(case, pissa.attach(case.build(), method, case.rank, targets=case.targets, base=base, alpha=6))
+    model = fit(
+        case,
+        pissa.attach(case.build(), method, case.rank, targets=case.targets, base=base, alpha=6),
+    )
     expected = output(case, model)
     moved = gap(expected, untouched)
     assert moved > 0.05
@@ -142,12 +149,17 @@ def test_trained_saved_and_loaded_by_stock_peft_and_by_pissa(case, method, base,
 @both_forms
 def test_disabled_it_is_the_base_and_merged_it_is_the_adapter(case, method, base):
     untouched = output(case, case.build())
-    model = fit(case, pissa.attach(case.build(), method, case.rank, targets=case.targets, base=base, alpha=6))
+    model = fit(
+        case,
+        pissa.attach(case.build(), method, case.rank, targets=case.targets, base=base, alpha=6),
+    )
     expected = output(case, model)
     tolerance = 1e-5 * max(1.0, float(expected.abs().max()))
     if "classifier" not in dict(case.build().named_children()):
         with model.disable_adapter():
-            assert gap(output(case, model), untouched) < (tolerance if base == "residual" else 1e-30)
+            assert gap(output(case, model), untouched) < (
+                tolerance if base == "residual" else 1e-30
+            )
     model.merge_adapter()
     assert gap(output(case, model), expected) < tolerance
     model.unmerge_adapter()
@@ -159,10 +171,16 @@ def test_disabled_it_is_the_base_and_merged_it_is_the_adapter(case, method, base
 @every_pair_of_the_weight
 @both_forms
 def test_unloading_gives_the_weights_back_bit_for_bit(case, method, base):
-    model = fit(case, pissa.attach(case.build(), method, case.rank, targets=case.targets, base=base))
+    model = fit(
+        case, pissa.attach(case.build(), method, case.rank, targets=case.targets, base=base)
+    )
     back, original = model.unload().state_dict(), case.build().state_dict()
     assert back.keys() == original.keys()
-    assert all(torch.equal(back[name], original[name]) for name in original if not name.startswith("classifier."))
+    assert all(
+        torch.equal(back[name], original[name])
+        for name in original
+        if not name.startswith("classifier.")
+    )
 
 
 def test_a_trained_head_survives_in_the_adapter_folder(tmp_path):
@@ -177,7 +195,9 @@ def test_a_trained_head_survives_in_the_adapter_folder(tmp_path):
         pissa.load(other_head, tmp_path / "run"),
         peft.PeftModel.from_pretrained(bert(), tmp_path / "run" / "adapter"),
     ):
-        assert torch.equal(again.get_base_model().classifier.modules_to_save["default"].weight, head)
+        assert torch.equal(
+            again.get_base_model().classifier.modules_to_save["default"].weight, head
+        )
         assert gap(output(case, again), output(case, model)) < 1e-5
 
 

@@ -109,7 +109,9 @@ def test_both_adapters_at_once_add_up():
 def test_a_stock_lora_lives_beside():
     model = trained()
     first = logits(model)
-    model.add_adapter("plain", peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.add_adapter(
+        "plain", peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     model.set_adapter("plain")
     assert torch.equal(logits(model), BASE)
     assert gap(logits(train(model)), BASE) > 0.01
@@ -143,12 +145,18 @@ def test_a_stock_checkpoint_continues_on_its_own_start_with_the_same_bits(method
 @pytest.mark.parametrize("other", [{"method": "milora"}, {"rank": 3}], ids=str)
 def test_a_checkpoint_of_another_start_is_refused(other, tmp_path):
     trained(**other).save_pretrained(tmp_path)
-    with pytest.raises(WrongBaseError, match="does not carry the start of the attached adapter 'default'"):
-        pissa.attach(build_pico(), **{"method": "pissa", "rank": 4}).load_adapter(tmp_path, "default")
+    with pytest.raises(
+        WrongBaseError, match="does not carry the start of the attached adapter 'default'"
+    ):
+        pissa.attach(build_pico(), **{"method": "pissa", "rank": 4}).load_adapter(
+            tmp_path, "default"
+        )
 
 
 def test_a_stock_lora_checkpoint_is_refused_on_a_started_adapter(tmp_path):
-    peft.get_peft_model(build_pico(), peft.LoraConfig(r=8, target_modules="all-linear")).save_pretrained(tmp_path)
+    peft.get_peft_model(
+        build_pico(), peft.LoraConfig(r=8, target_modules="all-linear")
+    ).save_pretrained(tmp_path)
     with pytest.raises(WrongBaseError, match="does not carry the start"):
         pissa.attach(build_pico(), rank=4).load_adapter(tmp_path, "default")
 
@@ -157,7 +165,9 @@ def test_a_stock_lora_checkpoint_is_refused_on_a_started_adapter(tmp_path):
 @pytest.mark.parametrize("base", ["keep", "residual"])
 def test_peft_commands_that_would_read_a_plain_pair_are_refused(method, base, tmp_path):
     model = trained(method, base=base)
-    with pytest.raises(InputError, match="add_weighted_adapter reads lora_A and lora_B as a plain pair"):
+    with pytest.raises(
+        InputError, match="add_weighted_adapter reads lora_A and lora_B as a plain pair"
+    ):
         model.add_weighted_adapter(["default"], [1.0], "mixed")
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
         peft.convert_to_lora(model, rank=4)
@@ -172,7 +182,9 @@ def test_rows_of_one_batch_take_their_own_adapter():
     model.set_adapter("default")
     first = logits(model)
     with torch.no_grad():
-        mixed = model(torch.cat([TOKENS, TOKENS]), adapter_names=["default", "second", "__base__", "default"]).logits
+        mixed = model(
+            torch.cat([TOKENS, TOKENS]), adapter_names=["default", "second", "__base__", "default"]
+        ).logits
     assert gap(mixed[0], first[0]) < 1e-5
     assert gap(mixed[1], second[1]) < 1e-5
     assert gap(mixed[2], BASE[0]) < 1e-5
@@ -180,7 +192,9 @@ def test_rows_of_one_batch_take_their_own_adapter():
 
 
 def test_rows_of_one_batch_are_refused_on_an_embedding():
-    model = pissa.attach(build_pico(tie_word_embeddings=False), rank=4, targets=["embed_tokens"]).eval()
+    model = pissa.attach(
+        build_pico(tie_word_embeddings=False), rank=4, targets=["embed_tokens"]
+    ).eval()
     with pytest.raises(InputError, match=r"adapter_names .* works neither on a split embedding"):
         model(TOKENS, adapter_names=["default", "__base__"])
 
@@ -211,7 +225,9 @@ def test_activation_checkpointing_changes_no_gradient(reentrant):
     expected = gradients(model)
     model.enable_input_require_grads()
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert all(torch.allclose(*pair, atol=1e-7) for pair in zip(gradients(model), expected, strict=True))
+    assert all(
+        torch.allclose(*pair, atol=1e-7) for pair in zip(gradients(model), expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("base", ["keep", "residual"])
@@ -232,7 +248,9 @@ def test_a_deep_copy_lives_its_own_life(base, tmp_path: Path):
 
 
 @every_pair_of_the_weight
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
+)
 def test_a_trained_model_can_be_cast(method, dtype, tolerance):
     model = trained(method)
     expected = logits(model)

@@ -36,7 +36,9 @@ def test_the_weights_really_are_the_residual_of_the_stored_factors(method):
     model = residual(method, alpha=8)
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     original = build_pico().model.layers[0].mlp.up_proj.weight
-    split = pissa.split(original.data, method, 4, alpha=8, svd="fast", name="model.layers.0.mlp.up_proj.weight")
+    split = pissa.split(
+        original.data, method, 4, alpha=8, svd="fast", name="model.layers.0.mlp.up_proj.weight"
+    )
     assert gap(layer.base_layer.weight, split.frozen) < 1e-6
     assert gap(layer.base_layer.weight, original) > 0.01
 

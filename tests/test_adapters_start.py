@@ -76,13 +76,20 @@ def optimizer_state(model: nn.Module) -> int:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     optimizer.step()
-    return sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim)
+    return sum(
+        value.numel()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if value.ndim
+    )
 
 
 @every_pair_of_the_weight
 def test_trains_exactly_as_many_parameters_and_as_much_optimizer_state_as_lora(method):
     ours = pissa.attach(build_pico(), method, rank=3)
-    lora = get_peft_model(build_pico(), LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora = get_peft_model(
+        build_pico(), LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     assert trainable(ours) == trainable(lora) > 0
     assert optimizer_state(ours) == optimizer_state(lora) == 2 * trainable(lora)
 
@@ -91,7 +98,9 @@ def test_trains_exactly_as_many_parameters_and_as_much_optimizer_state_as_lora(m
 @pytest.mark.parametrize("alpha", [4, 10])
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_training_takes_the_path_of_the_papers_form_in_stock_peft(method, base, alpha):
-    config = LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=method)
+    config = LoraConfig(
+        r=4, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=method
+    )
     stock, ours = (
         get_peft_model(build_pico(), config),
         pissa.attach(build_pico(), method, rank=4, alpha=alpha, svd="exact", base=base),
@@ -113,7 +122,9 @@ def test_drift_product_passes_gradcheck_and_is_the_plain_formula(scale):
         trained.requires_grad_()
     expected = scale * nn.functional.linear(x, (L0 + dL) @ (R0 + dR) - L0 @ R0)
     assert torch.allclose(DriftProduct.apply(x, dL, dR, L0, R0, scale), expected, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *trained: DriftProduct.apply(*trained, L0, R0, scale), (x, dL, dR))
+    assert torch.autograd.gradcheck(
+        lambda *trained: DriftProduct.apply(*trained, L0, R0, scale), (x, dL, dR)
+    )
 
 
 @every_started_pair_of_the_weight
@@ -122,8 +133,12 @@ def test_gradients_of_the_drift_are_those_of_the_factors(method):
     x = torch.randn(5, 12, dtype=torch.float64)
     split = pissa.split(layer.weight.data, method, 3, alpha=6, name="0.weight")
     left, right = split.left.clone().requires_grad_(), split.right.clone().requires_grad_()
-    nn.functional.linear(x, split.frozen + split.scale * left @ right, layer.bias).square().sum().backward()
-    attached = pissa.attach(nn.Sequential(layer), method, rank=3, alpha=6, targets=["0"], svd="exact")
+    nn.functional.linear(
+        x, split.frozen + split.scale * left @ right, layer.bias
+    ).square().sum().backward()
+    attached = pissa.attach(
+        nn.Sequential(layer), method, rank=3, alpha=6, targets=["0"], svd="exact"
+    )
     attached.double()(x).square().sum().backward()
     adapter = attached.get_base_model()[0]
     # The start factors are kept in float32 by peft, hence the tolerance.
@@ -163,9 +178,13 @@ def test_a_refused_attachment_leaves_the_model_untouched(method, base):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(pissa.PissaError, match=r"`model\.layers\.1\.mlp\.down_proj\.weight` has 1 non-finite"):
+    with pytest.raises(
+        pissa.PissaError, match=r"`model\.layers\.1\.mlp\.down_proj\.weight` has 1 non-finite"
+    ):
         pissa.attach(model, method, rank=4, base=base)
-    with pytest.raises(pissa.PissaError, match=r"rank 17 is larger than min\(out, in\) = 16 of `model\.layers\.0"):
+    with pytest.raises(
+        pissa.PissaError, match=r"rank 17 is larger than min\(out, in\) = 16 of `model\.layers\.0"
+    ):
         pissa.attach(build_pico(), method, rank=17, base=base)
     assert not hasattr(model, "peft_config")
     after = model.state_dict()
@@ -193,5 +212,8 @@ def test_a_device_that_is_not_here_is_refused(device):
 def test_a_model_without_weights_is_refused_by_name():
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(build_pico().config)
-    with pytest.raises(pissa.PissaError, match=r"`model\.layers\.0\.self_attn\.q_proj\.weight` is on the meta device"):
+    with pytest.raises(
+        pissa.PissaError,
+        match=r"`model\.layers\.0\.self_attn\.q_proj\.weight` is on the meta device",
+    ):
         pissa.attach(model, rank=4)

@@ -47,7 +47,9 @@ def test_restart_gives_the_start_of_a_run(method, tmp_path):
     pissa.save(model, tmp_path / "trained")
     again = pissa.restart(build_pico(), tmp_path / "run" / "state").state_dict()
     assert all(torch.equal(again[key], start[key]) for key in start)
-    if method != "lora":  # a zero start keeps no separate start: its restart is from the state that was saved first
+    if (
+        method != "lora"
+    ):  # a zero start keeps no separate start: its restart is from the state that was saved first
         late = pissa.restart(build_pico(), tmp_path / "trained" / "state").state_dict()
         assert all(torch.equal(late[key], start[key]) for key in start)
 
@@ -88,7 +90,9 @@ def test_one_changed_entry_of_the_base_is_refused_by_name(run, part, entry):
     with torch.no_grad():
         other.model.layers[1].self_attn.q_proj.weight[entry] += 1e-3
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(WrongBaseError, match=f"`{Q_PROJ}` .* has digest .* expected .*Use the base it was made on"):
+    with pytest.raises(
+        WrongBaseError, match=f"`{Q_PROJ}` .* has digest .* expected .*Use the base it was made on"
+    ):
         pissa.load(other, run[0] / part)
     assert not hasattr(other, "peft_config")
     after = other.state_dict()
@@ -104,7 +108,9 @@ def test_a_changed_weight_that_no_adapter_touches_is_refused_too(run):
         pissa.load(other, run[0])
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"num_hidden_layers": 1}, {"intermediate_size": 64}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"num_hidden_layers": 1}, {"intermediate_size": 64}], ids=str
+)
 def test_another_model_is_refused(run, other):
     with pytest.raises(WrongBaseError, match="made for another base"):
         pissa.load(build_pico(**other), run[0])
@@ -155,11 +161,16 @@ def test_saving_into_a_strangers_folder_is_refused(tmp_path):
 
 
 def test_saving_names_the_adapter_when_there_are_two(tmp_path):
-    model = pissa.attach(pissa.attach(build_pico(), rank=2), "milora", rank=2, adapter_name="second")
+    model = pissa.attach(
+        pissa.attach(build_pico(), rank=2), "milora", rank=2, adapter_name="second"
+    )
     with pytest.raises(InputError, match="attached here: default, second"):
         pissa.save(model, tmp_path / "run")
     pissa.save(model, tmp_path / "run", adapter_name="second")
-    assert json.loads((tmp_path / "run" / "state" / "pissa.json").read_text())["recipe"]["method"] == "milora"
+    assert (
+        json.loads((tmp_path / "run" / "state" / "pissa.json").read_text())["recipe"]["method"]
+        == "milora"
+    )
     stranger = peft.get_peft_model(build_pico(), peft.LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(InputError, match="attached here: none"):
         pissa.save(stranger, tmp_path / "other")
@@ -231,11 +242,17 @@ def test_a_damaged_state_is_named_and_the_model_stays_as_it_was(run, damage, mes
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CheckpointError, match="neither a run, nor a decomposed folder, nor a LoRA adapter"):
+        with pytest.raises(
+            CheckpointError, match="neither a run, nor a decomposed folder, nor a LoRA adapter"
+        ):
             pissa.load(build_pico(), folder)
 
 
 def test_a_strangers_lora_is_refused_because_its_base_is_unknown(tmp_path):
-    peft.get_peft_model(build_pico(), peft.LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"has no pissa\.json, so the base it needs cannot be checked"):
+    peft.get_peft_model(
+        build_pico(), peft.LoraConfig(r=2, target_modules="all-linear")
+    ).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"has no pissa\.json, so the base it needs cannot be checked"
+    ):
         pissa.load(build_pico(), tmp_path)

@@ -196,7 +196,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("newcomer")
     shutil.copytree(ROOT / "src/pissa", source / "pissa")
     written = FILE.findall(PAGE.read_text(encoding="utf-8"))
-    assert [name.split("/")[1] for name, _ in written] == ["methods", "quant", "adapters", "methods"]
+    assert [name.split("/")[1] for name, _ in written] == [
+        "methods",
+        "quant",
+        "adapters",
+        "methods",
+    ]
     thrown_away = [(f"pissa/methods/{name}.py", code) for name, code in THROWN_AWAY.items()]
     for name, code in [*written, *thrown_away]:
         file = source / name
@@ -221,7 +226,9 @@ def in_copy(package: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_methods_of_one_file_train_and_leave_by_every_way(package: Path, words: Path, tmp_path: Path) -> None:
+def test_methods_of_one_file_train_and_leave_by_every_way(
+    package: Path, words: Path, tmp_path: Path
+) -> None:
     printed = in_copy(package, "-c", LIVE, str(tmp_path), *METHODS)
     lines = printed.splitlines()
     found = [json.loads(line.removeprefix("FACTS ")) for line in lines if line.startswith("FACTS")]
@@ -232,15 +239,32 @@ def test_methods_of_one_file_train_and_leave_by_every_way(package: Path, words: 
         wrong = {way: error for way, error in facts.items() if not error < 2e-5}
         assert not wrong, (name, wrong)
     assert sum(line == "BY SGD 0.5" for line in lines) == 1
-    assert [line for line in lines if line.startswith("STEP")] == ["STEP 1 1", "STEP 2 1", "STEP 3 1"]
+    assert [line for line in lines if line.startswith("STEP")] == [
+        "STEP 1 1",
+        "STEP 2 1",
+        "STEP 3 1",
+    ]
 
 
-def test_a_quantizer_of_one_file_splits_decomposes_and_merges(package: Path, tmp_path: Path) -> None:
+def test_a_quantizer_of_one_file_splits_decomposes_and_merges(
+    package: Path, tmp_path: Path
+) -> None:
     in_copy(package, "-c", BITS, str(tmp_path))
     assert "sign" in in_copy(package, "-m", "pissa", "methods")
 
 
 def test_the_laws_hold_for_methods_that_were_added(package: Path) -> None:
     picked = " or ".join(name for name in METHODS if name not in ("sampled", "lora_fa"))
-    printed = in_copy(package, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_laws.py", "-k", picked)
+    printed = in_copy(
+        package,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_laws.py",
+        "-k",
+        picked,
+    )
     assert int(re.search(r"(\d+) passed", printed)[1]) > 100

@@ -25,7 +25,9 @@ every_quantiser = pytest.mark.parametrize("quant", NAMES)
 every_decay = pytest.mark.parametrize("decay", [0.5, 0.7, 1.0])
 
 
-def power_law(decay: float = 0.7, rows: int = 128, columns: int = 192, dtype: torch.dtype = torch.float32) -> Tensor:
+def power_law(
+    decay: float = 0.7, rows: int = 128, columns: int = 192, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Singular values k^-decay, as of trained weights; on Gaussian ones PiSSA does not win."""
     values = torch.arange(1.0, min(rows, columns) + 1, dtype=torch.float64) ** -decay
     return with_values(values, rows, columns, torch.Generator().manual_seed(0)).to(dtype)
@@ -47,7 +49,11 @@ def by_the_authors(weight: Tensor, rank: int, rounds: int) -> Split:
 
 def missing(split: Split) -> Tensor:
     """What the split lost of the weight, float64."""
-    return split.weight.double() - split.frozen.double() - split.scale * split.left.double() @ split.right.double()
+    return (
+        split.weight.double()
+        - split.frozen.double()
+        - split.scale * split.left.double() @ split.right.double()
+    )
 
 
 def error(split: Split, norm: str = "fro") -> float:
@@ -59,7 +65,9 @@ def error(split: Split, norm: str = "fro") -> float:
 @pytest.mark.parametrize("rounds", [1, 5])
 def test_qpissa_is_closer_than_loftq_is_closer_than_qlora(decay, rank, rounds):
     weight = power_law(decay)
-    ours, loftq = (pissa.split(weight, preset, rank, iterations=rounds) for preset in ("qpissa", "loftq"))
+    ours, loftq = (
+        pissa.split(weight, preset, rank, iterations=rounds) for preset in ("qpissa", "loftq")
+    )
     qlora = pissa.split(weight, "qlora", rank)
     authors = by_the_authors(weight, rank, rounds)
     for norm in ("fro", "nuc"):
@@ -70,7 +78,10 @@ def test_qpissa_is_closer_than_loftq_is_closer_than_qlora(decay, rank, rounds):
 @every_alternating
 @every_quantiser
 def test_more_rounds_never_raise_the_error_and_the_first_ones_lower_it(method, quant):
-    splits = [pissa.split(power_law(), method, 8, quant=quant, iterations=rounds) for rounds in range(1, 8)]
+    splits = [
+        pissa.split(power_law(), method, 8, quant=quant, iterations=rounds)
+        for rounds in range(1, 8)
+    ]
     errors = [error(split) for split in splits]
     assert errors == sorted(errors, reverse=True)
     assert errors[4] < 0.97 * errors[0]
@@ -110,7 +121,11 @@ def test_rounds_follow_the_loop_of_the_authors_and_that_of_the_loftq_paper(round
     closed = get("pissa").split(weight, 8, quantisation=Quantisation(nf4, rounds))
     loftq = get("loftq").split(weight, 8, quantisation=Quantisation(nf4, rounds))
     q_pissa = weight - rest
-    for split, *parts in ((authors, q_pissa, part), (closed, q_pissa, best(rest)), (loftq, frozen, product)):
+    for split, *parts in (
+        (authors, q_pissa, part),
+        (closed, q_pissa, best(rest)),
+        (loftq, frozen, product),
+    ):
         assert relative_error(split.frozen, parts[0]) < 1e-12
         assert relative_error(split.product(), parts[1]) < 1e-12
 
@@ -127,9 +142,14 @@ def test_with_nothing_quantised_qpissa_is_pissa(rounds):
 
 
 def test_one_round_of_loftq_keeps_the_quantised_part_of_qlora():
-    loftq, qlora = pissa.split(power_law(), "loftq", 8, iterations=1), pissa.split(power_law(), "qlora", 8)
+    loftq, qlora = (
+        pissa.split(power_law(), "loftq", 8, iterations=1),
+        pissa.split(power_law(), "qlora", 8),
+    )
     assert torch.equal(loftq.frozen, qlora.frozen)
-    assert all(torch.equal(part, loftq.quantised.parts[key]) for key, part in qlora.quantised.parts.items())
+    assert all(
+        torch.equal(part, loftq.quantised.parts[key]) for key, part in qlora.quantised.parts.items()
+    )
 
 
 @every_alternating
@@ -144,7 +164,9 @@ def test_a_full_rank_part_leaves_no_error(method, shape, rounds):
 @pytest.mark.parametrize("svd", ["exact", "fast"])
 def test_any_alpha_starts_from_the_same_product_with_balanced_factors(method, svd):
     weight = power_law()
-    one, three = (pissa.split(weight, method, 8, alpha=alpha, quant="nf4", svd=svd) for alpha in (8, 24))
+    one, three = (
+        pissa.split(weight, method, 8, alpha=alpha, quant="nf4", svd=svd) for alpha in (8, 24)
+    )
     assert torch.equal(one.frozen, three.frozen)
     assert three.scale == 3.0
     assert relative_error(three.product(), one.product()) < 1e-6
@@ -165,7 +187,9 @@ def test_the_low_rank_part_is_the_best_for_the_rest_it_was_left(method):
 @every_alternating
 def test_the_fast_svd_loses_next_to_nothing(method):
     weight = power_law(rows=300, columns=400)
-    exact, fast = (pissa.split(weight, method, 8, svd=svd, quant="nf4") for svd in ("exact", "fast"))
+    exact, fast = (
+        pissa.split(weight, method, 8, svd=svd, quant="nf4") for svd in ("exact", "fast")
+    )
     assert not torch.equal(exact.left, fast.left)
     assert error(fast) < 1.002 * error(exact)
 
@@ -179,7 +203,9 @@ def worsening(results: list[Quantised], rest: Tensor) -> Quantised:
 @every_alternating
 def test_the_best_round_is_kept_and_the_first_worse_one_is_the_last(method):
     results: list[Quantised] = []
-    split = get(method).split(power_law(), 8, quantisation=Quantisation(partial(worsening, results), 5))
+    split = get(method).split(
+        power_law(), 8, quantisation=Quantisation(partial(worsening, results), 5)
+    )
     alone = get(method).split(power_law(), 8, quantisation=Quantisation(nf4, 1))
     assert len(results) == 2
     assert split.quantised is results[0]
@@ -222,14 +248,18 @@ def test_a_zero_weight_has_no_error_and_factors_that_can_learn(preset, quant):
 @pytest.mark.parametrize("method", ["lora", "milora", "olora"])
 @every_quantiser
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_methods_that_do_not_alternate_quantise_the_frozen_part_of_their_own_split(method, quant, dtype):
+def test_methods_that_do_not_alternate_quantise_the_frozen_part_of_their_own_split(
+    method, quant, dtype
+):
     weight, double = power_law(dtype=dtype), quant != "int8"
     plain = pissa.split(weight, method, 8, alpha=24)
     split = pissa.split(weight, method, 8, alpha=24, quant=quant, double_quant=double)
     expected = quantiser(quant, double=double).quantise(plain.frozen, dtype)
     assert split.quantised.dense.dtype == dtype
     assert torch.equal(split.quantised.dense, expected.dense)
-    assert all(torch.equal(split.quantised.parts[key], part) for key, part in expected.parts.items())
+    assert all(
+        torch.equal(split.quantised.parts[key], part) for key, part in expected.parts.items()
+    )
     assert torch.equal(split.left, plain.left) and torch.equal(split.right, plain.right)
 
 
@@ -240,7 +270,11 @@ def test_methods_that_do_not_alternate_quantise_the_frozen_part_of_their_own_spl
         ("pissa", {"iterations": 3}, "only with a quantiser: add --quant nf4"),
         ("lora", {"quant": "nf4", "iterations": 3}, "leave it out, or use one of loftq, pissa"),
         ("qlora", {"iterations": 3}, "leave it out, or use one of loftq, pissa"),
-        ("pissa", {"quant": "nf5"}, "unknown quantiser 'nf5'. Did you mean 'nf4'[?] Known: fp4, int8, nf4"),
+        (
+            "pissa",
+            {"quant": "nf5"},
+            "unknown quantiser 'nf5'. Did you mean 'nf4'[?] Known: fp4, int8, nf4",
+        ),
         ("qpisa", {}, "unknown method 'qpisa'. Did you mean 'qpissa'[?]"),
     ],
 )
@@ -251,7 +285,8 @@ def test_what_has_no_meaning_is_refused_with_advice(method, asked, message):
 
 def test_loftq_without_a_quantiser_is_refused_and_its_name_alone_brings_one():
     with pytest.raises(
-        InputError, match="loftq starts from the error of a quantised weight: name the quantiser, --quant"
+        InputError,
+        match="loftq starts from the error of a quantised weight: name the quantiser, --quant",
     ):
         get("loftq").split(torch.eye(8), 2)
     assert set(pissa.split(torch.eye(8), "loftq", 2).quantised.parts) > {"weight", "weight.absmax"}

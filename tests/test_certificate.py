@@ -17,7 +17,9 @@ CASES = 500
 def test_what_is_certified_holds_for_any_shape_rank_spectrum_and_dtype(
     part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(svd, "SMALL", 128)  # so that most of these small cases are not left to LAPACK
+    monkeypatch.setattr(
+        svd, "SMALL", 128
+    )  # so that most of these small cases are not left to LAPACK
     wrong, engines = [], set()
     for seed in range(part, CASES, 10):
         name, weight, rank = drawn(seed)
@@ -27,7 +29,9 @@ def test_what_is_certified_holds_for_any_shape_rank_spectrum_and_dtype(
         assert certificate is not None
         engines.add(certificate.engine)
         if not (sigma <= certificate.sigma <= 1e-5 and gap <= certificate.gap <= 1e-5):
-            wrong.append(f"seed {seed}: {name}, rank {rank}: sigma {sigma:.1e}, gap {gap:.1e}, {certificate}")
+            wrong.append(
+                f"seed {seed}: {name}, rank {rank}: sigma {sigma:.1e}, gap {gap:.1e}, {certificate}"
+            )
     assert wrong == []
     assert engines == {"lanczos", "lapack"}
 
@@ -52,7 +56,9 @@ def test_an_eigensolver_that_is_not_exact_enough_gets_no_certificate(
     generator = torch.Generator().manual_seed(0)
     weight = with_values(spectrum("language", 600, generator), 700, 600, generator).float()
     ritz = KrylovSpace.ritz
-    monkeypatch.setattr(KrylovSpace, "ritz", lambda space: (ritz(space)[0], ritz(space)[1] * (1 + stretch)))
+    monkeypatch.setattr(
+        KrylovSpace, "ritz", lambda space: (ritz(space)[0], ritz(space)[1] * (1 + stretch))
+    )
     found = truncated_svd(weight, 16, "exact")
     sigma, _ = missed(weight, found, torch.linalg.svdvals(weight.double()))
     assert found.certificate is not None
@@ -68,7 +74,9 @@ COPIES = [
 
 
 @pytest.mark.parametrize(("copies", "rank", "low", "seed"), COPIES)
-def test_more_copies_of_a_value_than_a_block_has_columns_are_all_found(copies, rank, low, seed) -> None:
+def test_more_copies_of_a_value_than_a_block_has_columns_are_all_found(
+    copies, rank, low, seed
+) -> None:
     # A block sees at most as many copies of a singular value as it has columns; the probe from a fresh block tells.
     generator = torch.Generator().manual_seed(seed)
     index = torch.arange(1, 401, dtype=torch.float64)
@@ -87,7 +95,9 @@ def test_an_orthogonal_matrix_is_certified_without_lapack() -> None:
     assert (found.S - 1).abs().max() < 1e-5
 
 
-def test_a_space_is_enough_where_the_spectrum_falls_and_lapack_decides_where_the_rank_is_high() -> None:
+def test_a_space_is_enough_where_the_spectrum_falls_and_lapack_decides_where_the_rank_is_high() -> (
+    None
+):
     generator = torch.Generator().manual_seed(0)
     weight = with_values(torch.arange(1.0, 701).double() ** -0.8, 900, 700, generator).float()
     engines = [truncated_svd(weight, rank, "exact").certificate for rank in (16, 600)]

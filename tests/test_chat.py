@@ -80,7 +80,13 @@ def test_a_conversation_remembers_only_where_the_template_can(
     tokenizer: transformers.PreTrainedTokenizerFast,
 ) -> None:
     said = ["first words", "and then"], ["an answer"]
-    for template, remembers in {"chat": True, "plain": True, "none": True, "alpaca": False, "raw": False}.items():
+    for template, remembers in {
+        "chat": True,
+        "plain": True,
+        "none": True,
+        "alpaca": False,
+        "raw": False,
+    }.items():
         text = tokenizer.decode(Chat(None, tokenizer, template).encode(*said))
         assert "and then" in text and ("first words" in text) == ("an answer" in text) == remembers
 
@@ -99,7 +105,9 @@ def test_a_run_says_on_stdout_what_it_learnt(place: Path, run: str) -> None:
     result = chat(place / run, "--prompt", "Say it.", "--max-new-tokens", 20)
     assert (result.exit_code, result.stdout) == (0, "yes yes\n")
     assert "template: plain" in result.stderr
-    untrained = json.loads(chat(place / "base", "--prompt", "Say it.", "--json", "--template", "plain").stdout)
+    untrained = json.loads(
+        chat(place / "base", "--prompt", "Say it.", "--json", "--template", "plain").stdout
+    )
     assert untrained["answer"] != "yes yes"
 
 
@@ -110,8 +118,12 @@ def test_an_answer_is_that_of_stock_peft_with_the_same_prompt(place: Path) -> No
     stock = peft.PeftModel.from_pretrained(model, place / "pissa" / "adapter")
     text = "User:\nSomething else\n\nAssistant:\n"
     inputs = talk.tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    ids = stock.generate(input_ids=inputs["input_ids"], max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
-    assert got == talk.tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ids = stock.generate(
+        input_ids=inputs["input_ids"], max_new_tokens=12, do_sample=False, pad_token_id=0
+    )[0]
+    assert got == talk.tokenizer.decode(
+        ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
 
 
 def test_temperature_draws_and_zero_does_not(place: Path) -> None:
@@ -122,13 +134,19 @@ def test_temperature_draws_and_zero_does_not(place: Path) -> None:
 
 
 def test_a_conversation_ends_kindly_with_its_input(place: Path) -> None:
-    result = chat(place / "pissa", "--max-new-tokens", 40, say="Say it.\n\n" + "Say it again.\n" * 4)
+    result = chat(
+        place / "pissa", "--max-new-tokens", 40, say="Say it.\n\n" + "Say it again.\n" * 4
+    )
     assert result.exit_code == 0 and result.stdout.startswith("yes yes\n")
-    assert result.stdout.count("\n") >= 5, "an answer to each of more words than the model has positions"
+    assert result.stdout.count("\n") >= 5, (
+        "an answer to each of more words than the model has positions"
+    )
 
 
 def test_another_base_is_refused(place: Path, tmp_path: Path) -> None:
-    build_pico(seed=1, vocab_size=260, max_position_embeddings=128).save_pretrained(tmp_path / "other")
+    build_pico(seed=1, vocab_size=260, max_position_embeddings=128).save_pretrained(
+        tmp_path / "other"
+    )
     with pytest.raises(WrongBaseError, match="was made"):
         open_chat(place / "pissa", base=str(tmp_path / "other"))
     with pytest.raises(WrongBaseError, match="residual in int8"):
@@ -152,7 +170,9 @@ def test_what_cannot_talk_is_refused_with_what_to_do(place: Path, tmp_path: Path
         return tmp_path / "run"
 
     with pytest.raises(InputError, match=r"learnt classification.*nothing to talk to"):
-        open_chat(folder(settings={**record["settings"], "task": "classification"}, labels=["no", "yes"]))
+        open_chat(
+            folder(settings={**record["settings"], "task": "classification"}, labels=["no", "yes"])
+        )
     with pytest.raises(CheckpointError, match=r"not finished: go on with pissa train .* --resume"):
         open_chat(folder(status="running"))
     with pytest.raises(InputError, match=r"--template is 'alpacca', expected one of alpaca, chat"):

@@ -104,30 +104,46 @@ def test_inspect_tells_a_run_from_its_base(folders: Path) -> None:
 
 
 def test_convert_and_merge_run_from_the_command_line(folders: Path) -> None:
-    assert run("convert", folders / "run", folders / "lora", "--base", folders / "base").returncode == 0
+    assert (
+        run("convert", folders / "run", folders / "lora", "--base", folders / "base").returncode
+        == 0
+    )
     assert json.loads((folders / "lora/adapter_config.json").read_text())["r"] == 8
     assert run("merge", folders / "base", folders / "lora", folders / "merged").returncode == 0
     merged, base = (load_file(folders / name / "model.safetensors") for name in ("merged", "base"))
     assert set(merged) == set(base)
-    assert not torch.equal(merged["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(
+        merged["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"]
+    )
 
 
 def test_methods_lists_the_folder() -> None:
     listed = {method["name"] for method in json.loads(run("methods", "--json").stdout)}
     folder = Path(__file__).parents[1] / "src/pissa/methods"
-    assert {name.rstrip("+") for name in listed} == {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    assert {name.rstrip("+") for name in listed} == {file.stem for file in folder.glob("*.py")} - {
+        "__init__"
+    }
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["decompose", "{base}", "{out}", "--rank", "0"], ["rank 0", "1"]),
-        (["decompose", "{base}", "{out}", "--rank", "999"], ["rank 999", "k_proj.weight", "use --rank 16"]),
+        (
+            ["decompose", "{base}", "{out}", "--rank", "999"],
+            ["rank 999", "k_proj.weight", "use --rank 16"],
+        ),
         (["decompose", "{base}", "{out}", "--alpha", "-1"], ["alpha is -1"]),
         (["decompose", "{base}", "{out}", "--method", "pisa"], ["'pisa'", "Did you mean 'pissa'"]),
-        (["decompose", "{base}", "{out}", "--targets", "q_prj"], ["'q_prj'", "Did you mean 'q_proj'"]),
+        (
+            ["decompose", "{base}", "{out}", "--targets", "q_prj"],
+            ["'q_prj'", "Did you mean 'q_proj'"],
+        ),
         (["decompose", "{base}", "{base}"], ["base"]),
-        (["decompose", "{nan}", "{out}", "--rank", "4"], ["layers.1.mlp.up_proj.weight", "non-finite"]),
+        (
+            ["decompose", "{nan}", "{out}", "--rank", "4"],
+            ["layers.1.mlp.up_proj.weight", "non-finite"],
+        ),
         (["decompose", "{dec}", "{out}"], ["itself a residual"]),
         (["merge", "{base}", "{dec}/pissa_init", "{out}"], ["only right beside the residual"]),
         (["convert", "{base}", "{out}"], ["expected a run"]),
@@ -135,7 +151,9 @@ def test_methods_lists_the_folder() -> None:
         (["train", "--modle", "x"], ["modle", "Did you mean 'model'"]),
     ],
 )
-def test_a_mistake_is_one_message_and_leaves_nothing(folders: Path, arguments: list[str], words: list[str]) -> None:
+def test_a_mistake_is_one_message_and_leaves_nothing(
+    folders: Path, arguments: list[str], words: list[str]
+) -> None:
     nan = folders / "nan"
     if not nan.exists():
         build_pico().save_pretrained(nan)

@@ -33,7 +33,9 @@ from pissa.training.folder import held, read_metrics
 METHODS, RATES, SEEDS = ["full", "lora", "pissa", "pissa-control"], [1e-3, 1e-2], [0, 1]
 
 
-def made(method: str, rate: float, seed: int, end: float, old: float = 2.0, start: float = 5.0) -> Outcome:
+def made(
+    method: str, rate: float, seed: int, end: float, old: float = 2.0, start: float = 5.0
+) -> Outcome:
     """An outcome with a straight curve from `start` to `end` in four steps, old loss rising from 1 to `old`."""
     cell = Cell(method, rate, seed)
     if math.isinf(end):
@@ -109,7 +111,9 @@ def test_a_page_of_a_comparison_that_has_just_begun_is_whole(tmp_path):
         "threads": 1,
         "data": {"sources": []}, "base": {},
     }  # fmt: skip
-    lone = Comparison([made("lora", 1e-3, 0, 3.0), made("pissa", 1e-3, 1, 2.0), made("milora", 1e-3, 1, math.inf)])
+    lone = Comparison(
+        [made("lora", 1e-3, 0, 3.0), made("pissa", 1e-3, 1, 2.0), made("milora", 1e-3, 1, math.inf)]
+    )
     text = write_comparison(lone, facts, tmp_path / "compare.html").read_text()
     assert text.endswith("</html>\n") or text.rstrip().endswith("</html>")
 
@@ -121,7 +125,11 @@ def test_a_rate_with_a_seed_missing_is_no_mean():
 
 
 def test_a_small_difference_is_no_difference_seen_and_a_steady_one_is():
-    noise = {("lora", 1e-3): [3.0, 3.2, 3.1], ("milora", 1e-3): [3.1, 3.1, 3.12], ("pissa", 1e-3): [2.5, 2.7, 2.61]}
+    noise = {
+        ("lora", 1e-3): [3.0, 3.2, 3.1],
+        ("milora", 1e-3): [3.1, 3.1, 3.12],
+        ("pissa", 1e-3): [2.5, 2.7, 2.61],
+    }
     said = " ".join(supported(grid(noise)))
     assert "milora at its own best rate (0.001) and lora: no difference seen" in said
     assert "pissa at its own best rate (0.001) ends 0.4967" in said
@@ -129,30 +137,51 @@ def test_a_small_difference_is_no_difference_seen_and_a_steady_one_is():
 
 
 def test_where_pissa_loses_it_is_said():
-    said = " ".join(supported(grid({("lora", 1e-3): [3.0, 3.2, 3.1], ("pissa", 1e-3): [3.5, 3.7, 3.61]})))
+    said = " ".join(
+        supported(grid({("lora", 1e-3): [3.0, 3.2, 3.1], ("pissa", 1e-3): [3.5, 3.7, 3.61]}))
+    )
     assert "higher than lora" in said
     assert "pissa ends higher at 0.001" in said
 
 
 def test_what_a_control_has_of_the_lead_is_a_share_of_it():
     found = grid(
-        {("lora", 1e-3): [4.0, 4.2, 4.1], ("pissa", 1e-3): [3.0, 3.2, 3.11], ("pissa-control", 1e-3): [3.5, 3.7, 3.61]}
+        {
+            ("lora", 1e-3): [4.0, 4.2, 4.1],
+            ("pissa", 1e-3): [3.0, 3.2, 3.11],
+            ("pissa-control", 1e-3): [3.5, 3.7, 3.61],
+        }
     )
     assert found.explained("pissa", 1e-3) == pytest.approx(0.5, abs=0.01)
     assert "its random control has 50 % at 0.001" in " ".join(supported(found))
     level = grid(
-        {("lora", 1e-3): [4.0, 4.2, 4.1], ("pissa", 1e-3): [4.1, 4.1, 4.1], ("pissa-control", 1e-3): [3.5, 3.7, 3.61]}
+        {
+            ("lora", 1e-3): [4.0, 4.2, 4.1],
+            ("pissa", 1e-3): [4.1, 4.1, 4.1],
+            ("pissa-control", 1e-3): [3.5, 3.7, 3.61],
+        }
     )
     assert level.explained("pissa", 1e-3) is None  # no lead, no share
     behind = grid(
-        {("lora", 1e-3): [4.0, 4.2, 4.1], ("pissa", 1e-3): [3.0, 3.2, 3.11], ("pissa-control", 1e-3): [4.5, 4.7, 4.61]}
+        {
+            ("lora", 1e-3): [4.0, 4.2, 4.1],
+            ("pissa", 1e-3): [3.0, 3.2, 3.11],
+            ("pissa-control", 1e-3): [4.5, 4.7, 4.61],
+        }
     )
-    assert behind.explained("pissa", 1e-3) == 0  # a control that is worse than LoRA explains nothing
-    assert "lead over lora at 0.001 no part is seen in its random control" in " ".join(supported(behind))
+    assert (
+        behind.explained("pissa", 1e-3) == 0
+    )  # a control that is worse than LoRA explains nothing
+    assert "lead over lora at 0.001 no part is seen in its random control" in " ".join(
+        supported(behind)
+    )
 
 
 def test_steps_to_loras_end_and_what_was_forgotten_by_then():
-    found = grid({("lora", 1e-3): [3.0, 3.0], ("pissa", 1e-3): [1.0, 1.0], ("milora", 1e-3): [4.0, 4.0]}, old=3.0)
+    found = grid(
+        {("lora", 1e-3): [3.0, 3.0], ("pissa", 1e-3): [1.0, 1.0], ("milora", 1e-3): [4.0, 4.0]},
+        old=3.0,
+    )
     assert found.steps_to_reference("pissa", 1e-3, 1e-3) == 2  # 5, 4, 3, 2, 1
     assert found.old_at_reference("pissa", 1e-3, 1e-3) == pytest.approx(2.0)
     assert found.steps_to_reference("milora", 1e-3, 1e-3) is None
@@ -162,7 +191,15 @@ def test_steps_to_loras_end_and_what_was_forgotten_by_then():
 
 def test_a_best_rate_at_the_edge_and_unequal_grids_are_named():
     said = " ".join(
-        unsupported(grid({("lora", 1e-3): [3.0, 3.0], ("lora", 1e-2): [2.0, 2.0], ("pissa", 1e-3): [1.0, 1.0]}))
+        unsupported(
+            grid(
+                {
+                    ("lora", 1e-3): [3.0, 3.0],
+                    ("lora", 1e-2): [2.0, 2.0],
+                    ("pissa", 1e-3): [1.0, 1.0],
+                }
+            )
+        )
     )
     assert "edge of the grid for lora (0.01), pissa (0.001)" in said
     assert "different grids" in said
@@ -191,7 +228,9 @@ def test_all_cells_start_from_the_base_and_see_the_same_rows(common, tmp_path):
     found = compare(common(), METHODS, RATES, SEEDS)
     out = tmp_path / "compare"
     assert len(found.outcomes) == 16
-    assert {result.evaluation[0][1] for result in found.outcomes} == {found.outcomes[0].evaluation[0][1]}
+    assert {result.evaluation[0][1] for result in found.outcomes} == {
+        found.outcomes[0].evaluation[0][1]
+    }
     for seed in SEEDS:
         assert len({result.tokens for result in found.outcomes if result.cell.seed == seed}) == 1
         first = [result.train[0][1] for result in found.outcomes if result.cell.seed == seed]
@@ -200,9 +239,15 @@ def test_all_cells_start_from_the_base_and_see_the_same_rows(common, tmp_path):
     numbers = json.loads((out / "compare.json").read_text())
     assert numbers["best_of_grid"].keys() == set(METHODS)
     ends = [
-        cell["eval_loss"] for cell in numbers["cells"] if cell["method"] == "pissa" and cell["learning_rate"] == 1e-2
+        cell["eval_loss"]
+        for cell in numbers["cells"]
+        if cell["method"] == "pissa" and cell["learning_rate"] == 1e-2
     ]
-    row = next(row for row in numbers["equal_settings"] if row["method"] == "pissa" and row["learning_rate"] == 1e-2)
+    row = next(
+        row
+        for row in numbers["equal_settings"]
+        if row["method"] == "pissa" and row["learning_rate"] == 1e-2
+    )
     assert row["loss"]["mean"] == pytest.approx(sum(ends) / 2)
     page = (out / "compare.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -214,7 +259,11 @@ def test_all_cells_start_from_the_base_and_see_the_same_rows(common, tmp_path):
     stamps = {run: run.stat().st_mtime_ns for run in out.glob("cells/*/*/*/run.json")}
     said: list[tuple[int, int]] = []
     more = compare(
-        common(), ["lora", "pissa"], RATES, [0, 1, 2], say=lambda cell, done, total: said.append((done, total))
+        common(),
+        ["lora", "pissa"],
+        RATES,
+        [0, 1, 2],
+        say=lambda cell, done, total: said.append((done, total)),
     )
     assert said == [(index, 12) for index in range(9, 13)]
     assert all(run.stat().st_mtime_ns == stamp for run, stamp in stamps.items())
@@ -250,11 +299,23 @@ def test_a_killed_comparison_goes_on(common, tmp_path):
     file = tmp_path / "killed.yaml"
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     program = "import sys; from pissa.cli.main import main; main()"
-    words = ["compare", str(file), "--methods", "lora,pissa", "--lr", "1e-2", "--seeds", "1", "--json"]
+    words = [
+        "compare",
+        str(file),
+        "--methods",
+        "lora,pissa",
+        "--lr",
+        "1e-2",
+        "--seeds",
+        "1",
+        "--json",
+    ]
     process = subprocess.Popen([sys.executable, "-c", program, *words], stdout=subprocess.DEVNULL)
     first = tmp_path / "killed/cells/lora/lr-0.01/seed-0/run.json"
     deadline = time.monotonic() + 120
-    while not (first.exists() and '"finished"' in first.read_text()) and time.monotonic() < deadline:
+    while (
+        not (first.exists() and '"finished"' in first.read_text()) and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -262,19 +323,36 @@ def test_a_killed_comparison_goes_on(common, tmp_path):
     done = compare(settings, ["lora", "pissa"], [1e-2], [0])
     assert first.stat().st_mtime_ns == stamp
     whole = compare(common("whole"), ["lora", "pissa"], [1e-2], [0])
-    assert [result.evaluation for result in done.outcomes] == [result.evaluation for result in whole.outcomes]
+    assert [result.evaluation for result in done.outcomes] == [
+        result.evaluation for result in whole.outcomes
+    ]
 
 
 @pytest.mark.skipif(
-    not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="children are read from Linux's /proc"
+    not Path(f"/proc/self/task/{os.getpid()}/children").exists(),
+    reason="children are read from Linux's /proc",
 )
 def test_no_run_outlives_a_killed_comparison(common, tmp_path):
     file = tmp_path / "long.yaml"
     file.write_text(yaml.safe_dump({**common("long").model_dump(mode="json"), "max_steps": 10**6}))
-    words = ["compare", str(file), "--methods", "lora,pissa", "--lr", "1e-2", "--seeds", "1", "--jobs", "2"]
+    words = [
+        "compare",
+        str(file),
+        "--methods",
+        "lora,pissa",
+        "--lr",
+        "1e-2",
+        "--seeds",
+        "1",
+        "--jobs",
+        "2",
+    ]
     process = subprocess.Popen([sys.executable, "-m", "pissa", *words], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("long/cells/*/*/*/metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+    while (
+        len(list(tmp_path.glob("long/cells/*/*/*/metrics.jsonl"))) < 2
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
@@ -311,7 +389,11 @@ def test_a_run_that_diverges_is_an_outcome(common, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "methods", "message"),
     [
-        ({"eval_data": None, "eval_steps": 0, "old_data": None}, ["lora"], "eval_data: got nothing"),
+        (
+            {"eval_data": None, "eval_steps": 0, "old_data": None},
+            ["lora"],
+            "eval_data: got nothing",
+        ),
         ({"force": True}, ["lora"], "force: got true"),
         ({"eval_steps": 0, "max_steps": 0}, ["lora"], "to see the course"),
         ({"early_stopping": 2}, ["lora"], "same budget"),
@@ -325,7 +407,9 @@ def test_mistakes_are_told_before_anything_is_written(common, tmp_path, changes,
     assert not (tmp_path / "compare").exists()
 
 
-@pytest.mark.parametrize(("rates", "seeds"), [([1e-3, -1.0], [0]), ([1e-3, math.nan], [0]), ([1e-3], [0, -1])])
+@pytest.mark.parametrize(
+    ("rates", "seeds"), [([1e-3, -1.0], [0]), ([1e-3, math.nan], [0]), ([1e-3], [0, -1])]
+)
 def test_every_rate_and_seed_is_checked_before_the_first_run(common, tmp_path, rates, seeds):
     with pytest.raises(ConfigError, match=r"learning_rate|seed"):
         compare(common(), ["lora"], rates, seeds)
@@ -336,7 +420,9 @@ def test_a_cell_that_another_process_trains_is_left_to_it(common, tmp_path):
     settings = common()
     taken = Cell("lora", 1e-2, 0).folder(tmp_path / "compare")
     taken.parent.mkdir(parents=True)
-    (tmp_path / "compare/settings.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    (tmp_path / "compare/settings.yaml").write_text(
+        yaml.safe_dump(settings.model_dump(mode="json"))
+    )
     with held(taken):
         found = compare(settings, ["lora", "pissa"], [1e-2], [0])
         with pytest.raises(BusyError, match="another process is training"):

@@ -26,17 +26,23 @@ def pca(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def joined(parts: tuple[Tensor, ...], most: int) -> Components:
-    return reduce(lambda one, other: one.joined(other, most), (Components.of(part, most) for part in parts))
+    return reduce(
+        lambda one, other: one.joined(other, most), (Components.of(part, most) for part in parts)
+    )
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
-def test_without_truncation_joining_in_any_order_is_the_decomposition_of_all_rows(order: tuple[int, ...]) -> None:
+def test_without_truncation_joining_in_any_order_is_the_decomposition_of_all_rows(
+    order: tuple[int, ...],
+) -> None:
     rows = stream()
     parts = rows.split([7, 30, 23])  # the first has fewer rows than columns
     seen = joined(tuple(parts[i] for i in order), 12)
     S, Vh = pca(rows)
     assert torch.allclose(seen.values, S, rtol=0, atol=1e-10)
-    assert torch.allclose((seen.vectors @ Vh.T).abs(), torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert torch.allclose(
+        (seen.vectors @ Vh.T).abs(), torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-10
+    )
     assert torch.allclose(seen.mean, rows.mean(0), rtol=0, atol=1e-10)
     assert seen.rows == 60
     assert seen.energy == pytest.approx(float(S.square().sum()), rel=1e-12)
@@ -54,7 +60,9 @@ def test_the_energy_stays_exact_when_components_are_cut_off() -> None:
 
 def test_vectors_are_orthonormal_and_their_signs_fixed() -> None:
     one, other = Components.of(stream(), 5), Components.of(stream().flip(0), 5)
-    assert torch.allclose(one.vectors @ one.vectors.T, torch.eye(5, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(
+        one.vectors @ one.vectors.T, torch.eye(5, dtype=torch.float64), atol=1e-12
+    )
     assert torch.allclose(one.vectors, other.vectors, atol=1e-10)
     assert (one.vectors.gather(1, one.vectors.abs().argmax(1, keepdim=True)) > 0).all()
 

@@ -29,7 +29,12 @@ def mistakes(path: Path | None, overrides: dict[str, object]) -> list[str]:
 def test_defaults_are_the_authors_hyper_parameters() -> None:
     # github.com/MuLabPKU/PiSSA, scripts/metamath_llama2_7b/run_pissa.sh
     s = load_settings(None, NEEDED)
-    assert (s.learning_rate, s.lr_scheduler, s.warmup_ratio, s.weight_decay) == (2e-5, "cosine", 0.03, 0)
+    assert (s.learning_rate, s.lr_scheduler, s.warmup_ratio, s.weight_decay) == (
+        2e-5,
+        "cosine",
+        0.03,
+        0,
+    )
     assert (s.batch_size, s.epochs, s.max_length, s.dropout, s.method) == (128, 1, 512, 0, "pissa")
 
 
@@ -77,10 +82,19 @@ def test_every_alias_stands_for_a_key(alias: str) -> None:
 
 
 def test_accumulation_steps_make_the_batch() -> None:
-    settings = load_settings(None, NEEDED | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8})
+    settings = load_settings(
+        None, NEEDED | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}
+    )
     assert (settings.batch_size, settings.micro_batch_size) == (32, 4)
-    assert "beside micro_batch_size" in mistakes(None, NEEDED | {"gradient_accumulation_steps": 8})[0]
-    assert load_settings(None, NEEDED | {"batch_size": 12, "per_device_train_batch_size": 3}).micro_batch_size == 3
+    assert (
+        "beside micro_batch_size" in mistakes(None, NEEDED | {"gradient_accumulation_steps": 8})[0]
+    )
+    assert (
+        load_settings(
+            None, NEEDED | {"batch_size": 12, "per_device_train_batch_size": 3}
+        ).micro_batch_size
+        == 3
+    )
     both = {"batch_size": 16, "micro_batch_size": 4, "gradient_accumulation_steps": 8}
     assert "expected batch_size / micro_batch_size, 16 / 4" in mistakes(None, NEEDED | both)[0]
 
@@ -100,8 +114,12 @@ def test_targets_are_a_list_a_name_or_an_expression() -> None:
 
 
 def test_eval_size_and_eval_data_exclude_each_other() -> None:
-    assert mistakes(None, NEEDED | {"eval_data": "x", "val_set_size": 0.1})[0].startswith("eval_size: got 0.1")
-    assert mistakes(None, NEEDED | {"eval_size": 1.5})[0].endswith("expected a share below 1 or a whole number of rows")
+    assert mistakes(None, NEEDED | {"eval_data": "x", "val_set_size": 0.1})[0].startswith(
+        "eval_size: got 0.1"
+    )
+    assert mistakes(None, NEEDED | {"eval_size": 1.5})[0].endswith(
+        "expected a share below 1 or a whole number of rows"
+    )
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a: [\n", "just words\n"])
@@ -147,10 +165,17 @@ def test_a_file_wins_over_what_it_extends_and_flags_over_both(tmp_path: Path) ->
         bottom="seed: 2\nlearning_rate: 2.0e-4\nepochs: 3\n",
     )
     settings = load_settings(path, NEEDED | {"num_epochs": 5})
-    assert (settings.rank, settings.learning_rate, settings.seed, settings.epochs) == (8, 1e-4, 1, 5)
+    assert (settings.rank, settings.learning_rate, settings.seed, settings.epochs) == (
+        8,
+        1e-4,
+        1,
+        5,
+    )
 
 
-def test_a_recipes_name_is_a_base_unless_there_is_such_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipes_name_is_a_base_unless_there_is_such_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_settings(folder(tmp_path, run="extends: math-lora\nrank: 3\n"), {}).method == "lora"
     assert load_settings(Path("math-lora"), {}).rank == 128
@@ -176,7 +201,9 @@ def test_a_recipes_name_is_a_base_unless_there_is_such_a_file(tmp_path: Path, mo
         ({"run": "extends: a.yaml", "a": "- rank"}, "a.yaml: got list"),
     ],
 )
-def test_a_base_that_cannot_be_read_is_refused(tmp_path: Path, files: dict[str, str], claim: str) -> None:
+def test_a_base_that_cannot_be_read_is_refused(
+    tmp_path: Path, files: dict[str, str], claim: str
+) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
     (tmp_path / "outside.yaml").write_text("rank: 1\n")
@@ -187,20 +214,33 @@ def test_a_base_that_cannot_be_read_is_refused(tmp_path: Path, files: dict[str, 
 
 def test_a_mistake_in_a_base_names_its_file(tmp_path: Path) -> None:
     path = folder(
-        tmp_path, run="extends: a.yaml\nrank: 0\n", a="lern_rate: 1\nepochs: -1\nseed: 1\nseed: 2\nrank: -5\n"
+        tmp_path,
+        run="extends: a.yaml\nrank: 0\n",
+        a="lern_rate: 1\nepochs: -1\nseed: 1\nseed: 2\nrank: -5\n",
     )
     found = mistakes(path, NEEDED)
-    assert {line.split(":")[0] for line in found if line.endswith("(in a.yaml)")} == {"seed", "lern_rate", "epochs"}
+    assert {line.split(":")[0] for line in found if line.endswith("(in a.yaml)")} == {
+        "seed",
+        "lern_rate",
+        "epochs",
+    }
     assert "rank: got 0, expected greater than or equal to 1" in found
 
 
 def test_an_upper_layer_takes_back_what_contradicts_it(tmp_path: Path) -> None:
     path = folder(
-        tmp_path, run="max_steps: 9\nbatch_size: 64\neval_size: 5\nadapter: qlora\npeft_init_lora_weights: pissa\n"
+        tmp_path,
+        run="max_steps: 9\nbatch_size: 64\neval_size: 5\nadapter: qlora\npeft_init_lora_weights: pissa\n",
     )
     below = load_settings(path, NEEDED)
     assert (below.max_steps, below.batch_size, below.method, below.quant) == (9, 64, "pissa", "nf4")
-    flags = {"epochs": "2", "gradient_accumulation_steps": 3, "micro_batch_size": 2, "eval_data": "x", "method": "lora"}
+    flags = {
+        "epochs": "2",
+        "gradient_accumulation_steps": 3,
+        "micro_batch_size": 2,
+        "eval_data": "x",
+        "method": "lora",
+    }
     above = load_settings(path, NEEDED | flags)
     assert (above.max_steps, above.epochs, above.batch_size, above.eval_size) == (0, 2, 6, 0)
     assert (above.method, above.quant) == ("lora", None)
@@ -339,7 +379,11 @@ def test_a_trl_config_is_understood(tmp_path: Path) -> None:
         ("push_to_hub", "true", "hf upload"),
         ("warmup_steps", 100, "warmup_ratio"),
         ("datasets", [{"path": "a"}, {"path": "b"}], "got 2 entries, expected one entry"),
-        ("datasets", [{"path": "a", "type": "sharegpt"}], "got type 'sharegpt', expected data: PATH"),
+        (
+            "datasets",
+            [{"path": "a", "type": "sharegpt"}],
+            "got type 'sharegpt', expected data: PATH",
+        ),
         ("datasets", [{"path": "a", "shards": 2}], "got shards, expected data: PATH"),
         ("optim", "adamw_bnb_8bit", "AdamW, in float32"),
         ("fp16", True, "bf16: true"),
@@ -360,39 +404,67 @@ def test_a_trl_config_is_understood(tmp_path: Path) -> None:
         ("adapter_name_or_path", "pissa_init", "the residual's folder"),
     ],
 )
-def test_what_would_mean_something_else_is_refused_with_advice(key: str, value: object, advice: str) -> None:
+def test_what_would_mean_something_else_is_refused_with_advice(
+    key: str, value: object, advice: str
+) -> None:
     (line,) = mistakes(None, NEEDED | {key: value})
     assert line.startswith(f"{key}: got") and advice in line
 
 
 @pytest.mark.parametrize(
     ("init", "method", "quant"),
-    [("pissa", "lora", None), ("pissa_niter_16", "qlora", "nf4"), ("olora", "lora", None), ("pissa", "qpissa", None)],
+    [
+        ("pissa", "lora", None),
+        ("pissa_niter_16", "qlora", "nf4"),
+        ("olora", "lora", None),
+        ("pissa", "qpissa", None),
+    ],
 )
 def test_pefts_init_names_the_method(init: str, method: str, quant: str | None) -> None:
     settings = load_settings(None, NEEDED | {"adapter": method, "init_lora_weights": init})
     expected = "qpissa" if method == "qpissa" else init.split("_")[0]
     assert (settings.method, settings.quant) == (expected, quant)
-    assert load_settings(None, NEEDED | {"adapter": "qlora", "init_lora_weights": "true"}).method == "qlora"
-    assert "expected one of the two" in mistakes(None, NEEDED | {"method": "milora", "init_lora_weights": "pissa"})[0]
+    assert (
+        load_settings(None, NEEDED | {"adapter": "qlora", "init_lora_weights": "true"}).method
+        == "qlora"
+    )
+    assert (
+        "expected one of the two"
+        in mistakes(None, NEEDED | {"method": "milora", "init_lora_weights": "pissa"})[0]
+    )
 
 
 def test_columns_are_named_on_the_command_line_too() -> None:
-    assert load_settings(None, NEEDED | {"fields": "{question: '#1 String'}"}).fields == {"question": "#1 String"}
-    assert mistakes(None, NEEDED | {"fields": "{question: "})[0].startswith("fields: got '{question: '")
+    assert load_settings(None, NEEDED | {"fields": "{question: '#1 String'}"}).fields == {
+        "question": "#1 String"
+    }
+    assert mistakes(None, NEEDED | {"fields": "{question: "})[0].startswith(
+        "fields: got '{question: '"
+    )
 
 
 def test_a_data_set_entry_is_a_path_with_its_columns() -> None:
-    entry = {"path": "json", "data_files": "rows.jsonl", "type": "chat_template", "field_messages": "talk"}
+    entry = {
+        "path": "json",
+        "data_files": "rows.jsonl",
+        "type": "chat_template",
+        "field_messages": "talk",
+    }
     settings = load_settings(
         None, {"model": "base", "output": "out", "datasets": [entry], "test_datasets": "eval.jsonl"}
     )
-    assert (settings.data, settings.template, settings.eval_data) == ("rows.jsonl", "chat", "eval.jsonl")
+    assert (settings.data, settings.template, settings.eval_data) == (
+        "rows.jsonl",
+        "chat",
+        "eval.jsonl",
+    )
     assert settings.fields == {"messages": "talk"}
 
 
 def test_two_spellings_that_agree_are_one_and_others_are_a_mistake() -> None:
-    assert load_settings(None, NEEDED | {"flash_attention": True, "attn_implementation": "flash_attention_2"})
+    assert load_settings(
+        None, NEEDED | {"flash_attention": True, "attn_implementation": "flash_attention_2"}
+    )
     found = mistakes(None, NEEDED | {"flash_attention": True, "attn_implementation": "sdpa"})
     assert found == ["attn_implementation: got it beside flash_attention, expected one of the two"]
 
@@ -417,12 +489,17 @@ def test_every_meaning_is_a_key_of_ours() -> None:
 
 
 def test_a_flag_takes_back_what_a_file_names(tmp_path: Path) -> None:
-    path = written(tmp_path, "model: base\ndata: rows.jsonl\noutput: out\nold_data: old.jsonl\neval_data: new.jsonl\n")
+    path = written(
+        tmp_path,
+        "model: base\ndata: rows.jsonl\noutput: out\nold_data: old.jsonl\neval_data: new.jsonl\n",
+    )
     assert load_settings(path, {"old_data": "null"}).old_data is None
     assert load_settings(path, {"eval_data": "null"}).eval_data is None
 
 
-def test_a_tilde_is_the_home_folder_in_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder_in_a_file_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path = written(tmp_path, "model: ~/base\ndata: rows.jsonl\noutput: ~/out\n")
     s = load_settings(path, {})

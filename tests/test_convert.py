@@ -36,7 +36,9 @@ def deltas(adapter: Path) -> dict[str, Tensor]:
 
 
 def total_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    return error_of(*(torch.cat([part[name].flatten() for name in expected]) for part in (got, expected)))
+    return error_of(
+        *(torch.cat([part[name].flatten() for name in expected]) for part in (got, expected))
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -72,11 +74,18 @@ def test_a_smaller_rank_is_the_best_approximation_and_its_error_is_true(
     record = pissa.convert(tmp_path / "run", tmp_path / "lora", rank=rank)
     exact, got = deltas(tmp_path / "run" / "adapter"), deltas(tmp_path / "lora")
     assert record.notes["error"] == pytest.approx(total_error(got, exact), rel=1e-4)
-    missed = sum(float(torch.linalg.svdvals(delta)[rank:].square().sum()) for delta in exact.values())
+    missed = sum(
+        float(torch.linalg.svdvals(delta)[rank:].square().sum()) for delta in exact.values()
+    )
     total = sum(float(delta.square().sum()) for delta in exact.values())
-    assert record.notes["error"] == pytest.approx((missed / total) ** 0.5, rel=1e-4)  # Eckart-Young, dense
+    assert record.notes["error"] == pytest.approx(
+        (missed / total) ** 0.5, rel=1e-4
+    )  # Eckart-Young, dense
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == rank
-    assert json.loads((tmp_path / "lora" / "pissa.json").read_text())["notes"]["error"] == record.notes["error"]
+    assert (
+        json.loads((tmp_path / "lora" / "pissa.json").read_text())["notes"]["error"]
+        == record.notes["error"]
+    )
 
 
 def test_rank_0_is_an_error_and_no_output(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -89,7 +98,11 @@ def test_rank_0_is_an_error_and_no_output(pico_folder: Callable[..., Path], tmp_
 def as_bf16(adapter: Path) -> dict[str, Tensor]:
     """The change as an engine sees it that stores adapters in bf16."""
     file = adapter / "adapter_model.safetensors"
-    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )
     return deltas(adapter)
 
 
@@ -111,10 +124,14 @@ def test_stored_in_bf16_the_change_is_within_half_a_percent_where_pefts_own_conv
     train(model, learning_rate=1e-4)
     # peft reads the start back from its folder, and says `pissa` of the one it subtracts.
     model.peft_config["default"].init_lora_weights = "pissa"
-    model.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    model.save_pretrained(
+        tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
     exact = deltas(tmp_path / "theirs")
     theirs = total_error(as_bf16(tmp_path / "theirs"), exact)
-    print(f"change stored in bf16: {100 * ours:.2f} % off in the drift form, {100 * theirs:.1f} % in peft's conversion")
+    print(
+        f"change stored in bf16: {100 * ours:.2f} % off in the drift form, {100 * theirs:.1f} % in peft's conversion"
+    )
     assert ours <= 0.005
     assert theirs > 10 * ours
 
@@ -178,10 +195,14 @@ def test_another_start_is_refused(pico_folder: Callable[..., Path], tmp_path: Pa
     for seed, name in ((0, "out"), (1, "other")):
         pissa.decompose(pico_folder(f"base{seed}", seed=seed), tmp_path / name, rank=4)
     train_with_stock_peft(tmp_path / "out", tmp_path / "pair")
-    with pytest.raises(WrongBaseError, match=r"not trained from .*other.* of `model\.layers\.0\..*weight`"):
+    with pytest.raises(
+        WrongBaseError, match=r"not trained from .*other.* of `model\.layers\.0\..*weight`"
+    ):
         pissa.convert(tmp_path / "pair", tmp_path / "lora", start=tmp_path / "other")
     shutil.rmtree(tmp_path / "out")  # the residual that the pair names is no longer at hand
-    with pytest.raises(WrongBaseError, match=r"not trained from .*other.* of `model\.layers\.\d.*weight`"):
+    with pytest.raises(
+        WrongBaseError, match=r"not trained from .*other.* of `model\.layers\.\d.*weight`"
+    ):
         pissa.convert(tmp_path / "pair", tmp_path / "lora", start=tmp_path / "other")
     assert not (tmp_path / "lora").exists()
 
@@ -191,12 +212,19 @@ def classifier(base: Path, seed: int = 7) -> nn.Module:
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).eval()
+        return transformers.AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=3
+        ).eval()
 
 
 def bert_folder(folder: Path) -> Path:
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     config = transformers.BertConfig(vocab_size=96, max_position_embeddings=64, **small)
     transformers.BertModel(config).save_pretrained(folder)
     return folder
@@ -215,7 +243,12 @@ def test_a_trained_head_survives_in_stock_peft(rank: int | None, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "change",
-    [{"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}, {"lora_bias": True}],
+    [
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"lora_bias": True},
+    ],
     ids=lambda change: next(iter(change)),
 )
 @pytest.mark.filterwarnings("ignore:.*has no pissa.json")
@@ -231,9 +264,13 @@ def test_what_is_no_plain_lora_is_an_error(
     assert not (tmp_path / "lora").exists()
 
 
-def test_rank_stabilised_lora_keeps_its_scale(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_rank_stabilised_lora_keeps_its_scale(
+    pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     base = pico_folder()
-    config = peft.LoraConfig(r=4, lora_alpha=4, use_rslora=True, target_modules=["q_proj", "up_proj"])
+    config = peft.LoraConfig(
+        r=4, lora_alpha=4, use_rslora=True, target_modules=["q_proj", "up_proj"]
+    )
     model = train(peft.get_peft_model(language_model(base), config))
     model.save_pretrained(tmp_path / "pair")
     with pytest.warns(UserWarning, match="cannot be checked"):

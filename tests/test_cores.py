@@ -105,7 +105,9 @@ def test_svft_can_take_the_whole_weight_away():
     W = matrix(12, 40)
     split = pissa.split(W, "svft")
     assert relative_error(as_lora(split, core=-torch.linalg.svdvals(W)).delta(), -W) < 1e-10
-    golden = as_lora(pissa.split(GOLDEN, "svft"), core=torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
+    golden = as_lora(
+        pissa.split(GOLDEN, "svft"), core=torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+    )
     assert near(golden.delta(), 0.25 * torch.ones(4, 4))
 
 
@@ -128,7 +130,10 @@ def test_svft_top_k_takes_the_best_aligned_directions():
     U, _, Vh = svd(W)
     aligned = np.abs(U.T @ Vh.T)
     np.fill_diagonal(aligned, np.inf)
-    expected = {divmod(int(index), 24) for index in np.argsort(-aligned, axis=None)[: split.pattern.shape[1]]}
+    expected = {
+        divmod(int(index), 24)
+        for index in np.argsort(-aligned, axis=None)[: split.pattern.shape[1]]
+    }
     assert expected == {*zip(*split.pattern.tolist(), strict=True)}
     with pytest.raises(InputError, match=r"`weight` \[12, 40\] has of different lengths"):
         pissa.split(matrix(12, 40), "svft", options={"pattern": "top_k"})
@@ -137,7 +142,9 @@ def test_svft_top_k_takes_the_best_aligned_directions():
 def test_svft_draws_by_seed_and_name():
     W = matrix(24, 24)
     draws = [
-        pissa.split(W, "svft", name=name, seed=seed, options={"pattern": "random", "width": 2}).pattern
+        pissa.split(
+            W, "svft", name=name, seed=seed, options={"pattern": "random", "width": 2}
+        ).pattern
         for name, seed in (("a", 0), ("a", 0), ("b", 0), ("a", 1))
     ]
     assert torch.equal(draws[0], draws[1])
@@ -177,7 +184,9 @@ def spectrum(decay: float, rows: int = 24) -> Tensor:
 
 def ranks(weights: dict[str, Tensor], rank: int) -> dict[str, int]:
     allotment = get("lamda++").allotment
-    scores = {name: allotment.score(weight, None, rank, eta=0.3) for name, weight in weights.items()}
+    scores = {
+        name: allotment.score(weight, None, rank, eta=0.3) for name, weight in weights.items()
+    }
     return allotment.allot(scores, rank, eta=0.3)
 
 

@@ -26,11 +26,15 @@ CHATML = (
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Bytes, with a start and an end token."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0, "</s>": 1} | {letter: index + 2 for index, letter in enumerate(alphabet)}
+    vocabulary = {"<s>": 0, "</s>": 1} | {
+        letter: index + 2 for index, letter in enumerate(alphabet)
+    }
     plain = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.decoder = tokenizers.decoders.ByteLevel()
-    plain.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    plain.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=plain, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -51,8 +55,16 @@ def masked_and_learned(rows: list[Row], tokenizer: Any, template: str = "auto") 
 @pytest.mark.parametrize(
     ("fields", "prompt", "response"),
     [
-        ({"instruction": "Add.", "output": "3"}, "<s>" + ALPACA.format(instruction="Add."), "3</s>"),
-        ({"instruction": "Add.", "input": "", "output": "3"}, "<s>" + ALPACA.format(instruction="Add."), "3</s>"),
+        (
+            {"instruction": "Add.", "output": "3"},
+            "<s>" + ALPACA.format(instruction="Add."),
+            "3</s>",
+        ),
+        (
+            {"instruction": "Add.", "input": "", "output": "3"},
+            "<s>" + ALPACA.format(instruction="Add."),
+            "3</s>",
+        ),
         (
             {"instruction": "Add.", "input": "1 2", "output": "3"},
             "<s>" + ALPACA.format(instruction="Add.\n1 2"),
@@ -64,13 +76,17 @@ def masked_and_learned(rows: list[Row], tokenizer: Any, template: str = "auto") 
         ({"text": "ünï ✓"}, "<s>", "ünï ✓</s>"),
     ],
 )
-def test_loss_lies_on_exactly_the_response(fields: dict[str, str], prompt: str, response: str, tokenizer: Any) -> None:
+def test_loss_lies_on_exactly_the_response(
+    fields: dict[str, str], prompt: str, response: str, tokenizer: Any
+) -> None:
     assert masked_and_learned([row(**fields)], tokenizer) == (prompt, response)
 
 
 def test_prompt_is_the_papers() -> None:
     # utils/... train.py of github.com/MuLabPKU/PiSSA, PROMPT
-    assert ALPACA.startswith("Below is an instruction that describes a task. Write a response that appropriately")
+    assert ALPACA.startswith(
+        "Below is an instruction that describes a task. Write a response that appropriately"
+    )
     assert ALPACA.endswith("### Instruction:\n{instruction}\n\n### Response:")
 
 
@@ -138,7 +154,9 @@ ARRAY = '[\n  {"text": "a"},\n  {"text":\n "b"}\n]\n'
         ("a.tsv", 'text\tn\na\t"x\nb\t2\n', [2, 3]),
     ],
 )
-def test_every_format_gives_rows_with_their_lines(tmp_path: Path, name: str, text: str, lines: list[int]) -> None:
+def test_every_format_gives_rows_with_their_lines(
+    tmp_path: Path, name: str, text: str, lines: list[int]
+) -> None:
     rows, source = read(str(save(tmp_path / name, text)), "train")
     assert [r.fields["text"] for r in rows] == ["a", "b"]
     assert [int(r.where.rpartition(" ")[2]) for r in rows] == lines
@@ -173,7 +191,9 @@ def test_a_folder_gives_the_file_of_the_split(tmp_path: Path) -> None:
         ("a.tsv", "text\tn\na\t1\nb\t1\t2\n", 3, "got 3 fields, expected 2"),
     ],
 )
-def test_a_broken_row_is_named_by_file_and_line(tmp_path: Path, name: str, text: str, line: int, claim: str) -> None:
+def test_a_broken_row_is_named_by_file_and_line(
+    tmp_path: Path, name: str, text: str, line: int, claim: str
+) -> None:
     path = save(tmp_path / name, text)
     with pytest.raises(DataError) as caught:
         read(str(path), "train")
@@ -190,9 +210,13 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path: Path, name: str, text:
         ({"instruction": "b", "output": "c", "input": 3}, "input: got int, expected a text"),
     ],
 )
-def test_a_row_without_its_field_is_named(tmp_path: Path, second: dict[str, Any], claim: str, tokenizer: Any) -> None:
+def test_a_row_without_its_field_is_named(
+    tmp_path: Path, second: dict[str, Any], claim: str, tokenizer: Any
+) -> None:
     good = {"instruction": "a", "output": "b"}
-    path = save(tmp_path / "a.jsonl", "".join(json.dumps(r) + "\n" for r in (good, second, good, second)))
+    path = save(
+        tmp_path / "a.jsonl", "".join(json.dumps(r) + "\n" for r in (good, second, good, second))
+    )
     with pytest.raises(DataError) as caught:
         scripts(read(str(path), "train")[0], "auto", tokenizer)
     assert str(caught.value).startswith(f"{path}, line 2: ")
@@ -201,7 +225,9 @@ def test_a_row_without_its_field_is_named(tmp_path: Path, second: dict[str, Any]
 
 
 def test_unknown_columns_say_what_is_known(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"line 1: got fields foo, expected one of: messages; prompt \+ completion"):
+    with pytest.raises(
+        DataError, match=r"line 1: got fields foo, expected one of: messages; prompt \+ completion"
+    ):
         scripts([row(foo="a")], "auto", tokenizer)
 
 
@@ -227,7 +253,9 @@ def test_held_out_rows_are_drawn_by_the_seed_and_leave_training() -> None:
 
 
 def settings_for(tmp_path: Path, **more: Any) -> Any:
-    return load_settings(None, {"model": "m", "data": str(tmp_path / "a.jsonl"), "output": "o", **more})
+    return load_settings(
+        None, {"model": "m", "data": str(tmp_path / "a.jsonl"), "output": "o", **more}
+    )
 
 
 @pytest.fixture
@@ -248,7 +276,10 @@ def test_rows_lose_their_end_and_rows_without_response_are_left_out(
     save(tmp_path / "a.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     settings = settings_for(tmp_path)
     examples = language.encode(load_rows(settings), tokenizer, settings)
-    assert [tokenizer.decode(e["input_ids"]) for e in examples.train] == ["<s>abcd</s>", "<s>abcdefg"]
+    assert [tokenizer.decode(e["input_ids"]) for e in examples.train] == [
+        "<s>abcd</s>",
+        "<s>abcdefg",
+    ]
     assert (examples.notes["rows_cut"], examples.notes["rows_dropped"]) == (2, 1)
     assert "first 8 tokens: 1" in caplog.text
 
@@ -273,10 +304,19 @@ def test_columns_are_renamed_by_fields(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.usefixtures("eight_tokens")
 @pytest.mark.parametrize(
     ("labels", "names"),
-    [([10, 9, 10], ["9", "10"]), (["no", "yes", "no"], ["no", "yes"]), (["1", "0", "1"], ["0", "1"])],
+    [
+        ([10, 9, 10], ["9", "10"]),
+        (["no", "yes", "no"], ["no", "yes"]),
+        (["1", "0", "1"], ["0", "1"]),
+    ],
 )
-def test_classes_come_from_the_data(tmp_path: Path, tokenizer: Any, labels: list[Any], names: list[str]) -> None:
-    save(tmp_path / "a.jsonl", "".join(json.dumps({"sentence": "x", "label": label}) + "\n" for label in labels))
+def test_classes_come_from_the_data(
+    tmp_path: Path, tokenizer: Any, labels: list[Any], names: list[str]
+) -> None:
+    save(
+        tmp_path / "a.jsonl",
+        "".join(json.dumps({"sentence": "x", "label": label}) + "\n" for label in labels),
+    )
     settings = settings_for(tmp_path, task="classification")
     examples = classification.encode(load_rows(settings), tokenizer, settings)
     assert examples.names == names

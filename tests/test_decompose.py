@@ -71,11 +71,15 @@ def test_residual_plus_start_is_the_base(
     assert record.recipe is not None
     assert record.recipe.scale == 1.5
     assert {layer.rank for layer in record.layers} == {4}
-    moved = any(not torch.equal(read(base)[name], read(tmp_path / "out")[name]) for name in read(base))
+    moved = any(
+        not torch.equal(read(base)[name], read(tmp_path / "out")[name]) for name in read(base)
+    )
     assert moved == (method != "lora")
 
 
-def test_a_residual_may_be_wider_than_its_base(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_residual_may_be_wider_than_its_base(
+    pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     base = pico_folder(dtype=torch.bfloat16)
     pissa.decompose(base, tmp_path / "out", rank=4, dtype="float32")
     assert {tensor.dtype for tensor in read(tmp_path / "out").values()} == {torch.float32}
@@ -84,10 +88,13 @@ def test_a_residual_may_be_wider_than_its_base(pico_folder: Callable[..., Path],
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_fast_svd_keeps_the_energy_of_the_exact_one(tmp_path: Path, pico_folder: Callable[..., Path]) -> None:
+def test_fast_svd_keeps_the_energy_of_the_exact_one(
+    tmp_path: Path, pico_folder: Callable[..., Path]
+) -> None:
     base = pico_folder(hidden_size=96, intermediate_size=128)
     exact, fast = (
-        pissa.decompose(base, tmp_path / svd, rank=4, svd=svd, targets=["gate_proj"]) for svd in ("exact", "fast")
+        pissa.decompose(base, tmp_path / svd, rank=4, svd=svd, targets=["gate_proj"])
+        for svd in ("exact", "fast")
     )
     assert_rebuilds(base, tmp_path / "fast", targets=2)
     for one, other in zip(exact.layers, fast.layers, strict=True):
@@ -96,13 +103,19 @@ def test_fast_svd_keeps_the_energy_of_the_exact_one(tmp_path: Path, pico_folder:
         assert other.energy == pytest.approx(one.energy, rel=1e-5)
         weight = read(base)[one.name]
         best = torch.linalg.svdvals(weight.double())
-        assert one.energy == pytest.approx(float(best[:4].square().sum() / best.square().sum()), rel=1e-5)
+        assert one.energy == pytest.approx(
+            float(best[:4].square().sum() / best.square().sum()), rel=1e-5
+        )
         assert one.singular_values == pytest.approx(best[:4].tolist(), rel=1e-5)
 
 
-def test_two_runs_are_equal_bit_for_bit_whatever_the_shards(tmp_path: Path, pico_folder: Callable[..., Path]) -> None:
+def test_two_runs_are_equal_bit_for_bit_whatever_the_shards(
+    tmp_path: Path, pico_folder: Callable[..., Path]
+) -> None:
     base = pico_folder(hidden_size=96, intermediate_size=128)
-    transformers.AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    transformers.AutoModelForCausalLM.from_pretrained(base).save_pretrained(
+        tmp_path / "shards", max_shard_size="60KB"
+    )
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
     pissa.decompose(base, tmp_path / "one", rank=4)
     pissa.decompose(base, tmp_path / "two", rank=4)
@@ -143,7 +156,13 @@ def test_gpt2_and_an_untied_embedding_are_split_in_their_own_orientation(
 ) -> None:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=64, bos_token_id=0, eos_token_id=0
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        vocab_size=96,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     pissa.decompose(tmp_path / "gpt2", tmp_path / "gpt2_out", rank=4)
@@ -161,7 +180,13 @@ def test_the_folder_is_a_model_folder_with_its_tokenizer_and_no_stale_index(
         (base / name).write_text("{}")
     pissa.decompose(base, tmp_path / "out", rank=4)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors", "pissa_init"} <= names
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "model.safetensors",
+        "pissa_init",
+    } <= names
     assert "modeling_own.py" not in names
     assert json.loads((tmp_path / "out" / "pissa.json").read_text())["kind"] == "residual"
     start = json.loads((tmp_path / "out" / "pissa_init" / "adapter_config.json").read_text())
@@ -179,7 +204,9 @@ def test_progress_ends_at_the_total(tmp_path: Path, pico_folder: Callable[..., P
     assert [name for name, _, _ in told] == list(read(base))
 
 
-def test_force_replaces_the_output_and_never_the_input(tmp_path: Path, pico_folder: Callable[..., Path]) -> None:
+def test_force_replaces_the_output_and_never_the_input(
+    tmp_path: Path, pico_folder: Callable[..., Path]
+) -> None:
     base = pico_folder()
     pissa.decompose(base, tmp_path / "out", rank=4)
     pissa.decompose(base, tmp_path / "out", rank=2, force=True)
@@ -202,7 +229,9 @@ def test_a_kill_in_the_middle_leaves_no_output_and_the_next_run_clears_up(
 ) -> None:
     base, out = pico_folder(), tmp_path / "results" / "out"
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, base, out], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+        [sys.executable, "-c", KILLED, base, out],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
     assert done.returncode == -signal.SIGKILL
     assert not out.exists()

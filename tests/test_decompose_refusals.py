@@ -52,7 +52,9 @@ def lie(base: Path) -> None:
     header = json.loads(data[8 : 8 + length])
     header[Q_PROJ]["shape"] = [64, 64]
     text = json.dumps(header).encode()
-    (base / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    (base / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + data[8 + length :]
+    )
 
 
 def drop_shard(base: Path) -> None:
@@ -85,8 +87,16 @@ def as_residual(base: Path) -> None:
 
 
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[PissaError], str]] = {
-    "nan": (lambda base: put(base, Q_PROJ, float("nan")), InputError, f"`{Q_PROJ}` has 1 non-finite"),
-    "inf": (lambda base: put(base, Q_PROJ, float("inf")), InputError, f"`{Q_PROJ}` has 1 non-finite"),
+    "nan": (
+        lambda base: put(base, Q_PROJ, float("nan")),
+        InputError,
+        f"`{Q_PROJ}` has 1 non-finite",
+    ),
+    "inf": (
+        lambda base: put(base, Q_PROJ, float("inf")),
+        InputError,
+        f"`{Q_PROJ}` has 1 non-finite",
+    ),
     "truncated": (truncate, CheckpointError, r"model\.safetensors is damaged"),
     "lying header": (lie, CheckpointError, Q_PROJ),
     "absent shard": (drop_shard, CheckpointError, "names the shard model-00002-of-.* absent"),
@@ -102,9 +112,21 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[PissaError], str]] = {
         CheckpointError,
         r"config\.json.*nonesuch",
     ),
-    "mistyped config": (lambda base: edit_config(base, hidden_size="wide"), CheckpointError, "hidden_size"),
-    "config of another size": (lambda base: edit_config(base, hidden_size=64), CheckpointError, r"\[.*32.*\].*64"),
-    "no config": (lambda base: (base / "config.json").unlink(), CheckpointError, r"no config\.json"),
+    "mistyped config": (
+        lambda base: edit_config(base, hidden_size="wide"),
+        CheckpointError,
+        "hidden_size",
+    ),
+    "config of another size": (
+        lambda base: edit_config(base, hidden_size=64),
+        CheckpointError,
+        r"\[.*32.*\].*64",
+    ),
+    "no config": (
+        lambda base: (base / "config.json").unlink(),
+        CheckpointError,
+        r"no config\.json",
+    ),
     "quantised": (
         lambda base: edit_config(base, quantization_config={"quant_method": "gptq"}),
         InputError,
@@ -117,7 +139,9 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[PissaError], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_a_bad_folder_is_one_error_and_no_output(case: str, pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_bad_folder_is_one_error_and_no_output(
+    case: str, pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     spoil, kind, message = BAD_FOLDERS[case]
     base = pico_folder()
     spoil(base)
@@ -132,7 +156,10 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "alpha nan": ({"alpha": float("nan")}, "alpha is nan"),
     "no target": ({"targets": ["q_porj"]}, "'q_porj'.*Did you mean 'q_proj'"),
     "norm as target": ({"targets": ["input_layernorm"]}, "input_layernorm.*expected Linear"),
-    "tied target": ({"targets": ["embed_tokens"]}, r"embed_tokens\.weight` is tied to `lm_head\.weight"),
+    "tied target": (
+        {"targets": ["embed_tokens"]},
+        r"embed_tokens\.weight` is tied to `lm_head\.weight",
+    ),
     "method": ({"method": "pisa"}, "'pisa'.*Did you mean 'pissa'"),
     "dtype": ({"dtype": "fp16"}, "dtype is 'fp16', expected one of float32"),
     "workers": ({"workers": 0}, "workers is 0, expected 1 or more"),
@@ -144,7 +171,9 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_SETTINGS)
-def test_a_bad_setting_is_one_error_and_no_output(case: str, pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_bad_setting_is_one_error_and_no_output(
+    case: str, pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     settings, message = BAD_SETTINGS[case]
     refuse(InputError, message, pico_folder(), tmp_path / "out", **settings)
 
@@ -160,11 +189,18 @@ def test_fused_experts_are_refused_by_name(tmp_path: Path) -> None:
         num_local_experts=2,
     )
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
-    refuse(InputError, r"model\.layers\.0\.mlp\.experts\.\w+.*several experts", tmp_path / "base", tmp_path / "out")
+    refuse(
+        InputError,
+        r"model\.layers\.0\.mlp\.experts\.\w+.*several experts",
+        tmp_path / "base",
+        tmp_path / "out",
+    )
     pissa.decompose(tmp_path / "base", tmp_path / "out", rank=2, targets=["q_proj", "v_proj"])
 
 
-def test_a_folder_with_files_in_it_is_not_replaced(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_folder_with_files_in_it_is_not_replaced(
+    pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("dear to someone")
     with pytest.raises(OutputError, match="--force"):
@@ -185,8 +221,15 @@ def test_a_full_disk_is_told_before_writing(
 def test_a_wrong_model_class_is_refused(tmp_path: Path) -> None:
     """An encoder's weights under a decoder's config hold none of its layers."""
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    transformers.BertModel(transformers.BertConfig(vocab_size=96, **small)).save_pretrained(tmp_path / "base")
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+    transformers.BertModel(transformers.BertConfig(vocab_size=96, **small)).save_pretrained(
+        tmp_path / "base"
+    )
     pico_config(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "base")
     refuse(CheckpointError, "q_proj.weight", tmp_path / "base", tmp_path / "out")
 

@@ -15,7 +15,9 @@ def test_the_carried_model_is_at_most_4_megabytes() -> None:
 
 
 def test_evaluation_rows_are_not_among_the_training_rows() -> None:
-    train, held_out = ({line for line in (DATA / f"{name}.jsonl").open()} for name in ("train", "eval"))
+    train, held_out = (
+        {line for line in (DATA / f"{name}.jsonl").open()} for name in ("train", "eval")
+    )
     assert train
     assert held_out
     assert not train & held_out

@@ -30,7 +30,9 @@ from training_runs import STEPS, save_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DRIVER = Path(__file__).parent / "on_processors.py"
-needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="pip install deepspeed")
+needs_deepspeed = pytest.mark.skipif(
+    not importlib.util.find_spec("deepspeed"), reason="pip install deepspeed"
+)
 RANK_ONE_OF_TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
 
 
@@ -43,7 +45,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pissa.decompose(place / "base", place / "residual", "pissa", 4)
     pissa.decompose(place / "base", place / "nf4", "qpissa", 4)
     rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)]
-    (place / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (place / "words.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     return place
 
 
@@ -67,17 +71,33 @@ def alone(place: Path, model: str) -> Path:
 def launch(settings: Any, sharding: str, *flags: str) -> subprocess.CompletedProcess[str]:
     """Two processes, with what accelerate sets for an example file."""
     if sharding == "zero3":
-        own = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file"}
+        own = {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file",
+        }
         given = json.loads((EXAMPLES / "zero3.json").read_text())
-        given["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # pico weights are spread too
+        given["zero_optimization"]["stage3_param_persistence_threshold"] = (
+            0  # pico weights are spread too
+        )
         file = Path(f"{settings.output}.json")
         file.write_text(json.dumps(given))
         own |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file), "DS_ACCELERATOR": "cpu"}
     else:
-        own = {key: value for key, value in example(sharding).items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+        own = {
+            key: value
+            for key, value in example(sharding).items()
+            if key.startswith(("ACCELERATE_", "FSDP_"))
+        }
     config = Path(f"{settings.output}.yaml")
     config.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     return subprocess.run(
         [*command, str(DRIVER), "train", str(config), *flags],
         env={**os.environ, **own},
@@ -97,7 +117,9 @@ def example(name: str) -> dict[str, str]:
 
 
 def losses(run: Path) -> torch.Tensor:
-    return torch.tensor([line.get("loss", line.get("eval_loss")) for line in read_metrics(run / "metrics.jsonl")])
+    return torch.tensor(
+        [line.get("loss", line.get("eval_loss")) for line in read_metrics(run / "metrics.jsonl")]
+    )
 
 
 def assert_as_alone(place: Path, model: str, run: Path) -> None:
@@ -105,8 +127,16 @@ def assert_as_alone(place: Path, model: str, run: Path) -> None:
     expected, base = alone(place, model), place / ("nf4" if model == "nf4" else "base")
     assert torch.allclose(losses(run), losses(expected), rtol=0, atol=1e-4)
     for folder in ("adapter", "checkpoints/checkpoint-4", f"checkpoints/checkpoint-{STEPS}"):
-        assert gap(stock_logits(base, run / folder), stock_logits(base, expected / folder)) < 1e-4, folder
-    assert gap(stock_logits(base, run / "adapter"), stock_logits(base, run / "checkpoints/checkpoint-4")) > 1e-3
+        assert (
+            gap(stock_logits(base, run / folder), stock_logits(base, expected / folder)) < 1e-4
+        ), folder
+    assert (
+        gap(
+            stock_logits(base, run / "adapter"),
+            stock_logits(base, run / "checkpoints/checkpoint-4"),
+        )
+        > 1e-3
+    )
 
 
 def interrupted(run: Path, copy: Path) -> Path:
@@ -135,9 +165,12 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sharding", "method"), [("ddp", "corda"), ("ddp", "lora_pro"), ("fsdp2", "lamda"), ("fsdp2", "lora_xs")]
+    ("sharding", "method"),
+    [("ddp", "corda"), ("ddp", "lora_pro"), ("fsdp2", "lamda"), ("fsdp2", "lora_xs")],
 )
-def test_the_family_trains_in_two_processes_as_in_one(place: Path, sharding: str, method: str) -> None:
+def test_the_family_trains_in_two_processes_as_in_one(
+    place: Path, sharding: str, method: str
+) -> None:
     own = {"method": method, "calibration_rows": 8}
     expected, run = place / f"{method}-alone", f"{method}-{sharding}"
     if not expected.is_dir():
@@ -145,7 +178,9 @@ def test_the_family_trains_in_two_processes_as_in_one(place: Path, sharding: str
     done = launch(settings_for(place, "base", run, **own), sharding)
     assert done.returncode == 0, done.stderr[-3000:]
     assert torch.allclose(losses(place / run), losses(expected), rtol=0, atol=1e-4)
-    one, two = (stock_logits(place / "base", place / name / "adapter") for name in (run, expected.name))
+    one, two = (
+        stock_logits(place / "base", place / name / "adapter") for name in (run, expected.name)
+    )
     assert gap(one, two) < 1e-4
     broken = interrupted(place / run, place / f"{run}-broken")
     resumed = launch(settings_for(place, "base", broken.name, **own), sharding, "--resume")
@@ -165,7 +200,9 @@ def test_two_processes_train_as_one_does(place: Path, sharding: str, model: str)
     settings = settings_for(place, model, f"{model}-{sharding}")
     done = launch(settings, sharding, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads(done.stdout[done.stdout.index("{") :])  # of the first process alone; DeepSpeed talks before it
+    record = json.loads(
+        done.stdout[done.stdout.index("{") :]
+    )  # of the first process alone; DeepSpeed talks before it
     assert record["processes"]["count"] == 2
     assert (
         record["trainable_parameters"]
@@ -212,15 +249,22 @@ def test_a_failure_of_the_first_process_ends_all_and_leaves_the_folder(place: Pa
     assert [path.name for path in (place / "taken").iterdir()] == ["letter"]
 
 
-def test_rows_that_cannot_be_dealt_out_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_cannot_be_dealt_out_are_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in (RANK_ONE_OF_TWO | {"WORLD_SIZE": "8"}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="got 4 rows a step for 8 processes of micro_batch_size 2, expected a mult"):
+    with pytest.raises(
+        ConfigError,
+        match="got 4 rows a step for 8 processes of micro_batch_size 2, expected a mult",
+    ):
         distributed.join(settings_for(place, "base", "out"), "cpu")
 
 
 def test_fsdp_of_the_first_version_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (RANK_ONE_OF_TWO | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}).items():
+    for name, value in (
+        RANK_ONE_OF_TWO | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    ).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="fsdp_version: got 1, expected 2"):
         distributed.join(settings_for(place, "base", "out"), "cpu")
@@ -228,17 +272,30 @@ def test_fsdp_of_the_first_version_is_refused(place: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_example_files_say_what_their_names_say(file: Path) -> None:
-    words = ["--config_file", str(file), "--machine_rank", "0", "--main_process_ip", "host", "-m", "pissa"]
+    words = [
+        "--config_file",
+        str(file),
+        "--machine_rank",
+        "0",
+        "--main_process_ip",
+        "host",
+        "-m",
+        "pissa",
+    ]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     kind, machines = file.stem.split("-")
-    assert (arguments.num_machines, arguments.num_processes) == ((4, 32) if machines == "4x8" else (1, 8))
+    assert (arguments.num_machines, arguments.num_processes) == (
+        (4, 32) if machines == "4x8" else (1, 8)
+    )
     assert (kind == "fsdp2", kind == "zero3") == (arguments.use_fsdp, arguments.use_deepspeed)
     if kind == "fsdp2":
         assert (int(arguments.fsdp_version), arguments.fsdp_cpu_ram_efficient_loading) == (2, False)
 
 
 def test_without_a_launcher_one_gpu_is_used_and_the_batch_stays_what_it_is(tmp_path: Path) -> None:
-    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), use_cpu=True, per_device_train_batch_size=4
+    )
     arguments._n_gpu = 8  # as on a machine with eight
     assert arguments.train_batch_size == 32
     assert one_device(arguments).train_batch_size == 4

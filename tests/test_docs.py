@@ -49,7 +49,9 @@ def test_public_names_are_exported_and_documented() -> None:
 
 def test_no_source_file_is_past_300_lines() -> None:
     long = {
-        str(file): count for file in (ROOT / "src").rglob("*.py") if (count := len(file.read_text().split("\n"))) > 300
+        str(file): count
+        for file in (ROOT / "src").rglob("*.py")
+        if (count := len(file.read_text().split("\n"))) > 300
     }
     assert not long
 
@@ -68,7 +70,9 @@ def test_the_familys_page_is_that_of_its_results(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_readmes_table_is_that_of_the_results() -> None:
-    spec = importlib.util.spec_from_file_location("write_results", ROOT / "scripts/write_results.py")
+    spec = importlib.util.spec_from_file_location(
+        "write_results", ROOT / "scripts/write_results.py"
+    )
     assert spec and spec.loader
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

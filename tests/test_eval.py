@@ -82,7 +82,9 @@ def test_the_prompt_is_the_one_of_the_training_and_of_the_paper(out: Path) -> No
     assert _trained_prompt(PROMPT) == ALPACA.format(instruction=QUESTIONS[0]["question"])
 
 
-def test_a_run_on_another_base_is_an_error_before_anything_is_written(place: Path, tmp_path: Path) -> None:
+def test_a_run_on_another_base_is_an_error_before_anything_is_written(
+    place: Path, tmp_path: Path
+) -> None:
     with pytest.raises(WrongBaseError, match="has digest"):
         ask([place / "run"], tmp_path / "out", place / "data", base=str(place / "other"))
     assert not (tmp_path / "out").exists()
@@ -94,8 +96,12 @@ def test_gsm8k_log_likelihoods_are_those_of_transformers(
 ) -> None:
     shared = request.getfixturevalue("shared")
     folder = place / "run" if kind == "run" else shared / "models" / kind
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "base" if kind == "run" else folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(place / "base" if kind == "run" else folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        place / "base" if kind == "run" else folder
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        place / "base" if kind == "run" else folder
+    )
     model = pissa.load(model, folder, trainable=False) if kind == "run" else model
     pairs = [
         (ALPACA.format(instruction=row["question"]), row["answer"])
@@ -105,7 +111,10 @@ def test_gsm8k_log_likelihoods_are_those_of_transformers(
     inner = harness_model(subject(str(folder), device="cpu"), "hf", size)
     found = Asking(inner, AnswerLog(tmp_path / "log", {}), size).gold(pairs)
     for one, (asked, answered) in zip(found, pairs, strict=True):
-        prompt, answer = tokenizer(asked)["input_ids"], tokenizer(answered, add_special_tokens=False)["input_ids"]
+        prompt, answer = (
+            tokenizer(asked)["input_ids"],
+            tokenizer(answered, add_special_tokens=False)["input_ids"],
+        )
         ids = (prompt + answer)[-(inner.max_length + 1) :]
         with torch.no_grad():
             logits = model(torch.tensor([ids[:-1]])).logits[0].float()
@@ -119,7 +128,9 @@ def test_gsm8k_log_likelihoods_are_those_of_transformers(
 def test_logits_through_the_harness_are_those_of_transformers(name: str, shared: Path) -> None:
     folder = shared / "models" / name
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    ids = transformers.AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")[
+        "input_ids"
+    ]
     inner = harness_model(subject(str(folder), device="cpu"), "hf", 1)
     with torch.no_grad():
         direct = model(ids).logits
@@ -142,13 +153,20 @@ def test_gold_perplexity_is_the_loss_of_training(place: Path, out: Path) -> None
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0, :-1]
         kept = torch.tensor(labels[1:])
-        losses = torch.nn.functional.cross_entropy(logits, kept, ignore_index=MASKED, reduction="sum")
+        losses = torch.nn.functional.cross_entropy(
+            logits, kept, ignore_index=MASKED, reduction="sum"
+        )
         total, count = total + float(losses), count + int((kept != MASKED).sum())
     told = json.loads((out / "base" / "gsm8k.json").read_text())["gold"]
-    assert (told["tokens"], math.log(told["value"])) == (count, pytest.approx(total / count, abs=1e-5))
+    assert (told["tokens"], math.log(told["value"])) == (
+        count,
+        pytest.approx(total / count, abs=1e-5),
+    )
 
 
-def test_a_run_gets_its_base_as_a_row_and_the_result_says_how_to_repeat_it(place: Path, out: Path) -> None:
+def test_a_run_gets_its_base_as_a_row_and_the_result_says_how_to_repeat_it(
+    place: Path, out: Path
+) -> None:
     told = json.loads((out / "results.json").read_text())["results"]
     assert [one["model"] for one in told] == ["base", "run"]
     run = told[1]
@@ -166,11 +184,22 @@ def test_a_run_gets_its_base_as_a_row_and_the_result_says_how_to_repeat_it(place
 
 def test_each_answer_is_there_with_prompt_verdict_and_reason(out: Path) -> None:
     for one in samples(out, "run"):
-        assert one.keys() == {"id", "correct", "extracted", "reason", "authors", "prompt", "output", "gold"}
+        assert one.keys() == {
+            "id",
+            "correct",
+            "extracted",
+            "reason",
+            "authors",
+            "prompt",
+            "output",
+            "gold",
+        }
         assert one["correct"] or one["reason"]
 
 
-def test_what_is_there_is_not_asked_again(place: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_there_is_not_asked_again(
+    place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = (out / "run" / "gsm8k.answers.jsonl").read_bytes()
 
     def never(*_: object) -> None:
@@ -189,14 +218,25 @@ ask([Path(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]))
 """
 
 
-def test_killed_halfway_it_goes_on_to_the_same_result_and_answers_nothing_twice(place: Path, tmp_path: Path) -> None:
+def test_killed_halfway_it_goes_on_to_the_same_result_and_answers_nothing_twice(
+    place: Path, tmp_path: Path
+) -> None:
     ask([place / "run"], tmp_path / "whole", place / "data")
     log = tmp_path / "killed" / "run" / "gsm8k.answers.jsonl"
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        ),
     }
-    words = [sys.executable, "-c", PROGRAM, str(place / "run"), str(tmp_path / "killed"), str(place / "data")]
+    words = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        str(place / "run"),
+        str(tmp_path / "killed"),
+        str(place / "data"),
+    ]
     process = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -215,7 +255,9 @@ def test_killed_halfway_it_goes_on_to_the_same_result_and_answers_nothing_twice(
     assert len(keys) == len(set(keys)) == 2 * len(QUESTIONS)
     assert answers(tmp_path / "killed", "run") == answers(tmp_path / "whole", "run")
     assert samples(tmp_path / "killed", "run") == samples(tmp_path / "whole", "run")
-    first, second = (json.loads((tmp_path / name / "run/gsm8k.json").read_text()) for name in ("whole", "killed"))
+    first, second = (
+        json.loads((tmp_path / name / "run/gsm8k.json").read_text()) for name in ("whole", "killed")
+    )
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
 
@@ -240,8 +282,13 @@ def test_prompts_that_do_not_fit_are_counted(place: Path, tmp_path: Path) -> Non
     long = [{"question": "How many? " * 60, "answer": "#### 3"}, QUESTIONS[0]]
     data = gsm8k(tmp_path / "data", long)
     (result,) = ask([place / "base"], tmp_path / "out", data)
-    assert "1 of 2 prompts are longer than the model takes" in result.notes[0]  # one batch: both have its room
-    assert "2 of 2 answers had less room than asked for: the model has 320 positions" in result.notes[1]
+    assert (
+        "1 of 2 prompts are longer than the model takes" in result.notes[0]
+    )  # one batch: both have its room
+    assert (
+        "2 of 2 answers had less room than asked for: the model has 320 positions"
+        in result.notes[1]
+    )
 
 
 def test_the_standard_track_is_the_harness_s_own_task(place: Path, tmp_path: Path) -> None:
@@ -279,7 +326,10 @@ def test_both_tracks_may_lie_in_one_folder(place: Path, tmp_path: Path) -> None:
         ({"device": "abacus"}, InputError, "expected cpu, cuda"),
         ({"base": "other"}, InputError, "whole model and needs none"),
         pytest.param(
-            {"tasks": ["no_such_task"], "track": "standard"}, ConfigError, "no_such_task", marks=pytest.mark.slow
+            {"tasks": ["no_such_task"], "track": "standard"},
+            ConfigError,
+            "no_such_task",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -334,13 +384,22 @@ def test_without_vllm_the_exact_command_is_shown(place: Path, tmp_path: Path) ->
     with pytest.raises(MissingExtraError) as told:
         ask([place / "run"], tmp_path / "out", place / "data", backend="vllm")
     said = str(told.value)
-    assert f"pretrained={place / 'base'},lora_local_path={place / 'run' / 'adapter'},max_lora_rank=8" in said
+    assert (
+        f"pretrained={place / 'base'},lora_local_path={place / 'run' / 'adapter'},max_lora_rank=8"
+        in said
+    )
     assert "--tasks pissa_gsm8k --include_path" in said
 
 
 def test_vllm_is_not_given_a_run_on_another_base(place: Path, tmp_path: Path) -> None:
     with pytest.raises(WrongBaseError, match="has digest"):
-        ask([place / "run"], tmp_path / "out", place / "data", backend="vllm", base=str(place / "other"))
+        ask(
+            [place / "run"],
+            tmp_path / "out",
+            place / "data",
+            backend="vllm",
+            base=str(place / "other"),
+        )
 
 
 def test_the_stock_harness_takes_our_task_files() -> None:
@@ -349,12 +408,21 @@ def test_the_stock_harness_takes_our_task_files() -> None:
     from pissa.evaluation.harness import TASKS
 
     names = TaskManager(include_path=str(TASKS), include_defaults=False).all_tasks
-    assert set(names) >= {"pissa_gsm8k", "pissa_math", "pissa_humaneval", "pissa_mbpp", "pissa_standard_humaneval"}
-    assert all(protocol(task, "paper").harness in names for task in ("gsm8k", "math", "humaneval", "mbpp"))
+    assert set(names) >= {
+        "pissa_gsm8k",
+        "pissa_math",
+        "pissa_humaneval",
+        "pissa_mbpp",
+        "pissa_standard_humaneval",
+    }
+    assert all(
+        protocol(task, "paper").harness in names for task in ("gsm8k", "math", "humaneval", "mbpp")
+    )
 
 
 @pytest.mark.parametrize(
-    ("task", "count"), [("gsm8k", 1319), ("math", 500), ("humaneval", 164), ("mbpp", 500), ("mt_bench", 80)]
+    ("task", "count"),
+    [("gsm8k", 1319), ("math", 500), ("humaneval", 164), ("mbpp", 500), ("mt_bench", 80)],
 )
 def test_the_questions_are_all_there(task: str, count: int, shared: Path) -> None:
     found = questions(task, shared / "data")
@@ -374,11 +442,15 @@ def test_a_path_that_is_not_there_is_no_hub_id(place: Path, tmp_path: Path) -> N
 
 
 def test_a_hub_id_goes_to_the_hub(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"owner/model is neither a folder nor a model that the Hub gives"):
+    with pytest.raises(
+        CheckpointError, match=r"owner/model is neither a folder nor a model that the Hub gives"
+    ):
         ask([Path("owner/model")], tmp_path / "out", place / "data")
 
 
-def test_a_run_that_cannot_be_evaluated_is_refused_before_others_are(place: Path, tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_evaluated_is_refused_before_others_are(
+    place: Path, tmp_path: Path
+) -> None:
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "run.json").write_text('{"status": "running"}')
     with pytest.raises(CheckpointError, match="not finished"):
@@ -405,7 +477,9 @@ def test_a_model_with_another_file_is_another_model(name: str, place: Path, tmp_
     assert subject(str(tmp_path / "base")).identity != first
 
 
-def test_scores_of_another_version_are_made_anew_from_the_same_answers(place: Path, tmp_path: Path) -> None:
+def test_scores_of_another_version_are_made_anew_from_the_same_answers(
+    place: Path, tmp_path: Path
+) -> None:
     ask([place / "base"], tmp_path / "out", place / "data", limit=1)
     file, log = tmp_path / "out/base/gsm8k.json", tmp_path / "out/base/gsm8k.answers.jsonl"
     told, kept = json.loads(file.read_text()), log.read_bytes()
@@ -420,7 +494,12 @@ def test_runs_of_one_name_get_names_of_their_own(place: Path, tmp_path: Path) ->
     for index, side in enumerate(("a", "b")):
         (tmp_path / side).mkdir()
         moved_run(place / "base", tmp_path / side / "run", rank=2 + index)
-    found = ask([tmp_path / "a/run", tmp_path / "b/run", tmp_path / "a/run"], tmp_path / "out", place / "data", limit=1)
+    found = ask(
+        [tmp_path / "a/run", tmp_path / "b/run", tmp_path / "a/run"],
+        tmp_path / "out",
+        place / "data",
+        limit=1,
+    )
     assert len({one.model for one in found}) == 2
     assert all(one.model.startswith("run-") for one in found)
 

@@ -24,7 +24,9 @@ from pissa.registry import get, methods
 from pissa.surgery.decompose import prepare
 from pissa.training.lora_pro import LoraPro
 
-TRAINABLE = sorted(name for name, method in methods().items() if method.parts and method.needs != "quantiser")
+TRAINABLE = sorted(
+    name for name, method in methods().items() if method.parts and method.needs != "quantiser"
+)
 CORED = [name for name in TRAINABLE if "core" in get(name).parts]
 NEW = [name for name in TRAINABLE if name not in ("lora", "pissa", "milora", "olora")]
 RANK, ALPHA, NEAR = 4, 8.0, 1e-5
@@ -60,7 +62,9 @@ def trained(model: PeftModel, steps: int = 3) -> PeftModel:
     if adaptation_of(model, model.active_adapter).method.optimizer:
         optimizer = LoraPro(model, lr=1e-2)
     else:
-        optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-2)
+        optimizer = torch.optim.AdamW(
+            [part for part in model.parameters() if part.requires_grad], lr=1e-2
+        )
     for _ in range(steps):
         model(TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
@@ -72,7 +76,9 @@ def trained(model: PeftModel, steps: int = 3) -> PeftModel:
 @pytest.mark.parametrize("base", ["keep", "residual"])
 def test_every_way_out_of_a_model_gives_what_was_trained(method, base, observations, tmp_path):
     before = logits(build())
-    model = pissa.attach(build(), method, RANK, alpha=ALPHA, base=base, observations=seen(method, observations))
+    model = pissa.attach(
+        build(), method, RANK, alpha=ALPHA, base=base, observations=seen(method, observations)
+    )
     assert away(model, before) <= (0.0 if base == "keep" else NEAR)
     after = logits(trained(model))
     assert (after - before).abs().max() > 0.05
@@ -91,7 +97,9 @@ def test_every_way_out_of_a_model_gives_what_was_trained(method, base, observati
 
 @pytest.mark.parametrize("quant", [None, "nf4"])
 @pytest.mark.parametrize("method", NEW)
-def test_every_method_decomposes_a_folder_that_stock_tools_load(method, quant, observations, tmp_path):
+def test_every_method_decomposes_a_folder_that_stock_tools_load(
+    method, quant, observations, tmp_path
+):
     build().save_pretrained(tmp_path / "base")
     options = {"alpha": ALPHA, "observations": seen(method, observations), "quant": quant}
     if quant and get(method).full_rank:
@@ -99,7 +107,9 @@ def test_every_method_decomposes_a_folder_that_stock_tools_load(method, quant, o
             pissa.decompose(tmp_path / "base", tmp_path / "out", method, RANK, **options)
         return
     pissa.decompose(tmp_path / "base", tmp_path / "out", method, RANK, **options)
-    start = pissa.load(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "out")
+    start = pissa.load(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "out"
+    )
     begun = logits(start)
     assert (begun - logits(build())).abs().max() < (0.2 if quant else NEAR)
     residual = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -110,7 +120,9 @@ def test_every_method_decomposes_a_folder_that_stock_tools_load(method, quant, o
     served = transformers.AutoModelForCausalLM.from_pretrained(served_on)
     assert away(PeftModel.from_pretrained(served, tmp_path / "run" / "adapter"), after) < NEAR
     pissa.merge(served_on, tmp_path / "run", tmp_path / "merged", dtype="float32")
-    assert away(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), after) < NEAR
+    assert (
+        away(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), after) < NEAR
+    )
 
 
 @every_method
@@ -140,19 +152,35 @@ def test_convert_writes_the_smallest_exact_rank(method, observations, tmp_path):
 @every_core
 def test_only_what_the_method_says_trains(method):
     model = pissa.attach(build(), method, RANK)
-    before = {name: part.clone() for name, part in (*model.named_buffers(), *model.named_parameters())}
+    before = {
+        name: part.clone() for name, part in (*model.named_buffers(), *model.named_parameters())
+    }
     trained(model)
-    moved = {name for name, part in (*model.named_buffers(), *model.named_parameters()) if not part.equal(before[name])}
+    moved = {
+        name
+        for name, part in (*model.named_buffers(), *model.named_parameters())
+        if not part.equal(before[name])
+    }
     assert moved == {name for name, part in model.named_parameters() if part.requires_grad}
-    per_layer = {"lora_xs": lambda shape: RANK**2, "svft": min}.get(method, lambda shape: RANK**2 + RANK * shape[0])
-    layers = [module.weight.shape for module in build().model.layers.modules() if isinstance(module, torch.nn.Linear)]
-    assert sum(part.numel() for part in model.parameters() if part.requires_grad) == sum(map(per_layer, layers))
+    per_layer = {"lora_xs": lambda shape: RANK**2, "svft": min}.get(
+        method, lambda shape: RANK**2 + RANK * shape[0]
+    )
+    layers = [
+        module.weight.shape
+        for module in build().model.layers.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    assert sum(part.numel() for part in model.parameters() if part.requires_grad) == sum(
+        map(per_layer, layers)
+    )
 
 
 @every_core
 def test_a_core_of_another_start_is_refused(method):
     """The same rank and shapes, but another base: its factors are other ones."""
-    other = peft.get_peft_model_state_dict(trained(pissa.attach(build_pico(1, **PACKABLE), method, RANK)))
+    other = peft.get_peft_model_state_dict(
+        trained(pissa.attach(build_pico(1, **PACKABLE), method, RANK))
+    )
     model = pissa.attach(build(), method, RANK)
     with pytest.raises(WrongBaseError, match="another start"):
         peft.set_peft_model_state_dict(model, other)
@@ -194,7 +222,9 @@ def test_an_unprepared_method_is_an_error(method, observations, tmp_path):
     with pytest.raises(WrongBaseError):
         pissa.attach(build_pico(1, **PACKABLE), method, RANK, observations=observations)
     with pytest.raises(WrongBaseError):
-        pissa.decompose(tmp_path / "other", tmp_path / "out", method, RANK, observations=observations)
+        pissa.decompose(
+            tmp_path / "other", tmp_path / "out", method, RANK, observations=observations
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -203,12 +233,17 @@ def test_lora_pro_trained_by_another_optimiser_is_not_saved_under_its_name(tmp_p
     pissa.save(model, tmp_path / "start")
     with torch.no_grad():
         next(part for name, part in model.named_parameters() if "lora_B" in name).add_(1)
-    with pytest.raises(InputError, match="trained by another optimizer: train it with pissa.training.lora_pro.LoraPro"):
+    with pytest.raises(
+        InputError,
+        match="trained by another optimizer: train it with pissa.training.lora_pro.LoraPro",
+    ):
         pissa.save(model, tmp_path / "run")
 
 
 def test_options_are_checked_and_recorded(tmp_path):
-    with pytest.raises(InputError, match="svft: pattern is 'band', expected one of plain, banded, random, top_k"):
+    with pytest.raises(
+        InputError, match="svft: pattern is 'band', expected one of plain, banded, random, top_k"
+    ):
         pissa.attach(build(), "svft", RANK, options={"pattern": "band"})
     with pytest.raises(InputError, match="no option 'widht'. Did you mean 'width'"):
         pissa.attach(build(), "svft", RANK, options={"widht": 3})
@@ -222,7 +257,11 @@ def test_options_are_checked_and_recorded(tmp_path):
 @pytest.mark.parametrize("pattern", ["plain", "banded", "random"])
 def test_svft_trains_as_many_entries_as_it_says(pattern):
     model = pissa.attach(build(), "svft", RANK, options={"pattern": pattern, "width": 2})
-    layers = [module.weight.shape for module in build().model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    layers = [
+        module.weight.shape
+        for module in build().model.layers.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
     width = 0 if pattern == "plain" else 2
     expected = sum(min(shape) * (2 * width + 1) - width * (width + 1) for shape in layers)
     assert sum(part.numel() for part in model.parameters() if part.requires_grad) == expected
@@ -240,12 +279,18 @@ def test_a_method_that_trains_nothing_is_not_attached():
 
 
 @pytest.mark.parametrize("method", ["lora_xs", "svft", "lamda", "lamda++", "eva", "corda"])
-def test_what_stock_peft_trained_from_a_start_comes_back_to_the_base(method, observations, tmp_path):
+def test_what_stock_peft_trained_from_a_start_comes_back_to_the_base(
+    method, observations, tmp_path
+):
     build().save_pretrained(tmp_path / "base")
-    pissa.decompose(tmp_path / "base", tmp_path / "out", method, RANK, observations=seen(method, observations))
+    pissa.decompose(
+        tmp_path / "base", tmp_path / "out", method, RANK, observations=seen(method, observations)
+    )
     residual = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model = PeftModel.from_pretrained(residual, tmp_path / "out" / "pissa_init", is_trainable=True)
-    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [part for part in model.parameters() if part.requires_grad], lr=1e-2
+    )
     for _ in range(3):
         model(TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
@@ -253,7 +298,9 @@ def test_what_stock_peft_trained_from_a_start_comes_back_to_the_base(method, obs
     after = logits(model)
     model.save_pretrained(tmp_path / "stock")
     rank = 64 if get(method).full_rank else None  # all that there is
-    pissa.convert(tmp_path / "stock", tmp_path / "lora", rank, start=tmp_path / "out" / "pissa_init")
+    pissa.convert(
+        tmp_path / "stock", tmp_path / "lora", rank, start=tmp_path / "out" / "pissa_init"
+    )
     assert away(PeftModel.from_pretrained(build(), tmp_path / "lora"), after) < NEAR
 
 
@@ -262,9 +309,20 @@ def test_layers_without_a_rank_stay_as_they_are_in_four_bits(tmp_path):
     build().save_pretrained(tmp_path / "base")
     flat = observe(build(), [{"input_ids": TOKENS}], "components")
     flat.seen["components"]["layers.0.mlp.down_proj.weight"].values.mul_(1e-3)
-    pissa.decompose(tmp_path / "base", tmp_path / "out", "eva", 1, observations=flat, quant="nf4", options={"rho": 4})
+    pissa.decompose(
+        tmp_path / "base",
+        tmp_path / "out",
+        "eva",
+        1,
+        observations=flat,
+        quant="nf4",
+        options={"rho": 4},
+    )
     record = Record.from_json(read_json(tmp_path / "out" / "pissa.json"), "")
-    assert "model.layers.0.mlp.down_proj" not in record.recipe.targets and len(record.recipe.targets) > 3
+    assert (
+        "model.layers.0.mlp.down_proj" not in record.recipe.targets
+        and len(record.recipe.targets) > 3
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert away(pissa.load(model, tmp_path / "out"), logits(build())) < 0.2
 
@@ -279,7 +337,9 @@ def test_a_float64_model_is_decomposed_around_a_core(tmp_path):
 def test_a_killed_decomposition_goes_on_only_with_the_same_observations(observations, tmp_path):
     build().save_pretrained(tmp_path / "base")
     other = observe(
-        build(), [{"input_ids": TOKENS + 1, "labels": TOKENS + 1}], ("covariance", "components", "gradient")
+        build(),
+        [{"input_ids": TOKENS + 1, "labels": TOKENS + 1}],
+        ("covariance", "components", "gradient"),
     )
     jobs = [
         prepare(tmp_path / "base", DecomposeSettings("corda", RANK, observations=given))

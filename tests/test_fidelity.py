@@ -47,7 +47,9 @@ class Trained:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """230 bytes, so 230 tokens: seven windows and a rest."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("".join(chr(33 + (7 * n * n + 3 * n) % 90) for n in range(230)), encoding="utf-8")
+    file.write_text(
+        "".join(chr(33 + (7 * n * n + 3 * n) % 90) for n in range(230)), encoding="utf-8"
+    )
     return file
 
 
@@ -101,11 +103,19 @@ def test_the_base_is_itself_and_so_is_a_copy(base: Path, text: Path, tmp_path: P
     found = measure([base, tmp_path / "copy"], text, base=str(base))
     assert [row.kind for row in found.rows] == ["base", "model"]
     for row in found.rows:
-        assert (row.difference, row.difference_stderr, row.kl, row.agreement, row.largest) == (0, 0, 0, 1, 0)
+        assert (row.difference, row.difference_stderr, row.kl, row.agreement, row.largest) == (
+            0,
+            0,
+            0,
+            1,
+            0,
+        )
         assert row.ratio == 1
 
 
-def test_perplexity_and_divergence_are_those_of_transformers_by_hand(trained: Trained, text: Path) -> None:
+def test_perplexity_and_divergence_are_those_of_transformers_by_hand(
+    trained: Trained, text: Path
+) -> None:
     row = next(row for row in trained.found.rows if row.kind == "merged")
     tokenizer = transformers.AutoTokenizer.from_pretrained(trained.base)
     ids = tokenizer(text.read_text())["input_ids"]
@@ -119,7 +129,9 @@ def test_perplexity_and_divergence_are_those_of_transformers_by_hand(trained: Tr
             theirs = model(window).logits[0, :-1].double()
         losses.append(torch.nn.functional.cross_entropy(theirs, window[0, 1:], reduction="none"))
         divergences.append(
-            torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (ours, theirs)))
+            torch.distributions.kl_divergence(
+                *(torch.distributions.Categorical(logits=x) for x in (ours, theirs))
+            )
         )
         agreed.append(ours.argmax(-1) == theirs.argmax(-1))
         largest = max(largest, float((ours - theirs).abs().max()))
@@ -128,29 +140,41 @@ def test_perplexity_and_divergence_are_those_of_transformers_by_hand(trained: Tr
     assert row.kl > 1e-4
     assert row.agreement == pytest.approx(float(torch.cat(agreed).double().mean()))
     assert row.largest == pytest.approx(largest, rel=1e-6)
-    whole = torch.stack([loss.mean() for loss in losses[:7]])  # windows of one length: the usual error of a mean
+    whole = torch.stack(
+        [loss.mean() for loss in losses[:7]]
+    )  # windows of one length: the usual error of a mean
     counts = [31] * 7
-    assert mean((31 * whole).tolist(), counts)[1] == pytest.approx(float(whole.std() / math.sqrt(7)), rel=1e-6)
+    assert mean((31 * whole).tolist(), counts)[1] == pytest.approx(
+        float(whole.std() / math.sqrt(7)), rel=1e-6
+    )
 
 
 def test_the_difference_is_paired_by_window(trained: Trained) -> None:
     own, run, *_ = trained.found.rows
     assert run.difference == pytest.approx(run.loss - own.loss, abs=1e-9)
     assert run.ratio == pytest.approx(run.perplexity / own.perplexity, rel=1e-9)
-    assert run.difference_stderr is not None and own.loss_stderr is not None and run.loss_stderr is not None
+    assert (
+        run.difference_stderr is not None
+        and own.loss_stderr is not None
+        and run.loss_stderr is not None
+    )
     assert 0 < run.difference_stderr < math.hypot(own.loss_stderr, run.loss_stderr)
     assert run.ratio_stderr == pytest.approx(run.ratio * run.difference_stderr)
 
 
 @pytest.mark.parametrize("method", ["pissa", "milora"])
-def test_a_decomposed_folder_in_32_bits_is_the_base(method: str, base: Path, text: Path, tmp_path: Path) -> None:
+def test_a_decomposed_folder_in_32_bits_is_the_base(
+    method: str, base: Path, text: Path, tmp_path: Path
+) -> None:
     pissa.decompose(base, tmp_path / "split", method, 8)
     row = only([tmp_path / "split"], text)
     assert row.kind == "decomposed"
     near(row)
 
 
-def test_in_few_bits_qpissa_is_nearer_than_qlora_on_a_steep_spectrum(text: Path, tmp_path: Path) -> None:
+def test_in_few_bits_qpissa_is_nearer_than_qlora_on_a_steep_spectrum(
+    text: Path, tmp_path: Path
+) -> None:
     found: dict[str, list[float]] = {"qlora": [], "qpissa": []}
     for seed in range(2):
         base = steep(tmp_path / f"base{seed}", seed)
@@ -213,7 +237,9 @@ def test_a_model_that_computes_in_4_bits_is_compared(text: Path, tmp_path: Path)
     assert 1e-7 < row.kl < 0.1
 
 
-def test_windows_begin_with_the_mark_that_the_tokenizer_writes(base: Path, text: Path, tmp_path: Path) -> None:
+def test_windows_begin_with_the_mark_that_the_tokenizer_writes(
+    base: Path, text: Path, tmp_path: Path
+) -> None:
     plain = measure([base], text, base=str(base))
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"bos_token": "</s>"})
@@ -224,7 +250,11 @@ def test_windows_begin_with_the_mark_that_the_tokenizer_writes(base: Path, text:
     marked = measure([base], text, base=str(base))
     assert (plain.text["tokens"], plain.text["predicted"], plain.text["windows"]) == (230, 222, 8)
     # Eight windows of 31 tokens of the text, none of them unpredicted.
-    assert (marked.text["tokens"], marked.text["predicted"], marked.text["windows"]) == (230, 230, 8)
+    assert (marked.text["tokens"], marked.text["predicted"], marked.text["windows"]) == (
+        230,
+        230,
+        8,
+    )
 
 
 def test_a_text_is_cut_to_the_models_positions_and_to_the_limit(base: Path, text: Path) -> None:
@@ -274,7 +304,9 @@ def test_another_tokenizer_or_another_number_of_logits_is_refused(
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<odd>"])
     tokenizer.save_pretrained(tmp_path / "renamed")
-    with pytest.raises(InputError, match=r"renamed has another tokenizer than the base: \"<odd>\" is 257"):
+    with pytest.raises(
+        InputError, match=r"renamed has another tokenizer than the base: \"<odd>\" is 257"
+    ):
         measure([tmp_path / "renamed"], text, base=str(base))
     padded = pico_folder("padded", vocab_size=264)
     save_tokenizer(padded)
@@ -311,7 +343,9 @@ def test_an_output_beside_or_above_the_models_is_taken_and_none_is_made_for_a_wr
     assert not (tmp_path / "out").exists()
 
 
-def test_logits_that_are_not_finite_are_said_and_are_null_in_the_file(base: Path, text: Path, tmp_path: Path) -> None:
+def test_logits_that_are_not_finite_are_said_and_are_null_in_the_file(
+    base: Path, text: Path, tmp_path: Path
+) -> None:
     model = language_model(base)
     with torch.no_grad():
         # The head's row of one byte: it comes in each window, among numbers that are finite.
@@ -332,11 +366,15 @@ def test_one_number_that_is_none_makes_the_largest_and_the_mean_none() -> None:
         assert math.isnan(largest(values))
         assert math.isnan(mean(values, [1] * len(values))[0])
     assert largest([1.0, 3.0, 2.0]) == 3.0
-    huge = Compared(1, base_loss=0.0, loss=1e5, kl=1e5, agreed=0, largest=1e5)  # e to this is no float64
+    huge = Compared(
+        1, base_loss=0.0, loss=1e5, kl=1e5, agreed=0, largest=1e5
+    )  # e to this is no float64
     assert mean_row("huge", "model", {}, "float32", [huge]).perplexity == math.inf
 
 
-def test_a_folder_in_4_bits_that_computes_in_another_dtype_is_told_of(text: Path, tmp_path: Path) -> None:
+def test_a_folder_in_4_bits_that_computes_in_another_dtype_is_told_of(
+    text: Path, tmp_path: Path
+) -> None:
     base = steep(tmp_path / "base")
     pissa.decompose(base, tmp_path / "packed", "qpissa", 16)
     for dtype, notes in (("float32", 0), ("bfloat16", 1)):
@@ -372,7 +410,9 @@ def typed(*words: object) -> Result:
         ("--tasks mt_bench --judge-key-env x", "--judge-key-env, but no --judge"),
     ],
 )
-def test_what_the_command_would_ignore_is_refused_by_its_flag(words: str, flag: str, text: Path) -> None:
+def test_what_the_command_would_ignore_is_refused_by_its_flag(
+    words: str, flag: str, text: Path
+) -> None:
     with pytest.raises(InputError, match=flag):
         typed("nowhere", *words.format(text).split())
 
@@ -383,9 +423,20 @@ def test_the_command_passes_batch_length_and_tokens_on_and_prints_notes(
     sizes = []
     monkeypatch.setattr(
         "pissa.evaluation.fidelity.compare",
-        lambda base, other, batch, name: sizes.append(tuple(batch.shape)) or compare(base, other, batch, name),
+        lambda base, other, batch, name: (
+            sizes.append(tuple(batch.shape)) or compare(base, other, batch, name)
+        ),
     )
-    words = (trained.merged, "--fidelity", "--text", text, "--device", "cpu", "--base", trained.base)
+    words = (
+        trained.merged,
+        "--fidelity",
+        "--text",
+        text,
+        "--device",
+        "cpu",
+        "--base",
+        trained.base,
+    )
     limits = ("--batch-size", 3, "--max-length", 16, "--tokens", 100)
     said = json.loads(typed(*words, *limits, "--json").stdout)
     assert sizes == 2 * [(3, 16), (3, 16), (1, 4)]
@@ -405,5 +456,7 @@ def test_the_command_passes_batch_length_and_tokens_on_and_prints_notes(
 def test_one_base_in_two_dtypes_is_one_base(base: Path, text: Path, tmp_path: Path) -> None:
     pissa.decompose(base, tmp_path / "folder", rank=4)
     make_run(base, tmp_path / "run", dtype=torch.bfloat16)
-    found = fidelity([str(tmp_path / "folder"), str(tmp_path / "run")], text, device="cpu", max_length=16)
+    found = fidelity(
+        [str(tmp_path / "folder"), str(tmp_path / "run")], text, device="cpu", max_length=16
+    )
     assert [row.kind for row in found.rows] == ["base", "decomposed", "run", "run, converted"]

@@ -40,7 +40,9 @@ def test_digest_sees_one_changed_bit_and_the_sign_of_zero():
     assert tensor_digest(torch.tensor([-0.0])) != tensor_digest(torch.tensor([0.0]))
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(()), torch.ones(0, 3), torch.ones(3, dtype=torch.int64)], ids=str)
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(()), torch.ones(0, 3), torch.ones(3, dtype=torch.int64)], ids=str
+)
 def test_every_tensor_has_a_digest(tensor):
     assert len(next(iter(tensor_digests(tensor).values()))) == 64
 
@@ -63,7 +65,9 @@ def test_another_base_is_refused_in_every_dtype(made_in, loaded_in):
     stored = torch.randn(6, 5).to(made_in)
     other = stored.clone()
     other[0, 0] += 1
-    with pytest.raises(WrongBaseError, match=r"the run was made for another base: `w` \[6, 5\] has digest"):
+    with pytest.raises(
+        WrongBaseError, match=r"the run was made for another base: `w` \[6, 5\] has digest"
+    ):
         check_tensor("w", tensor_digests(stored), other.to(loaded_in), **WORDS)
 
 
@@ -78,12 +82,16 @@ def test_a_refusal_names_both_digests_and_what_to_do():
 
 
 def test_a_dtype_that_cannot_be_compared_says_so():
-    with pytest.raises(WrongBaseError, match="made on `w` in float32; it is int8 here and cannot be compared"):
+    with pytest.raises(
+        WrongBaseError, match="made on `w` in float32; it is int8 here and cannot be compared"
+    ):
         check_tensor("w", tensor_digests(torch.ones(2)), torch.ones(2, dtype=torch.int8), **WORDS)
 
 
 def test_the_first_differing_and_the_absent_tensor_are_named():
-    tensors = {name: torch.full((3,), value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    tensors = {
+        name: torch.full((3,), value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))
+    }
     recorded = fingerprint(tensors)
     check_same(recorded, tensors.get, **WORDS)
     with pytest.raises(WrongBaseError, match="`b`"):

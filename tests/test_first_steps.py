@@ -72,13 +72,17 @@ class Setting:
         method, options = STARTS[start]
         seen, needs = self.layers[name], get(method).needs
         observed = None if needs == "weight" else getattr(seen, needs)
-        return get(method).split(seen.weight, self.rank, scale=SCALE, name=name, observed=observed, options=options)
+        return get(method).split(
+            seen.weight, self.rank, scale=SCALE, name=name, observed=observed, options=options
+        )
 
 
 def loss_of(model: Any, samples: list[Tensor], weights: dict[str, Tensor] | None = None) -> Tensor:
     """Mean over samples, with other weights in place of the model's own where given."""
     losses = [
-        torch.func.functional_call(model, weights or {}, kwargs={"input_ids": ids[None], "labels": ids[None]}).loss
+        torch.func.functional_call(
+            model, weights or {}, kwargs={"input_ids": ids[None], "labels": ids[None]}
+        ).loss
         for ids in samples
     ]
     return torch.stack(losses).mean()
@@ -98,7 +102,9 @@ def watch(model: Any, samples: list[Tensor], rank: int) -> Setting:
     for hook in hooks:
         hook.remove()
     layers = {
-        f"{name}.weight": Seen(module.weight.detach().clone(), module.weight.grad.clone(), inputs[name])
+        f"{name}.weight": Seen(
+            module.weight.detach().clone(), module.weight.grad.clone(), inputs[name]
+        )
         for name, module in modules.items()
     }
     model.zero_grad()
@@ -121,22 +127,33 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 
 def first_change(split: Split, G: Tensor, rate: float = 1.0) -> Tensor:
-    return -rate * split.scale**2 * (split.left @ (split.left.T @ G) + G @ split.right.T @ split.right)
+    return (
+        -rate * split.scale**2 * (split.left @ (split.left.T @ G) + G @ split.right.T @ split.right)
+    )
 
 
 @every_start
 def test_one_step_of_sgd_on_the_factors_moves_the_weight_by_the_formula(setting, start):
     splits = {name: setting.split(start, name) for name in setting.layers}
-    leaves = {name: (s.left.clone().requires_grad_(), s.right.clone().requires_grad_()) for name, s in splits.items()}
-    effective = {name: s.frozen + s.scale * leaves[name][0] @ leaves[name][1] for name, s in splits.items()}
+    leaves = {
+        name: (s.left.clone().requires_grad_(), s.right.clone().requires_grad_())
+        for name, s in splits.items()
+    }
+    effective = {
+        name: s.frozen + s.scale * leaves[name][0] @ leaves[name][1] for name, s in splits.items()
+    }
     loss = loss_of(setting.model, setting.samples, effective)
-    assert float(loss.detach()) == pytest.approx(float(loss_of(setting.model, setting.samples).detach()), rel=1e-9)
+    assert float(loss.detach()) == pytest.approx(
+        float(loss_of(setting.model, setting.samples).detach()), rel=1e-9
+    )
     loss.backward()
     rate = 1e-6
     for name, split in splits.items():
         left, right = (leaf.detach() - rate * leaf.grad for leaf in leaves[name])
         moved = split.frozen + split.scale * left @ right - setting.layers[name].weight
-        assert relative_error(moved, first_change(split, setting.layers[name].gradient, rate)) < 1e-4
+        assert (
+            relative_error(moved, first_change(split, setting.layers[name].gradient, rate)) < 1e-4
+        )
 
 
 def cosines(setting: Setting, start: str, on: Setting | None = None) -> dict[str, float]:
@@ -155,7 +172,9 @@ def test_lora_gas_first_step_is_the_nearest_to_full_fine_tunings_in_every_layer(
     ours = cosines(setting, "lora_ga")
     for name, seen in setting.layers.items():
         energy = torch.linalg.svdvals(seen.gradient).square()
-        assert ours[name] == pytest.approx(float((energy[: 2 * setting.rank].sum() / energy.sum()).sqrt()), abs=1e-9)
+        assert ours[name] == pytest.approx(
+            float((energy[: 2 * setting.rank].sum() / energy.sum()).sqrt()), abs=1e-9
+        )
     for start in STARTS:
         others = cosines(setting, start)
         assert start == "lora_ga" or all(ours[name] > others[name] for name in ours)
@@ -171,13 +190,19 @@ def test_evas_rows_capture_the_most_that_orthonormal_rows_can(setting):
         centred = seen.rows - seen.rows.mean(0)
         captured = float((centred @ split.right.T).square().sum())
         assert relative_error(split.right @ split.right.T, torch.eye(setting.rank).double()) < 1e-6
-        assert captured == pytest.approx(float(torch.linalg.svdvals(centred)[: setting.rank].square().sum()), rel=1e-6)
+        assert captured == pytest.approx(
+            float(torch.linalg.svdvals(centred)[: setting.rank].square().sum()), rel=1e-6
+        )
         for _ in range(100):
-            noise = torch.randn(centred.shape[1], setting.rank, generator=generator, dtype=torch.float64)
+            noise = torch.randn(
+                centred.shape[1], setting.rank, generator=generator, dtype=torch.float64
+            )
             assert float((centred @ torch.linalg.qr(noise)[0]).square().sum()) < captured
 
 
-def output_changes(setting: Setting, start: str, of: str, on: Setting | None = None) -> dict[str, float]:
+def output_changes(
+    setting: Setting, start: str, of: str, on: Setting | None = None
+) -> dict[str, float]:
     """By layer, how far the outputs are from the weight's when the model keeps `of`: "product" or "frozen"."""
     changes = {}
     for name, seen in (on or setting).layers.items():
@@ -188,7 +213,9 @@ def output_changes(setting: Setting, start: str, of: str, on: Setting | None = N
 
 
 def test_cordas_leading_part_is_closer_on_the_outputs_than_pissas(setting):
-    plain, corda, root = (output_changes(setting, start, "product") for start in ("pissa", "corda", "corda-root"))
+    plain, corda, root = (
+        output_changes(setting, start, "product") for start in ("pissa", "corda", "corda-root")
+    )
     assert all(corda[name] < plain[name] for name in plain)
     assert mean(root) < mean(corda)
 
@@ -202,20 +229,28 @@ def test_what_kpm_leaves_frozen_keeps_the_outputs_better_than_what_milora_leaves
 def stories(shared: Path) -> Callable[[slice], Setting]:
     """stories260K on some rows of 128 tokens of stories."""
     folder = shared / "models" / "stories260K"
-    lines = (shared / "data" / "tinystories_sample" / "stories.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (shared / "data" / "tinystories_sample" / "stories.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     text = "\n".join(json.loads(line)["text"] for line in lines)
     tokens = transformers.AutoTokenizer.from_pretrained(folder)(text, verbose=False)["input_ids"]
     rows = torch.tensor(tokens[: len(tokens) // 128 * 128]).reshape(-1, 128)
 
     def make(which: slice) -> Setting:
-        return watch(transformers.AutoModelForCausalLM.from_pretrained(folder), list(rows[which]), rank=8)
+        return watch(
+            transformers.AutoModelForCausalLM.from_pretrained(folder), list(rows[which]), rank=8
+        )
 
     return make
 
 
 def test_on_other_rows_the_order_stays_and_kpm_needs_more_than_a_few(stories):
     one, twelve, other = (stories(which) for which in (slice(1), slice(12), slice(-12, None)))
-    near = {start: mean(cosines(twelve, start, other)) for start in ("lora", "pissa", "eva", "lora_ga")}
+    near = {
+        start: mean(cosines(twelve, start, other)) for start in ("lora", "pissa", "eva", "lora_ga")
+    }
     assert near["lora_ga"] > near["eva"] > near["pissa"] > near["lora"]
     # What the rows themselves promise is not what others give: 0.70 here, nearly 1 there.
     assert near["lora_ga"] < mean(cosines(twelve, "lora_ga")) - 0.1

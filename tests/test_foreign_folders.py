@@ -39,7 +39,9 @@ def test_it_loads_as_its_base_with_a_warning(foreign: Path, pico_folder) -> None
 
 
 @pytest.mark.filterwarnings("ignore:.*unknown until you name it")
-def test_a_run_on_it_goes_on_from_the_same_residual_and_from_no_other(foreign: Path, tmp_path: Path) -> None:
+def test_a_run_on_it_goes_on_from_the_same_residual_and_from_no_other(
+    foreign: Path, tmp_path: Path
+) -> None:
     model = pissa.load(residual(foreign), foreign)
     with torch.no_grad():
         for parameter in model.parameters():

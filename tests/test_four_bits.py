@@ -107,7 +107,9 @@ each_job = pytest.mark.parametrize("job", JOBS, ids=str)
 def small_gpt2() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,9 @@ def bases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @pytest.fixture(scope="module")
-def made(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Job, tuple[Path, Record]]]:
+def made(
+    bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Job, tuple[Path, Record]]]:
     """The decomposed folder of every job, and its record."""
     root = tmp_path_factory.mktemp("packed")
     yield {
@@ -137,12 +141,20 @@ def made(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(scope="module")
-def stock(made: dict[Job, tuple[Path, Record]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def stock(
+    made: dict[Job, tuple[Path, Record]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tensor]:
     """Logits of every job from a process without pissa, which also saved some models again, to `again_of`."""
     file = tmp_path_factory.mktemp("stock") / "logits.safetensors"
-    work = [(str(job), str(out), str(again_of(out)) if job.resaved else None) for job, (out, _) in made.items()]
+    work = [
+        (str(job), str(out), str(again_of(out)) if job.resaved else None)
+        for job, (out, _) in made.items()
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", STOCK, json.dumps(work), str(file)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", STOCK, json.dumps(work), str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return load_file(file)
@@ -177,7 +189,11 @@ def unpacked(tensors: dict[str, Tensor], weight: str) -> Tensor:
         return tensors[weight]
     if module + "SCB" in tensors:
         return functional.int8_vectorwise_dequant(tensors[weight], tensors[module + "SCB"])
-    parts = {name.removeprefix(module): part for name, part in tensors.items() if name.startswith(f"{weight}.")}
+    parts = {
+        name.removeprefix(module): part
+        for name, part in tensors.items()
+        if name.startswith(f"{weight}.")
+    }
     state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
     return functional.dequantize_4bit(tensors[weight], state)
 
@@ -189,22 +205,34 @@ def base_matrix(base: Path, layer: Layer) -> Tensor:
 
 @each_job
 def test_stock_tools_compute_what_pissa_does_bit_for_bit(
-    job: Job, made: dict[Job, tuple[Path, Record]], stock: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    job: Job,
+    made: dict[Job, tuple[Path, Record]],
+    stock: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", bitsandbytes.functional.has_avx512bf16)
+    monkeypatch.setattr(
+        bitsandbytes.nn.modules, "has_avx512bf16", bitsandbytes.functional.has_avx512bf16
+    )
     out, record = made[job]
     expected = stock[str(job)]
     assert expected.isfinite().all()
     model = pissa.load(load(out), out).eval()
     assert torch.equal(logits(model), expected)
-    config, asked = json.loads((out / "config.json").read_text())["quantization_config"], FORMATS[job.format]
+    config, asked = (
+        json.loads((out / "config.json").read_text())["quantization_config"],
+        FORMATS[job.format],
+    )
     if job.format == "int8":
         assert config["load_in_8bit"]
     else:
         kinds = config["bnb_4bit_quant_type"], config["bnb_4bit_use_double_quant"]
         assert kinds == (asked["quant"], asked.get("double_quant", False))
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    packed = {name.replace(".base_layer", "") for name, module in model.named_modules() if isinstance(module, kinds)}
+    packed = {
+        name.replace(".base_layer", "")
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    }
     names = packed_weights(load_file(out / "model.safetensors"))
     assert packed == {f"base_model.model.{name.removesuffix('.weight')}" for name in names}
     assert names <= {layer.name for layer in record.layers}
@@ -216,19 +244,26 @@ def test_the_recorded_error_is_that_of_what_bitsandbytes_unpacks(
     job: Job, bases: dict[str, Path], made: dict[Job, tuple[Path, Record]]
 ) -> None:
     out, record = made[job]
-    residual, start = load_file(out / "model.safetensors"), load_file(out / "pissa_init" / "adapter_model.safetensors")
+    residual, start = (
+        load_file(out / "model.safetensors"),
+        load_file(out / "pissa_init" / "adapter_model.safetensors"),
+    )
     # An int8 weight is held against bf16 as if it were unpacked there, which no loader does: a rounding more.
     tolerance = 0.1 if job.format == "int8" and job.base in ("pico-bf16", "mixed-8m") else 1e-4
     for layer in record.layers:
         module = "base_model.model." + layer.name.removesuffix(".weight")
-        product = start[f"{module}.lora_B.weight"].double() @ start[f"{module}.lora_A.weight"].double()
+        product = (
+            start[f"{module}.lora_B.weight"].double() @ start[f"{module}.lora_A.weight"].double()
+        )
         rebuilt = unpacked(residual, layer.name).double() + SCALE * product
         error = error_of(rebuilt, base_matrix(bases[job.base], layer))
         assert layer.error == pytest.approx(error, rel=tolerance), layer.name
         assert 0 < error < (0.02 if job.format == "int8" else 0.2), layer.name
 
 
-def test_qpissa_starts_closer_to_its_base_than_qlora(bases: dict[str, Path], stock: dict[str, Tensor]) -> None:
+def test_qpissa_starts_closer_to_its_base_than_qlora(
+    bases: dict[str, Path], stock: dict[str, Tensor]
+) -> None:
     base = logits(load(bases["stories260K"]))
     qpissa, qlora = (error_of(stock[str(job)], base) for job in (QPISSA, QLORA))
     print(f"stories260K, logits off by: QPiSSA {qpissa:.3f}, QLoRA {qlora:.3f}")
@@ -236,8 +271,12 @@ def test_qpissa_starts_closer_to_its_base_than_qlora(bases: dict[str, Path], sto
 
 
 @pytest.mark.parametrize("base", ["pico", "stories260K"])
-def test_qpissa_and_loftq_lose_less_of_every_weight_than_qlora(base: str, bases: dict[str, Path]) -> None:
-    matrix = load_file(bases[base] / "model.safetensors")["model.layers.1.mlp.up_proj.weight"].float()
+def test_qpissa_and_loftq_lose_less_of_every_weight_than_qlora(
+    base: str, bases: dict[str, Path]
+) -> None:
+    matrix = load_file(bases[base] / "model.safetensors")[
+        "model.layers.1.mlp.up_proj.weight"
+    ].float()
     errors = {}
     for method in ("qpissa", "loftq", "qlora"):
         errors[method] = error_of(pissa.split(matrix, method, 4).rebuild(), matrix)
@@ -253,14 +292,20 @@ def test_packed_weights_take_the_bits_that_arithmetic_gives_them(
     (file,) = out.glob("*.safetensors")
     tensors = load_file(file)
     packed = [layer for layer in record.layers if layer.name in packed_weights(tensors)]
-    assert len(packed) == len(record.layers) - (6 if job.format != "int8" else 0)  # 864 is no multiple of 64
+    assert len(packed) == len(record.layers) - (
+        6 if job.format != "int8" else 0
+    )  # 864 is no multiple of 64
     modules = tuple(layer.name.removesuffix("weight") for layer in packed)
     nbytes = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(modules))
     values = sum(layer.shape[0] * layer.shape[1] for layer in packed)
     # A scale a block of 64; 8 bits of it where 256 of them share another scale; int8 has a scale a row.
     rows = sum(layer.shape[0] for layer in packed)
-    expected = {"nf4": 4.5, "double": 4 + 8 / 64 + 32 / 64 / 256, "int8": 8 + 32 * rows / values}[format]
-    print(f"{job}: {8 * nbytes / values:.3f} bits a weight, {expected:.3f} without names and tables")
+    expected = {"nf4": 4.5, "double": 4 + 8 / 64 + 32 / 64 / 256, "int8": 8 + 32 * rows / values}[
+        format
+    ]
+    print(
+        f"{job}: {8 * nbytes / values:.3f} bits a weight, {expected:.3f} without names and tables"
+    )
     assert expected < 8 * nbytes / values < 1.03 * expected
     assert file.stat().st_size < 1.03 * sum(tensor.nbytes for tensor in tensors.values())
 
@@ -281,7 +326,10 @@ def test_saved_again_by_stock_tools_every_tensor_is_the_same(
     assert configs[0]["pissa"]["quant"] == settings["quant"]
     for config in configs:
         said = config["quantization_config"]
-        assert (said["load_in_4bit"], said["load_in_8bit"]) == (job.format != "int8", job.format == "int8")
+        assert (said["load_in_4bit"], said["load_in_8bit"]) == (
+            job.format != "int8",
+            job.format == "int8",
+        )
         if job.format != "int8":
             assert said["bnb_4bit_quant_type"] == settings["quant"]
             assert said["bnb_4bit_use_double_quant"] == settings.get("double_quant", False)
@@ -295,25 +343,42 @@ def test_a_residual_saved_again_still_meets_its_start(
     assert torch.equal(logits(pissa.load(load(again_of(out)), out).eval()), stock[str(job)])
 
 
-@pytest.mark.parametrize("job", [job for job in JOBS if job.method == "qpissa" and job.base in OWN], ids=str)
+@pytest.mark.parametrize(
+    "job", [job for job in JOBS if job.method == "qpissa" and job.base in OWN], ids=str
+)
 def test_stored_in_16_bits_the_residual_is_what_the_packed_one_stands_for(
-    job: Job, bases: dict[str, Path], made: dict[Job, tuple[Path, Record]], stock: dict[str, Tensor], tmp_path: Path
+    job: Job,
+    bases: dict[str, Path],
+    made: dict[Job, tuple[Path, Record]],
+    stock: dict[str, Tensor],
+    tmp_path: Path,
 ) -> None:
     packed, packed_record = made[job]
-    record = pissa.decompose(bases[job.base], tmp_path / "out", job.method, **settings_of(job), store="16bit")
+    record = pissa.decompose(
+        bases[job.base], tmp_path / "out", job.method, **settings_of(job), store="16bit"
+    )
     assert record.layers == packed_record.layers
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    base, parts, plain = (load_file(f / "model.safetensors") for f in (bases[job.base], packed, tmp_path / "out"))
-    assert {name: (t.dtype, t.shape) for name, t in plain.items()} == {n: (t.dtype, t.shape) for n, t in base.items()}
+    base, parts, plain = (
+        load_file(f / "model.safetensors") for f in (bases[job.base], packed, tmp_path / "out")
+    )
+    assert {name: (t.dtype, t.shape) for name, t in plain.items()} == {
+        n: (t.dtype, t.shape) for n, t in base.items()
+    }
     targets = {layer.name for layer in record.layers}
     for name, tensor in plain.items():
         expected = base[name] if name not in targets else unpacked(parts, name)
         expected = expected.T if job.base == "gpt2" and name in targets else expected
         if job.format == "int8" and name in targets:  # bitsandbytes multiplies by a rounded 1 / 127
-            assert torch.allclose(tensor.float(), expected, rtol=torch.finfo(tensor.dtype).eps, atol=0)
+            assert torch.allclose(
+                tensor.float(), expected, rtol=torch.finfo(tensor.dtype).eps, atol=0
+            )
         else:
             assert torch.equal(tensor, expected), name
-    first, second = (load_file(f / "pissa_init" / "adapter_model.safetensors") for f in (packed, tmp_path / "out"))
+    first, second = (
+        load_file(f / "pissa_init" / "adapter_model.safetensors")
+        for f in (packed, tmp_path / "out")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     # And both are one model to stock tools, but for products of 8 or 16 bits.
     got = logits(pissa.load(load(tmp_path / "out"), tmp_path / "out").eval())
@@ -321,12 +386,16 @@ def test_stored_in_16_bits_the_residual_is_what_the_packed_one_stands_for(
 
 
 @pytest.mark.parametrize("format", ["double", "int8"])
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], r"model\.layers\.1\..*_proj"], ids=str)
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj"], r"model\.layers\.1\..*_proj"], ids=str
+)
 def test_layers_left_out_stay_as_they_are_and_are_named_in_the_config(
     targets: str | list[str], format: str, tmp_path: Path
 ) -> None:
     build_pico(tie_word_embeddings=False, **PACKABLE).bfloat16().save_pretrained(tmp_path / "base")
-    record = pissa.decompose(tmp_path / "base", tmp_path / "out", rank=2, targets=targets, **FORMATS[format])
+    record = pissa.decompose(
+        tmp_path / "base", tmp_path / "out", rank=2, targets=targets, **FORMATS[format]
+    )
     base, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
     packed = {layer.name.removesuffix(".weight") for layer in record.layers}
     linear = {name.removesuffix(".weight") for name in base if "_proj" in name or "lm_head" in name}
@@ -341,7 +410,10 @@ def test_layers_left_out_stay_as_they_are_and_are_named_in_the_config(
     kinds = {name: type(model.get_submodule(name)).__name__ for name in linear}
     assert {name for name, kind in kinds.items() if kind != "Linear"} == packed
     assert model.lm_head.weight.dtype == torch.bfloat16
-    assert gap(logits(pissa.load(model, tmp_path / "out").eval()), logits(load(tmp_path / "base"))) < 0.3
+    assert (
+        gap(logits(pissa.load(model, tmp_path / "out").eval()), logits(load(tmp_path / "base")))
+        < 0.3
+    )
 
 
 @pytest.mark.filterwarnings("default")
@@ -351,13 +423,19 @@ def test_what_bitsandbytes_cannot_compute_with_is_quantised_but_not_packed(
 ) -> None:
     """Embeddings, and rows that are no whole blocks; the config names the linear ones among them."""
     base = tmp_path / "base"
-    build_pico(tie_word_embeddings=False, hidden_size=64, intermediate_size=96).save_pretrained(base)
+    build_pico(tie_word_embeddings=False, hidden_size=64, intermediate_size=96).save_pretrained(
+        base
+    )
     settings = {"rank": 4, "targets": targets, "quant": "nf4"}
     odd = "embed_tokens" if "embed_tokens" in targets else "down_proj"
-    with pytest.warns(UserWarning, match=rf"of \d+ weights are quantised but written unpacked, `.*{odd}"):
+    with pytest.warns(
+        UserWarning, match=rf"of \d+ weights are quantised but written unpacked, `.*{odd}"
+    ):
         record = pissa.decompose(base, tmp_path / "out", **settings)
     pissa.decompose(base, tmp_path / "plain", **settings, store="16bit")
-    parts, plain, before = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain", "base"))
+    parts, plain, before = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain", "base")
+    )
     left = {layer.name for layer in record.layers} - packed_weights(parts)
     assert left == {name for name in before if odd in name}
     for name in left:
@@ -365,12 +443,22 @@ def test_what_bitsandbytes_cannot_compute_with_is_quantised_but_not_packed(
         assert not torch.equal(parts[name], before[name])
     assert all(layer.error > 0.01 for layer in record.layers)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert {name.removesuffix(".weight") for name in left if "proj" in name} <= set(config["llm_int8_skip_modules"])
-    assert gap(logits(pissa.load(load(tmp_path / "out"), tmp_path / "out").eval()), logits(language_model(base))) < 0.3
+    assert {name.removesuffix(".weight") for name in left if "proj" in name} <= set(
+        config["llm_int8_skip_modules"]
+    )
+    assert (
+        gap(
+            logits(pissa.load(load(tmp_path / "out"), tmp_path / "out").eval()),
+            logits(language_model(base)),
+        )
+        < 0.3
+    )
 
 
 @pytest.mark.parametrize("store", ["packed", "16bit"])
-def test_gpt2s_weights_lie_the_usual_way_round_where_they_are_packed(store: str, tmp_path: Path) -> None:
+def test_gpt2s_weights_lie_the_usual_way_round_where_they_are_packed(
+    store: str, tmp_path: Path
+) -> None:
     small_gpt2().save_pretrained(tmp_path / "base")
     record = pissa.decompose(tmp_path / "base", tmp_path / "out", "qpissa", 4, store=store)
     assert record.recipe is not None
@@ -392,24 +480,46 @@ def test_names_that_no_config_can_tell_apart_are_refused() -> None:
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "quantiser": ({"quant": "nf5"}, "unknown quantiser 'nf5'.*Did you mean 'nf4'"),
     "store": ({"quant": "nf4", "store": "8bit"}, "store is '8bit', expected one of packed, 16bit"),
-    "store without a quantiser": ({"store": "16bit"}, "store is '16bit', which has a meaning only with a quantiser"),
+    "store without a quantiser": (
+        {"store": "16bit"},
+        "store is '16bit', which has a meaning only with a quantiser",
+    ),
     "double int8": ({"quant": "int8", "double_quant": True}, "int8 has not"),
-    "double int8 in 16 bits": ({"quant": "int8", "double_quant": True, "store": "16bit"}, "int8 has not"),
+    "double int8 in 16 bits": (
+        {"quant": "int8", "double_quant": True, "store": "16bit"},
+        "int8 has not",
+    ),
     "rounds without a quantiser": ({"iterations": 3}, "iterations is 3.*only with a quantiser"),
-    "rounds of lora": ({"method": "lora", "quant": "nf4", "iterations": 3}, "iterations is 3 with lora"),
-    "rounds of a preset": ({"method": "qlora", "iterations": 2}, "iterations is 2 with lora.*loftq, pissa"),
+    "rounds of lora": (
+        {"method": "lora", "quant": "nf4", "iterations": 3},
+        "iterations is 3 with lora",
+    ),
+    "rounds of a preset": (
+        {"method": "qlora", "iterations": 2},
+        "iterations is 2 with lora.*loftq, pissa",
+    ),
     "no rounds": ({"method": "qpissa", "iterations": 0}, "iterations is 0, expected 1 or more"),
     "preset": ({"method": "qpisa"}, "Did you mean 'qpissa'"),
-    "embedding": ({"quant": "nf4", "targets": ["embed_tokens"]}, r"no weight can be packed: `.*embed_tokens.*16bit"),
+    "embedding": (
+        {"quant": "nf4", "targets": ["embed_tokens"]},
+        r"no weight can be packed: `.*embed_tokens.*16bit",
+    ),
     "rows of 32": ({"quant": "nf4"}, r"no weight can be packed: `.*_proj.*16bit"),
-    "double without a quantiser": ({"double_quant": True}, "double_quant has a meaning only with a quantiser"),
+    "double without a quantiser": (
+        {"double_quant": True},
+        "double_quant has a meaning only with a quantiser",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SETTINGS)
-def test_a_bad_setting_is_one_error_and_no_output(case: str, pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_bad_setting_is_one_error_and_no_output(
+    case: str, pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     settings, message = BAD_SETTINGS[case]
-    refuse(InputError, message, pico_folder(tie_word_embeddings=False), tmp_path / "out", **settings)
+    refuse(
+        InputError, message, pico_folder(tie_word_embeddings=False), tmp_path / "out", **settings
+    )
 
 
 def test_loftq_means_four_bits_and_is_nothing_without_a_quantiser(
@@ -427,13 +537,23 @@ def test_a_base_that_stock_tools_quantised_is_refused(
     settings: dict[str, bool], pico_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = transformers.BitsAndBytesConfig(**settings)
-    model = transformers.AutoModelForCausalLM.from_pretrained(pico_folder(), quantization_config=config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        pico_folder(), quantization_config=config
+    )
     model.save_pretrained(tmp_path / "quantised", save_original_format=False)
-    refuse(InputError, r"quantised \(bitsandbytes", tmp_path / "quantised", tmp_path / "out", quant="nf4")
+    refuse(
+        InputError,
+        r"quantised \(bitsandbytes",
+        tmp_path / "quantised",
+        tmp_path / "out",
+        quant="nf4",
+    )
 
 
 @pytest.mark.parametrize("store", ["packed", "16bit"])
-def test_a_decomposed_base_is_refused(store: str, pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_decomposed_base_is_refused(
+    store: str, pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     pissa.decompose(pico_folder(**PACKABLE), tmp_path / "first", "qpissa", 4, store=store)
     refuse(WrongBaseError, "itself a residual", tmp_path / "first", tmp_path / "out", quant="nf4")
 

@@ -37,7 +37,10 @@ WORDS = ("good", "bad", "fine", "dull")
 
 def official(folder: Path, count: int = 12, only: str = "") -> Path:
     """The nine tasks with made rows, in the columns, folders and odd spellings of the official files."""
-    first, second = (lambda n: f'a {WORDS[n % 4]} "film {n}', lambda n: f"it was {WORDS[(n + 1) % 4]} , {n}")
+    first, second = (
+        lambda n: f'a {WORDS[n % 4]} "film {n}',
+        lambda n: f"it was {WORDS[(n + 1) % 4]} , {n}",
+    )
     yes = ("entailment", "not_entailment")
     tables: dict[str, tuple[list[str], Any]] = {
         "CoLA": ([], lambda n: ["gj04", n % 2, "" if n % 2 else "*", first(n)]),
@@ -64,7 +67,9 @@ def official(folder: Path, count: int = 12, only: str = "") -> Path:
             lines = ([header] if header else []) + [row(n + index) for n in range(count)]
             text = "".join("\t".join(map(str, line)) + "\n" for line in lines)
             (folder / name / f"{part}.tsv").write_text(text, encoding="utf-8")
-        (folder / name / "test.tsv").write_text("index\tsentence\n0\tunlabelled\n", encoding="utf-8")
+        (folder / name / "test.tsv").write_text(
+            "index\tsentence\n0\tunlabelled\n", encoding="utf-8"
+        )
     return folder
 
 
@@ -87,16 +92,35 @@ def nine(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """LoRA on all tasks and full fine-tuning on MNLI, one rate and seed."""
     root = tmp_path_factory.mktemp("nine")
     out, data = root / "out", str(official(root / "glue"))
-    for tasks, method, rate in ((list(TASKS.values()), "lora", 1e-2), (named("mnli"), "full", 1e-3)):
-        results = glue(str(encoder), tasks, [method], {"": (rate,)}, [0], out, data=data, given=SHORT)
+    for tasks, method, rate in (
+        (list(TASKS.values()), "lora", 1e-2),
+        (named("mnli"), "full", 1e-3),
+    ):
+        results = glue(
+            str(encoder), tasks, [method], {"": (rate,)}, [0], out, data=data, given=SHORT
+        )
     return out, results
 
 
-def test_all_nine_tasks_run_from_official_files_and_give_gl_ues_measures(nine: tuple[Path, Results]) -> None:
+def test_all_nine_tasks_run_from_official_files_and_give_gl_ues_measures(
+    nine: tuple[Path, Results],
+) -> None:
     out, results = nine
     numbers = json.loads((out / "glue.json").read_text())
-    assert list(numbers["tasks"]) == ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
-    found = {name: list(task["methods"]["lora"]["scores"]) for name, task in numbers["tasks"].items()}
+    assert list(numbers["tasks"]) == [
+        "cola",
+        "sst2",
+        "mrpc",
+        "stsb",
+        "qqp",
+        "mnli",
+        "qnli",
+        "rte",
+        "wnli",
+    ]
+    found = {
+        name: list(task["methods"]["lora"]["scores"]) for name, task in numbers["tasks"].items()
+    }
     assert found == {
         "cola": ["matthews"], "sst2": ["accuracy"], "mrpc": ["accuracy", "f1"], "stsb": ["pearson", "spearman"],
         "qqp": ["accuracy", "f1"], "mnli": ["accuracy", MISMATCHED], "qnli": ["accuracy"], "rte": ["accuracy"],
@@ -122,16 +146,28 @@ def test_all_nine_tasks_run_from_official_files_and_give_gl_ues_measures(nine: t
     assert "https://" not in page
 
 
-def test_texts_with_quotation_marks_and_a_byte_order_mark_arrive_as_they_are(tmp_path: Path) -> None:
+def test_texts_with_quotation_marks_and_a_byte_order_mark_arrive_as_they_are(
+    tmp_path: Path,
+) -> None:
     rows = load(TASKS["mrpc"], str(official(tmp_path / "glue", only="MRPC"))).rows["train"]
-    assert rows[1].fields == {"sentence1": 'a bad "film 1', "sentence2": "it was fine , 1", "label": "1"}
+    assert rows[1].fields == {
+        "sentence1": 'a bad "film 1',
+        "sentence2": "it was fine , 1",
+        "label": "1",
+    }
     cola = load(TASKS["cola"], str(official(tmp_path / "cola", only="CoLA"))).rows["train"]
     assert len(cola) == 12  # no header, so the first line is a row
     assert cola[0].fields == {"sentence": 'a good "film 0', "label": "0"}
 
 
 def test_real_files_are_read_whole(shared: Path) -> None:
-    counts = {"cola": (8551, 1043), "sst2": (10000, 872), "mrpc": (3667, 408), "stsb": (5749, 1500), "wnli": (635, 71)}
+    counts = {
+        "cola": (8551, 1043),
+        "sst2": (10000, 872),
+        "mrpc": (3667, 408),
+        "stsb": (5749, 1500),
+        "wnli": (635, 71),
+    }
     for name, expected in counts.items():
         loaded = load(TASKS[name], str(shared / "data/glue"))
         assert (len(loaded.rows["train"]), len(loaded.rows["dev"])) == expected
@@ -148,7 +184,9 @@ def test_a_task_without_training_rows_splits_dev_and_says_so(shared: Path, tmp_p
     assert (len(train), len(dev)) == (4370, 1093)
     assert not {row.where for row in train} & {row.where for row in dev}
     assert "parts of dev" in loaded.facts["split"]
-    assert [row.where for row in load(TASKS["qnli"], str(shared / "data/glue")).rows["dev"]] == [r.where for r in dev]
+    assert [row.where for row in load(TASKS["qnli"], str(shared / "data/glue")).rows["dev"]] == [
+        r.where for r in dev
+    ]
 
 
 def test_files_in_the_hubs_columns_give_the_rows_of_the_official_ones(tmp_path: Path) -> None:
@@ -165,14 +203,18 @@ def test_files_in_the_hubs_columns_give_the_rows_of_the_official_ones(tmp_path: 
              "label": order.index(row.fields["label"]), "idx": n}
             for n, row in enumerate(rows)
         ]  # fmt: skip
-        (hub / f"{names[part]}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (hub / f"{names[part]}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
     again = load(TASKS["mnli"], str(tmp_path / "hub"))
     assert {p: [r.fields for r in rows] for p, rows in again.rows.items()} == {
         p: [r.fields for r in rows] for p, rows in loaded.rows.items()
     }
 
 
-def test_one_torn_line_in_a_thousand_is_left_out_and_counted_and_more_are_an_error(tmp_path: Path) -> None:
+def test_one_torn_line_in_a_thousand_is_left_out_and_counted_and_more_are_an_error(
+    tmp_path: Path,
+) -> None:
     data = official(tmp_path / "glue", count=2000, only="QQP")
     train = data / "QQP/train.tsv"
     with train.open("a") as file:
@@ -233,10 +275,22 @@ def test_rates_are_those_of_the_most_exact_name() -> None:
         rates_of(read_rates("full=1e-3", tasks, methods), sst2, "lora")
 
 
-def test_a_call_that_was_killed_at_its_first_task_can_be_repeated(tmp_path: Path, encoder: Path) -> None:
+def test_a_call_that_was_killed_at_its_first_task_can_be_repeated(
+    tmp_path: Path, encoder: Path
+) -> None:
     (tmp_path / "out/data/.rte.partial-host-1-0a").mkdir(parents=True)
-    with pytest.raises(DataError, match="is no folder"):  # of the data, so past the check of the output
-        glue(str(encoder), named("rte"), ["lora"], {"": (1e-3,)}, [0], tmp_path / "out", data=str(tmp_path / "none"))
+    with pytest.raises(
+        DataError, match="is no folder"
+    ):  # of the data, so past the check of the output
+        glue(
+            str(encoder),
+            named("rte"),
+            ["lora"],
+            {"": (1e-3,)},
+            [0],
+            tmp_path / "out",
+            data=str(tmp_path / "none"),
+        )
 
 
 @pytest.mark.parametrize(
@@ -253,10 +307,21 @@ def test_a_call_that_was_killed_at_its_first_task_can_be_repeated(tmp_path: Path
 def test_a_wrong_plan_is_told_before_anything_is_written(
     tmp_path: Path, encoder: Path, change: dict[str, Any], message: str
 ) -> None:
-    plan: dict[str, Any] = {"model": str(encoder), "tasks": named("rte"), "methods": ["lora"], "seeds": [0]}
+    plan: dict[str, Any] = {
+        "model": str(encoder),
+        "tasks": named("rte"),
+        "methods": ["lora"],
+        "seeds": [0],
+    }
     data = str(official(tmp_path / "glue", only="RTE"))
     with pytest.raises(PissaError, match=message):
-        glue(output=tmp_path / "out", data=data, given=SHORT, rates={"": (1e-3,)}, **{**plan, **change})
+        glue(
+            output=tmp_path / "out",
+            data=data,
+            given=SHORT,
+            rates={"": (1e-3,)},
+            **{**plan, **change},
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -271,11 +336,25 @@ def test_a_wrong_plan_is_told_before_anything_is_written(
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_written(
-    tmp_path: Path, encoder: Path, methods: list[str], rates: tuple[float, ...], given: dict[str, Any], message: str
+    tmp_path: Path,
+    encoder: Path,
+    methods: list[str],
+    rates: tuple[float, ...],
+    given: dict[str, Any],
+    message: str,
 ) -> None:
     data = str(official(tmp_path / "glue", only="RTE"))
     with pytest.raises(PissaError, match=message):
-        glue(str(encoder), named("rte"), methods, {"": rates}, [0], tmp_path / "out", data=data, given=SHORT | given)
+        glue(
+            str(encoder),
+            named("rte"),
+            methods,
+            {"": rates},
+            [0],
+            tmp_path / "out",
+            data=data,
+            given=SHORT | given,
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -291,14 +370,34 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, encoder: Path)
     (tmp_path / "out/thesis.txt").touch()
     (tmp_path / "strange/data/cola").mkdir(parents=True)  # data that are another program's
     with pytest.raises(OutputError, match="no results of pissa glue"):
-        glue(str(encoder), named("rte"), ["lora"], {"": (1e-3,)}, [0], tmp_path / "strange", data="x", given=SHORT)
+        glue(
+            str(encoder),
+            named("rte"),
+            ["lora"],
+            {"": (1e-3,)},
+            [0],
+            tmp_path / "strange",
+            data="x",
+            given=SHORT,
+        )
     with pytest.raises(OutputError, match="no results of pissa glue"):
-        glue(str(encoder), named("rte"), ["lora"], {"": (1e-3,)}, [0], tmp_path / "out", data="x", given=SHORT)
+        glue(
+            str(encoder),
+            named("rte"),
+            ["lora"],
+            {"": (1e-3,)},
+            [0],
+            tmp_path / "out",
+            data="x",
+            given=SHORT,
+        )
     with pytest.raises(OutputError, match="no finished run"):
         report(tmp_path / "out")
 
 
-def test_more_rates_are_added_without_training_again_and_other_rows_are_refused(tmp_path: Path, encoder: Path) -> None:
+def test_more_rates_are_added_without_training_again_and_other_rows_are_refused(
+    tmp_path: Path, encoder: Path
+) -> None:
     data, out = official(tmp_path / "glue", only="RTE"), tmp_path / "out"
     arguments: dict[str, Any] = {"data": str(data), "given": SHORT}
     glue(str(encoder), named("rte"), ["lora"], {"": (1e-3,)}, [0], out, **arguments)
@@ -313,8 +412,19 @@ def test_more_rates_are_added_without_training_again_and_other_rows_are_refused(
     (tmp_path / "more/WNLI").rename(data / "WNLI")
     both_tasks, once = named("wnli,rte"), {"": (1e-3,)}
     with pytest.raises(ConfigError, match="rank: got 4, expected 2"):
-        glue(str(encoder), both_tasks, ["lora"], once, [0], out, data=str(data), given={**SHORT, "rank": 4})
-    (data / "RTE/train.tsv").write_text((data / "RTE/train.tsv").read_text().replace("film 3", "film 4"))
+        glue(
+            str(encoder),
+            both_tasks,
+            ["lora"],
+            once,
+            [0],
+            out,
+            data=str(data),
+            given={**SHORT, "rank": 4},
+        )
+    (data / "RTE/train.tsv").write_text(
+        (data / "RTE/train.tsv").read_text().replace("film 3", "film 4")
+    )
     with pytest.raises(OutputError, match="other rows"):
         glue(str(encoder), both_tasks, ["lora"], once, [0], out, **arguments)
     assert sorted(path.name for path in (out / "data").iterdir()) == ["rte"]
@@ -328,13 +438,19 @@ def made(
     for (method, rate), found in scores.items():
         for seed, score in enumerate(found):
             loss = [(2, next(iter(score.values())))] if score else []
-            runs.append(Outcome(Cell(method, rate, seed), score is not None, evaluation=loss, scores=score or {}))
+            runs.append(
+                Outcome(
+                    Cell(method, rate, seed), score is not None, evaluation=loss, scores=score or {}
+                )
+            )
     result = TaskComparison(
         TASKS[task], Path("nowhere"), Comparison(runs),
         {"split": None, "sources": {}, "rows": {"train": 8, "dev": 4}, "majority": "1", **data},
         {"settings": {"data_limit": 0, "eval_limit": 0}, "base": {}, "versions": {}},
     )  # fmt: skip
-    result.__dict__["floor"] = {"accuracy": 0.6, "f1": 0.75} if task == "mrpc" else {"matthews": 0.0}
+    result.__dict__["floor"] = (
+        {"accuracy": 0.6, "f1": 0.75} if task == "mrpc" else {"matthews": 0.0}
+    )
     return result
 
 
@@ -346,14 +462,22 @@ def test_the_best_rate_is_of_the_first_measures_median_and_not_of_the_loss() -> 
     result = made(
         {
             ("lora", 1e-4): [both(0.7, 0.9), both(0.7, 0.9), both(0.7, 0.9)],
-            ("lora", 1e-3): [both(0.8, 0.5), both(0.81, 0.6), both(0.1, 0.4)],  # of the higher median, the lower mean
+            ("lora", 1e-3): [
+                both(0.8, 0.5),
+                both(0.81, 0.6),
+                both(0.1, 0.4),
+            ],  # of the higher median, the lower mean
             ("lora", 1e-2): [both(0.9, 0.9), both(0.6, 0.9), both(0.6, 0.9)],
         }
     )
     assert result.best == {"lora": 1e-3}
     assert not result.at_edge("lora")
     found = result.spreads("lora")
-    assert (found["accuracy"].median, found["accuracy"].low, found["accuracy"].high) == (0.8, 0.1, 0.81)
+    assert (found["accuracy"].median, found["accuracy"].low, found["accuracy"].high) == (
+        0.8,
+        0.1,
+        0.81,
+    )
     assert found["accuracy"].deviation == pytest.approx(statistics.stdev([0.8, 0.81, 0.1]))
     assert found["f1"].median == 0.5
     assert result.score("lora") == pytest.approx((0.8 + 0.5) / 2)
@@ -362,7 +486,11 @@ def test_the_best_rate_is_of_the_first_measures_median_and_not_of_the_loss() -> 
 
 def test_a_run_that_diverged_counts_as_nothing_and_is_named() -> None:
     result = made(
-        {("lora", 1e-3): [None, both(0.9, 0.9)], ("pissa", 1e-3): [None, None], ("full", 1e-3): [both(0.6, 0.7)] * 2}
+        {
+            ("lora", 1e-3): [None, both(0.9, 0.9)],
+            ("pissa", 1e-3): [None, None],
+            ("full", 1e-3): [both(0.6, 0.7)] * 2,
+        }
     )
     assert result.spreads("lora")["accuracy"].median == pytest.approx(0.45)
     _, rows = Results([result]).table()
@@ -379,7 +507,9 @@ def test_runs_that_no_number_counts_are_told_of() -> None:
     whole = {("lora", 1e-3): [both(0.7, 0.8)] * 2, ("pissa", 1e-3): [both(0.8, 0.8)] * 2}
     assert not any("count nowhere" in line for line in made(whole).notes())
     said = made({**whole, ("pissa", 1e-4): [both(0.9, 0.9)]}).notes()
-    assert "MRPC: 1 of 5 runs count nowhere" in " ".join(said) and "over seeds 0, 1, all of them" in " ".join(said)
+    assert "MRPC: 1 of 5 runs count nowhere" in " ".join(
+        said
+    ) and "over seeds 0, 1, all of them" in " ".join(said)
 
 
 def test_the_wall_time_of_an_even_number_of_runs_is_the_mean_of_the_middle_two() -> None:
@@ -391,7 +521,9 @@ def test_the_wall_time_of_an_even_number_of_runs_is_the_mean_of_the_middle_two()
 
 
 def test_a_method_that_lacks_a_task_has_no_average() -> None:
-    cola = made({("lora", 1e-3): [{"matthews": 0.2}], ("pissa", 1e-3): [{"matthews": 0.4}]}, task="cola")
+    cola = made(
+        {("lora", 1e-3): [{"matthews": 0.2}], ("pissa", 1e-3): [{"matthews": 0.4}]}, task="cola"
+    )
     results = Results([cola, made({("lora", 1e-3): [both(0.8, 0.6)]})])
     assert results.average("lora") == pytest.approx((0.2 + 0.7) / 2)
     assert results.average("pissa") is None
@@ -403,7 +535,9 @@ def test_the_floor_is_what_the_majority_class_of_the_training_rows_scores(tmp_pa
     loaded = load(TASKS["mrpc"], str(data))
     stage(loaded, tmp_path / "out/data/mrpc")
     facts = {"settings": {"eval_limit": 0}, "base": {}, "versions": {}}
-    result = TaskComparison(TASKS["mrpc"], tmp_path / "out/mrpc", Comparison([]), loaded.facts, facts)
+    result = TaskComparison(
+        TASKS["mrpc"], tmp_path / "out/mrpc", Comparison([]), loaded.facts, facts
+    )
     truth = [int(row.fields["label"]) for row in loaded.rows["dev"]]
     share = sum(truth) / len(truth)
     assert 0.5 < share < 1
@@ -432,7 +566,9 @@ def test_scores_on_rows_of_other_classes_are_refused(nine: tuple[Path, Results])
         scores_on(out / "mnli/cells/lora/lr-0.01/seed-0", out / "data/wnli/dev.jsonl")
 
 
-def test_mnli_without_its_mismatched_set_is_said_and_has_no_average(tmp_path: Path, encoder: Path) -> None:
+def test_mnli_without_its_mismatched_set_is_said_and_has_no_average(
+    tmp_path: Path, encoder: Path
+) -> None:
     data = official(tmp_path / "glue", only="MNLI")
     (data / "MNLI/dev_mismatched.tsv").unlink()
     results = glue(str(encoder), named("mnli"), ["lora"], {"": (1e-2,)}, [0], tmp_path / "out", data=str(data),
@@ -447,8 +583,12 @@ def test_a_run_is_evaluated_once_an_epoch_and_given_settings_win(tmp_path: Path)
     loaded = load(TASKS["rte"], str(official(tmp_path / "glue", only="RTE")))
     usual = running.settings_of("model", loaded, tmp_path, {})
     assert (usual.batch_size, usual.epochs, usual.rank, usual.eval_steps) == (32, 3, 8, 1)
-    assert running.settings_of("model", loaded, tmp_path, {"batch_size": 5}).eval_steps == math.ceil(12 / 5)
-    other = running.settings_of("model", loaded, tmp_path, {"lora_r": 4, "batch_size": 5, "data_limit": 5})
+    assert running.settings_of(
+        "model", loaded, tmp_path, {"batch_size": 5}
+    ).eval_steps == math.ceil(12 / 5)
+    other = running.settings_of(
+        "model", loaded, tmp_path, {"lora_r": 4, "batch_size": 5, "data_limit": 5}
+    )
     assert (other.rank, other.eval_steps) == (4, 1)
 
 
@@ -472,7 +612,9 @@ def test_the_command_trains_a_decoder_and_prints_table_or_json(base: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_minilm_beats_the_majority_class_on_mrpc(minilm: Path, shared: Path, tmp_path: Path) -> None:
+def test_minilm_beats_the_majority_class_on_mrpc(
+    minilm: Path, shared: Path, tmp_path: Path
+) -> None:
     given = {"max_steps": 150, "batch_size": 16, "max_length": 64, "device": "cpu"}
     results = glue(str(minilm), named("mrpc"), ["full"], {"": (1e-4,)}, [0], tmp_path / "out",
                    data=str(shared / "data/glue"), given=given)  # fmt: skip

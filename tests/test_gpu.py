@@ -32,7 +32,12 @@ DEVICES = {"here": "cpu", "there": "cuda"}
 
 def losses(run: Path) -> list[float]:
     """Every loss that a run wrote, of training and of evaluation, in order."""
-    return [line[key] for line in read_metrics(run / "metrics.jsonl") for key in ("loss", "eval_loss") if key in line]
+    return [
+        line[key]
+        for line in read_metrics(run / "metrics.jsonl")
+        for key in ("loss", "eval_loss")
+        if key in line
+    ]
 
 
 @torch.no_grad()
@@ -58,20 +63,35 @@ def test_decompose_gives_the_model_that_a_processor_gives(
 ) -> None:
     base = pico_folder(**PACKABLE)
     for place, device in DEVICES.items():
-        pissa.decompose(base, tmp_path / place, rank=4, quant=quant, device=device, iterations=2 if quant else None)
+        pissa.decompose(
+            base,
+            tmp_path / place,
+            rank=4,
+            quant=quant,
+            device=device,
+            iterations=2 if quant else None,
+        )
     one, two = (
-        logits_there(pissa.load(language_model(tmp_path / place), tmp_path / place).to(DEVICES["there"]))
+        logits_there(
+            pissa.load(language_model(tmp_path / place), tmp_path / place).to(DEVICES["there"])
+        )
         for place in DEVICES
     )
     assert error_of(two, one) < (0.02 if quant else 1e-5)
     if quant:  # a rounding of the last bit moves a few codes, not many
         codes = [Checkpoint.open(tmp_path / place) for place in DEVICES]
-        name = next(name for name, info in codes[0].tensors.items() if info.dtype in (torch.uint8, torch.int8))
+        name = next(
+            name
+            for name, info in codes[0].tensors.items()
+            if info.dtype in (torch.uint8, torch.int8)
+        )
         assert (codes[0].read(name) == codes[1].read(name)).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("method", ["full", *TRAINABLE])
-def test_training_loses_what_it_loses_on_a_processor(method: str, settings: Settings, tmp_path: Path) -> None:
+def test_training_loses_what_it_loses_on_a_processor(
+    method: str, settings: Settings, tmp_path: Path
+) -> None:
     for place, device in DEVICES.items():
         train(settings(place, method=method, device=device, calibration_rows=8, logging_steps=1))
     one, two = (losses(tmp_path / place) for place in DEVICES)
@@ -91,7 +111,9 @@ def test_what_was_trained_there_is_the_same_model_in_stock_tools(
     assert gap(stock_logits(base, tmp_path / "lora"), with_state) < 1e-4
 
 
-@pytest.mark.parametrize("change", [{}, {"bf16": True}, {"method": "qpissa"}, {"method": "lora_pro"}])
+@pytest.mark.parametrize(
+    "change", [{}, {"bf16": True}, {"method": "qpissa"}, {"method": "lora_pro"}]
+)
 def test_a_broken_off_run_resumes_to_the_same_bits(
     change: dict[str, Any],
     settings: Settings,
@@ -115,7 +137,9 @@ def test_a_run_on_four_bits_is_loaded_and_merged_alike(
     model = pico_folder("packable", vocab_size=260, **PACKABLE)
     save_tokenizer(model)
     train(settings(method=method, model=str(model), device=DEVICES["there"]))
-    residual = next(path for path in (tmp_path / "out" / "residual", model) if (path / "config.json").is_file())
+    residual = next(
+        path for path in (tmp_path / "out" / "residual", model) if (path / "config.json").is_file()
+    )
     run = PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(residual, device_map=DEVICES["there"]),
         tmp_path / "out" / "adapter",
@@ -132,14 +156,21 @@ def test_answers_and_their_likelihoods_are_those_of_a_processor(tmp_path: Path) 
     for model in ("base", "run"):
         one, two = (samples(tmp_path / place, model) for place in DEVICES)
         assert [row["output"] for row in two] == [row["output"] for row in one]
-        gold = [read_json(tmp_path / place / model / "gsm8k.json")["gold"]["value"] for place in DEVICES]
+        gold = [
+            read_json(tmp_path / place / model / "gsm8k.json")["gold"]["value"] for place in DEVICES
+        ]
         assert gold[1] == pytest.approx(gold[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("form", ["keep", "residual"])
 @pytest.mark.parametrize("method", ["lora", "pissa", "olora", "lora_xs", "svft", "lamda"])
-def test_a_model_stays_where_it_is_while_its_weights_are_split_there(method: str, form: str) -> None:
-    one, two = (pissa.attach(build_pico(), method, 4, base=form, device=device) for device in (None, DEVICES["there"]))
+def test_a_model_stays_where_it_is_while_its_weights_are_split_there(
+    method: str, form: str
+) -> None:
+    one, two = (
+        pissa.attach(build_pico(), method, 4, base=form, device=device)
+        for device in (None, DEVICES["there"])
+    )
     assert {tensor.device.type for tensor in two.state_dict().values()} == {"cpu"}
     assert gap(logits(two), logits(one)) < 1e-5
     ends = [logits(trained(model)) for model in (one, two)]

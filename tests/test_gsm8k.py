@@ -45,12 +45,19 @@ def runs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluations(run: Path) -> list[float]:
-    return [line["eval_loss"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "eval_loss" in line]
+    return [
+        line["eval_loss"]
+        for line in map(json.loads, (run / "metrics.jsonl").open())
+        if "eval_loss" in line
+    ]
 
 
 @pytest.mark.slow
 def test_pissa_ends_below_lora_at_equal_settings(runs: Path) -> None:
-    losses = {method: [evaluations(runs / f"{method}-{seed}") for seed in SEEDS] for method in ("lora", "pissa")}
+    losses = {
+        method: [evaluations(runs / f"{method}-{seed}") for seed in SEEDS]
+        for method in ("lora", "pissa")
+    }
     starts = {loss[0] for per_seed in losses.values() for loss in per_seed}
     assert len(starts) == 1, "both start at the base, bit for bit"
     ends = {method: [loss[-1] for loss in per_seed] for method, per_seed in losses.items()}
@@ -61,14 +68,20 @@ def test_pissa_ends_below_lora_at_equal_settings(runs: Path) -> None:
 @pytest.mark.slow
 def test_stock_peft_gives_the_trained_logits_on_the_original_base(runs: Path, shared: Path) -> None:
     def base() -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(shared / "models/stories260K", dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(
+            shared / "models/stories260K", dtype=torch.float32
+        )
 
     tokens = torch.arange(3, 403).reshape(2, 200)
     with torch.no_grad():
         start = base()(tokens).logits
         trained = pissa.load(base(), runs / "pissa-0", trainable=False)(tokens).logits
-        stock = PeftModel.from_pretrained(base(), str(runs / "pissa-0/adapter")).eval()(tokens).logits
-    print(f"\nmoved {float((trained - start).abs().max()):.3f}, stock off {float((stock - trained).abs().max()):.2e}")
+        stock = (
+            PeftModel.from_pretrained(base(), str(runs / "pissa-0/adapter")).eval()(tokens).logits
+        )
+    print(
+        f"\nmoved {float((trained - start).abs().max()):.3f}, stock off {float((stock - trained).abs().max()):.2e}"
+    )
     assert (trained - start).abs().max() > 0.5
     assert (stock - trained).abs().max() < 1e-4
 
@@ -77,12 +90,15 @@ def test_stock_peft_gives_the_trained_logits_on_the_original_base(runs: Path, sh
 def test_a_change_stored_in_bf16_keeps_its_precision(runs: Path) -> None:
     """Ours against the pair of peft's own conversion, [L, -L0] @ [R; R0], from the same run."""
     tensors = load_file(runs / "pissa-0/state/state.safetensors")
-    modules = sorted(name.removesuffix(".start_left") for name in tensors if name.endswith(".start_left"))
+    modules = sorted(
+        name.removesuffix(".start_left") for name in tensors if name.endswith(".start_left")
+    )
     missed = {"drift form": 0.0, "difference form": 0.0}
     total = 0.0
     for module in modules:
         left0, right0, dL, dR = (
-            tensors[f"{module}.{part}"].double() for part in ("start_left", "start_right", "drift_left", "drift_right")
+            tensors[f"{module}.{part}"].double()
+            for part in ("start_left", "start_right", "drift_left", "drift_right")
         )
         left, right = left0 + dL, right0 + dR
         true = left @ right - left0 @ right0

@@ -46,10 +46,14 @@ def folders(pico_folder: Callable[..., Path], tmp_path: Path) -> Path:
     for record in (tmp_path / "foreign").rglob("pissa.json"):
         record.unlink()
     for name, start in (("stock", True), ("stock_pissa", "pissa")):
-        config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=start)
+        config = peft.LoraConfig(
+            r=4, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=start
+        )
         peft.get_peft_model(language_model(base), config).save_pretrained(tmp_path / name)
     residual = language_model(tmp_path / "out")
-    pair = peft.PeftModel.from_pretrained(residual, tmp_path / "out", subfolder="pissa_init", is_trainable=True)
+    pair = peft.PeftModel.from_pretrained(
+        residual, tmp_path / "out", subfolder="pissa_init", is_trainable=True
+    )
     pair.save_pretrained(tmp_path / "pair")
     return tmp_path
 
@@ -67,7 +71,9 @@ def test_every_folder_is_named_and_served_or_not(folders: Path) -> None:
 
 def test_the_base_is_named_and_compared(folders: Path) -> None:
     for name in ("run", "run/state", "run/adapter", "lora", "out", "out/pissa_init", "merged"):
-        same, other = (pissa.inspect(folders / name, base=folders / base) for base in ("base", "other"))
+        same, other = (
+            pissa.inspect(folders / name, base=folders / base) for base in ("base", "other")
+        )
         assert same.base_check == "same", name
         assert same.base["name"] == str(folders / "base"), name
         assert "tensors" not in same.base
@@ -88,7 +94,9 @@ def test_energies_and_spectra_are_those_of_the_weights(name: str, folders: Path)
         assert layer["shape"] == list(weights[layer["name"]].shape)
         assert layer["singular_values"] == sorted(layer["singular_values"], reverse=True)
         assert layer["singular_values"] == pytest.approx(values[:4].tolist(), rel=1e-4)
-        assert layer["energy"] == pytest.approx(float(values[:4].square().sum() / values.square().sum()), rel=1e-4)
+        assert layer["energy"] == pytest.approx(
+            float(values[:4].square().sum() / values.square().sum()), rel=1e-4
+        )
         assert 0 < layer["energy"] < 1
         assert 0 <= layer["error"] < 1e-6
 
@@ -133,11 +141,15 @@ def inspect(path: Path) -> pissa.surgery.inspection.Report:
         return pissa.inspect(path)
 
 
-def test_a_principal_adapter_that_calls_itself_plain_is_found_out_beside_its_base(pico_folder, tmp_path):
+def test_a_principal_adapter_that_calls_itself_plain_is_found_out_beside_its_base(
+    pico_folder, tmp_path
+):
     """Stock peft's own PiSSA, its flag set to true by hand as peft's README says: a plain LoRA by every other sign."""
     base = pico_folder()
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"
+    )
     started = peft.get_peft_model(model, config)
     started.peft_config["default"].init_lora_weights = True
     started.save_pretrained(tmp_path / "raw")

@@ -42,11 +42,15 @@ def residual(base: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
-    file.write_text("A text of sixty four letters and more, so that all layers see it. " * 2, encoding="utf-8")
+    file.write_text(
+        "A text of sixty four letters and more, so that all layers see it. " * 2, encoding="utf-8"
+    )
     return file
 
 
-def test_what_belongs_to_a_quantised_residual_says_so(base: Path, residual: Path, tmp_path: Path) -> None:
+def test_what_belongs_to_a_quantised_residual_says_so(
+    base: Path, residual: Path, tmp_path: Path
+) -> None:
     pissa.save(train(pissa.load(language_model(residual), residual)), tmp_path / "run")
     kinds = {
         "out": ("decomposed", "only both together"),
@@ -72,7 +76,10 @@ def test_the_errors_are_those_of_the_files(base: Path, residual: Path) -> None:
     rows = pissa.inspect(residual, errors=True).errors
     assert [row["type"] for row in rows] == TYPES
     assert [row["weights"] for row in rows] == [2] * 7 + [14]
-    weights, packed = load_file(base / "model.safetensors"), PackedWeights(Checkpoint.open(residual))
+    weights, packed = (
+        load_file(base / "model.safetensors"),
+        PackedWeights(Checkpoint.open(residual)),
+    )
     start = load_file(residual / "pissa_init" / "adapter_model.safetensors")
     sums: dict[str, list[float]] = {}
     for layer in range(2):
@@ -81,7 +88,8 @@ def test_the_errors_are_those_of_the_files(base: Path, residual: Path) -> None:
         left, right = (start[f"base_model.model.{name}.lora_{side}.weight"] for side in "BA")
         found = {
             "nf4": weight - quantiser("nf4").quantise(weight, weight.dtype).dense,
-            "loftq": weight - pissa.split(weight, "loftq", 4, svd="fast", name=f"{name}.weight").rebuild(),
+            "loftq": weight
+            - pissa.split(weight, "loftq", 4, svd="fast", name=f"{name}.weight").rebuild(),
             "this": weight - packed.dense(f"{name}.weight") - left @ right,
             "weight": weight,
         }
@@ -100,17 +108,25 @@ def test_the_errors_are_those_of_the_files(base: Path, residual: Path) -> None:
         assert 0.01 < whole["this"][norm] < whole["loftq"][norm] < whole["nf4"][norm] < 0.2
 
 
-def test_the_output_error_is_that_of_the_layers_on_the_text(base: Path, residual: Path, text: Path) -> None:
+def test_the_output_error_is_that_of_the_layers_on_the_text(
+    base: Path, residual: Path, text: Path
+) -> None:
     rows = pissa.inspect(residual, text=text, errors=True).errors
     model, inputs = language_model(base), []
-    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, given: inputs.append(given[0][0]))
-    tokens = transformers.AutoTokenizer.from_pretrained(base)(text.read_text(), return_tensors="pt")["input_ids"]
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda _, given: inputs.append(given[0][0])
+    )
+    tokens = transformers.AutoTokenizer.from_pretrained(base)(
+        text.read_text(), return_tensors="pt"
+    )["input_ids"]
     with torch.no_grad():
         for part in tokens.split(64, dim=1):  # the model's positions
             model(part)
     X = torch.cat(inputs)
     weight = load_file(base / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
-    one = pissa.decompose(base, residual.with_name("one"), "qpissa", 4, targets=["layers.0.self_attn.q_proj"])
+    one = pissa.decompose(
+        base, residual.with_name("one"), "qpissa", 4, targets=["layers.0.self_attn.q_proj"]
+    )
     assert len(one.layers) == 1
     row = pissa.inspect(residual.with_name("one"), text=text, errors=True).errors[0]
     error = weight - quantiser("nf4").quantise(weight, weight.dtype).dense
@@ -125,14 +141,26 @@ def test_weights_that_see_no_activations_have_no_output_error(
     base = pico_folder("untied", vocab_size=260, tie_word_embeddings=False, **PACKABLE)
     save_tokenizer(base)
     with pytest.warns(
-        UserWarning, match="1 of 3 weights are quantised but written unpacked, `model.embed_tokens.weight`"
+        UserWarning,
+        match="1 of 3 weights are quantised but written unpacked, `model.embed_tokens.weight`",
     ):
         pissa.decompose(base, tmp_path / "some", "qpissa", 4, targets=["embed_tokens", "q_proj"])
     result = CliRunner().invoke(
-        app, ["inspect", str(tmp_path / "some"), "--text", str(text), "--plot", str(tmp_path / "some.png")]
+        app,
+        [
+            "inspect",
+            str(tmp_path / "some"),
+            "--text",
+            str(text),
+            "--plot",
+            str(tmp_path / "some.png"),
+        ],
     )
     assert result.exit_code == 0, result.output
-    rows = {row["type"]: row["errors"]["this"] for row in pissa.inspect(tmp_path / "some", text=text).errors}
+    rows = {
+        row["type"]: row["errors"]["this"]
+        for row in pissa.inspect(tmp_path / "some", text=text).errors
+    }
     assert "output" not in rows["embed_tokens"]
     assert rows["q_proj"]["output"] == rows["all"]["output"] > 0
 
@@ -143,9 +171,13 @@ def test_loftqs_own_folder_is_not_compared_with_itself(base: Path, tmp_path: Pat
     assert all(set(row["errors"]) == {"nf4", "this"} for row in rows)
 
 
-def test_the_command_prints_a_table_json_and_a_picture(residual: Path, text: Path, tmp_path: Path) -> None:
+def test_the_command_prints_a_table_json_and_a_picture(
+    residual: Path, text: Path, tmp_path: Path
+) -> None:
     picture = tmp_path / "deep" / "errors.png"
-    result = CliRunner().invoke(app, ["inspect", str(residual), "--text", str(text), "--plot", str(picture)])
+    result = CliRunner().invoke(
+        app, ["inspect", str(residual), "--text", str(text), "--plot", str(picture)]
+    )
     assert result.exit_code == 0, result.output
     for words in ("frobenius nf4", "output this", "q_proj", "all"):
         assert words.split()[0] in result.output
@@ -162,7 +194,9 @@ def test_errors_are_refused_where_there_is_nothing_to_compare(
         with pytest.raises(InputError, match="errors are those of a quantised residual"):
             pissa.inspect(folder, errors=True)
     with pytest.raises(WrongBaseError, match="was made for another base"):
-        pissa.inspect(residual, pico_folder("other", seed=1, vocab_size=260, **PACKABLE), errors=True)
+        pissa.inspect(
+            residual, pico_folder("other", seed=1, vocab_size=260, **PACKABLE), errors=True
+        )
     with pytest.raises(InputError, match="is no folder here: name it with --base"):
         pissa.inspect(residual, "org/absent", errors=True)
     (tmp_path / "short.txt").write_text("few")
@@ -174,7 +208,9 @@ def test_errors_are_refused_where_there_is_nothing_to_compare(
         plot_errors([], tmp_path / "none.png")
 
 
-def test_the_residual_stored_in_16_bits_is_told_like_the_packed_one(base: Path, residual: Path, tmp_path: Path) -> None:
+def test_the_residual_stored_in_16_bits_is_told_like_the_packed_one(
+    base: Path, residual: Path, tmp_path: Path
+) -> None:
     pissa.decompose(base, tmp_path / "wide", "qpissa", 4, store="16bit")
     packed, wide = (pissa.inspect(folder, errors=True) for folder in (residual, tmp_path / "wide"))
     assert packed.errors == wide.errors

@@ -90,7 +90,9 @@ def test_the_product_is_the_integers_product_up_to_the_sum_over_groups(columns):
     got, exact, size = product(left, right), np.zeros((5, 9)), np.zeros((5, 9))
     for index, group in enumerate(groups(columns)):
         dots = codes[0][:, group] @ codes[1][:, group].T
-        scales = np.outer(left.scales[:, index].double().numpy(), right.scales[:, index].double().numpy())
+        scales = np.outer(
+            left.scales[:, index].double().numpy(), right.scales[:, index].double().numpy()
+        )
         exact += dots * scales
         size += np.abs(dots * scales)
     assert np.all(np.abs(got.double().numpy() - exact) <= 2**-23 * len(groups(columns)) * size)
@@ -101,7 +103,11 @@ def test_the_product_of_one_group_is_the_exact_number_rounded_once():
     for row in range(4):
         for column in range(4):
             dot = int((left.codes[row].long() * right.codes[column].long()).sum())
-            exact = Fraction(dot) * Fraction(left.scales[row].item()) * Fraction(right.scales[column].item())
+            exact = (
+                Fraction(dot)
+                * Fraction(left.scales[row].item())
+                * Fraction(right.scales[column].item())
+            )
             assert product(left, right)[row, column].item() == np.float32(exact)
 
 

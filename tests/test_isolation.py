@@ -49,8 +49,22 @@ def walls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 def kernel_permits() -> bool:
     """As another program than ours finds it."""
-    command = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "true"]
-    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+    command = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--mount",
+        "--pid",
+        "--net",
+        "--ipc",
+        "--uts",
+        "--fork",
+        "true",
+    ]
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run(command, capture_output=True).returncode == 0
+    )
 
 
 @pytest.fixture
@@ -68,7 +82,9 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             continue
     assert not [name for name, line in lines.items() if marker.encode() in line]
     assert Path("/proc/self/mountinfo").read_text() == mounts
-    assert not [name for name in set(os.listdir(tempfile.gettempdir())) - files if name.startswith("pissa-")]
+    assert not [
+        name for name in set(os.listdir(tempfile.gettempdir())) - files if name.startswith("pissa-")
+    ]
 
 
 JUMP = """
@@ -224,7 +240,12 @@ def test_a_hostile_program_is_stopped_and_fails(
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
         local.bind("\0" + abstract)
         local.listen()
-        words = {"victim": victim, "port": server.getsockname()[1], "name": abstract, "pid": os.getpid()}
+        words = {
+            "victim": victim,
+            "port": server.getsockname()[1],
+            "name": abstract,
+            "pid": os.getpid(),
+        }
         for word, value in words.items():
             program = program.replace("{" + word + "}", str(value))
         limits = replace(LIMITS, seconds=0.25) if "timeout" in reason else LIMITS
@@ -262,7 +283,9 @@ print([os.getcwd(), os.listdir(), dict(os.environ), os.path.isdir(home) and os.l
 
 
 def test_a_program_has_no_open_file_but_the_standard_ones_and_the_channel(walls: str) -> None:
-    program = "import os\nfor n in range(64):\n    try: os.fstat(n); print(n)\n    except OSError: pass"
+    program = (
+        "import os\nfor n in range(64):\n    try: os.fstat(n); print(n)\n    except OSError: pass"
+    )
     with open(os.devnull) as file:
         os.set_inheritable(file.fileno(), True)
         assert len(run(program, Isolation(walls, LIMITS)).output.split()) == 4
@@ -328,12 +351,19 @@ for _ in range(6):
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("also", ["", "os.close(1)\nos.close(2)\nos.closerange(3, 64)\n"], ids=["", "silent"])
-def test_processes_that_keep_to_the_limit_of_memory_one_by_one_are_held_to_it_together(walls: str, also: str) -> None:
+@pytest.mark.parametrize(
+    "also", ["", "os.close(1)\nos.close(2)\nos.closerange(3, 64)\n"], ids=["", "silent"]
+)
+def test_processes_that_keep_to_the_limit_of_memory_one_by_one_are_held_to_it_together(
+    walls: str, also: str
+) -> None:
     program = CHILDREN.replace("import os, time\n", f"import os, time\n{also}") + "time.sleep(60)"
     limits = replace(LIMITS, seconds=30)
     assert run(program, Isolation(walls, limits)).reason == "memory"
-    assert run(program, Isolation(walls, replace(limits, seconds=2, memory_bytes=2**30))).reason == "timeout"
+    assert (
+        run(program, Isolation(walls, replace(limits, seconds=2, memory_bytes=2**30))).reason
+        == "timeout"
+    )
 
 
 def ends(program: bytes, arch: int, number: int, argument: int = 0) -> str:
@@ -349,7 +379,9 @@ def ends(program: bytes, arch: int, number: int, argument: int = 0) -> str:
             loaded = int.from_bytes(data[operand : operand + 4], sys.byteorder)
         place += 1
         if opcode in (0x15, 0x35):
-            place += holds if (loaded == operand if opcode == 0x15 else loaded >= operand) else fails
+            place += (
+                holds if (loaded == operand if opcode == 0x15 else loaded >= operand) else fails
+            )
 
 
 @pytest.mark.parametrize("machine", REFUSED)
@@ -358,7 +390,9 @@ def test_the_filter_refuses_its_system_calls_other_abis_and_no_other_call(machin
     refused, sockets = set(REFUSED[machine].values()), set(SOCKETS[machine].values())
     for number in range(500):
         if number not in sockets:
-            assert ends(program, arch, number) == ("EPERM" if number in refused else "allow"), number
+            assert ends(program, arch, number) == ("EPERM" if number in refused else "allow"), (
+                number
+            )
         assert ends(program, arch, 0x40000000 + number) == "EPERM"
         assert ends(program, 0x40000003, number) == "EPERM"  # i386
     for number in sockets:
@@ -395,7 +429,9 @@ page.write(b"\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3")  # getpid by int 0x80
 print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))())
 """
     outcome = run(program, Isolation(walls, LIMITS))
-    assert outcome.output == "-1\n" or outcome.reason == "killed by SIGSEGV", outcome  # a kernel without it
+    assert outcome.output == "-1\n" or outcome.reason == "killed by SIGSEGV", (
+        outcome
+    )  # a kernel without it
 
 
 def test_what_a_terminal_would_obey_is_written_out(walls: str) -> None:
@@ -418,7 +454,9 @@ def test_walls_without_the_filter_do_not_count(monkeypatch: pytest.MonkeyPatch) 
     assert "no system call is refused" in running._problem.__wrapped__("namespaces")
 
 
-def test_walls_that_do_not_come_up_are_no_verdict(walls: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walls_that_do_not_come_up_are_no_verdict(
+    walls: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = building.visible()
     monkeypatch.setattr(building, "visible", lambda: [*seen, "/no/such/folder"])
     with pytest.raises(InputError, match="no/such/folder"):
@@ -426,7 +464,9 @@ def test_walls_that_do_not_come_up_are_no_verdict(walls: str, monkeypatch: pytes
 
 
 def test_walls_are_not_believed_but_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(building.WALLS, "namespaces", building.none)  # starts programs, isolates nothing
+    monkeypatch.setitem(
+        building.WALLS, "namespaces", building.none
+    )  # starts programs, isolates nothing
     assert "it is not nobody" in running._problem.__wrapped__("namespaces")
 
 
@@ -434,7 +474,9 @@ def test_walls_are_not_believed_but_tried(monkeypatch: pytest.MonkeyPatch) -> No
 def no_walls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine whose kernel refuses, without bubblewrap."""
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setitem(building.WALLS, "namespaces", lambda size: [*building.namespaces(size)[:-1], "x"])
+    monkeypatch.setitem(
+        building.WALLS, "namespaces", lambda size: [*building.namespaces(size)[:-1], "x"]
+    )
     monkeypatch.setattr(building, "visible", lambda: ["/no/such/folder"])
     running._problem.cache_clear()
     yield
@@ -445,7 +487,12 @@ def no_walls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_walls_the_error_says_what_was_tried_and_what_to_do() -> None:
     with pytest.raises(InputError) as error:
         find_isolation()
-    for words in ("bubblewrap (bwrap is not installed)", "namespaces (", "Install bubblewrap", "--no-isolation"):
+    for words in (
+        "bubblewrap (bwrap is not installed)",
+        "namespaces (",
+        "Install bubblewrap",
+        "--no-isolation",
+    ):
         assert words in str(error.value)
 
 
@@ -481,7 +528,9 @@ def test_where_there_are_walls_they_are_found_without_a_warning(walls: str) -> N
      "one large file", "open files without end", "import from the host's working folder", "import of this package",
      "deaf to signals", "sleep at exit"],
 )  # fmt: skip
-def test_without_walls_limits_hold_all_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_walls_limits_hold_all_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "treasure.py").write_text("")
     program, reason = HOSTILE[name]

@@ -10,9 +10,13 @@ from pissa.linalg.krylov import KrylovSpace
 from spectra import missed, spectrum, with_values
 
 
-def matrix(kind: str = "language", rows: int = 500, columns: int = 400, dtype: torch.dtype = torch.float32):
+def matrix(
+    kind: str = "language", rows: int = 500, columns: int = 400, dtype: torch.dtype = torch.float32
+):
     generator = torch.Generator().manual_seed(0)
-    return with_values(spectrum(kind, min(rows, columns), generator), rows, columns, generator).to(dtype)
+    return with_values(spectrum(kind, min(rows, columns), generator), rows, columns, generator).to(
+        dtype
+    )
 
 
 def orthonormality(space: KrylovSpace) -> float:
@@ -78,7 +82,9 @@ def test_products_in_bf16_cost_the_fast_form_little(
     true = torch.linalg.svdvals(weight.double())
     gaps = {}
     for first in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(lanczos, "_product_dtypes", lambda weight, first=first: [first, torch.float32])
+        monkeypatch.setattr(
+            lanczos, "_product_dtypes", lambda weight, first=first: [first, torch.float32]
+        )
         found = truncated_svd(weight, 16, "fast")
         gaps[first] = missed(weight, found, true)[1]
         eye = torch.eye(16, dtype=torch.float64)

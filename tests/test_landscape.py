@@ -29,7 +29,9 @@ def runs(settings: Any, tmp_path: Path) -> dict[str, Path]:
 def dense(run: Path) -> torch.Tensor:
     """The whole change of a run as one vector."""
     changes = read_changes(run).changes
-    return torch.cat([changes[target].delta().flatten() for target in sorted(changes, key=lambda t: t.module)]).double()
+    return torch.cat(
+        [changes[target].delta().flatten() for target in sorted(changes, key=lambda t: t.module)]
+    ).double()
 
 
 def loss_of(model: Any, rows: list[dict[str, Any]]) -> float:
@@ -61,7 +63,10 @@ def test_distances_on_the_plane_are_those_of_the_weights_and_losses_those_of_the
     rows = language.encode(load_rows(settings()), tokenizer, settings()).evaluation[:4]
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     corners = dataclasses.replace(found)
-    middle = [[axis.index(value) for value in axis if abs(value) < 1e-9] for axis in (corners.x, corners.y)]
+    middle = [
+        [axis.index(value) for value in axis if abs(value) < 1e-9]
+        for axis in (corners.x, corners.y)
+    ]
     start = loss_of(model, rows)
     assert min(min(line) for line in found.losses) < start < max(max(line) for line in found.losses)
     for column, row in zip(*middle, strict=True):
@@ -69,16 +74,24 @@ def test_distances_on_the_plane_are_those_of_the_weights_and_losses_those_of_the
 
 
 @torch.no_grad()
-def test_two_ends_span_a_plane_that_holds_them_exactly(runs: dict[str, Path], settings: Any, base: Path) -> None:
+def test_two_ends_span_a_plane_that_holds_them_exactly(
+    runs: dict[str, Path], settings: Any, base: Path
+) -> None:
     for run in runs.values():
         for checkpoint in (run / "checkpoints").glob("*/whole"):
             checkpoint.unlink()
     found = landscape(runs, grid=3, rows=4)
     assert found.share == pytest.approx(1)
     for name, run in runs.items():
-        assert torch.tensor(found.paths[name][-1]).norm() == pytest.approx(float(dense(run).norm()), rel=1e-5)
+        assert torch.tensor(found.paths[name][-1]).norm() == pytest.approx(
+            float(dense(run).norm()), rel=1e-5
+        )
     figure = draw(found)
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["lora", "pissa", "start"]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        "lora",
+        "pissa",
+        "start",
+    ]
 
 
 @torch.no_grad()
@@ -89,7 +102,10 @@ def test_the_loss_at_a_runs_end_is_the_trained_models(
         for checkpoint in (run / "checkpoints").glob("*/whole"):
             checkpoint.unlink()
     coordinates = landscape(runs, grid=3, rows=4).paths["pissa"][-1]
-    monkeypatch.setattr("pissa.comparison.landscape._axis", lambda values, grid: [0.0, values_of(values, coordinates)])
+    monkeypatch.setattr(
+        "pissa.comparison.landscape._axis",
+        lambda values, grid: [0.0, values_of(values, coordinates)],
+    )
     found = landscape(runs, grid=3, rows=4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     rows = language.encode(load_rows(settings()), tokenizer, settings()).evaluation[:4]

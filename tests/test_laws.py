@@ -14,22 +14,33 @@ from pissa.randomness import tensor_seed
 from pissa.registry import methods
 from pissa.splits import Factors, Lora, Split, drift_as_lora
 
-METHODS = sorted(name for name, method in methods().items() if method.parts and method.needs != "quantiser")
+METHODS = sorted(
+    name for name, method in methods().items() if method.parts and method.needs != "quantiser"
+)
 CORED = [name for name in METHODS if "core" in methods()[name].parts]
 PAIRS = [name for name in METHODS if name not in CORED]
 STARTED = [name for name in PAIRS if not methods()[name].zero_start]
 SHAPES = {"wide": (12, 40), "tall": (40, 12), "square": (24, 24)}
 # docs: float64 identities to 1e-10 of the norm, float32 ones to 2e-6 sqrt(k); here k <= 24.
-REBUILD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+REBUILD_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-5,
+    torch.float16: 1e-5,
+}
 
-OF_THE_WEIGHT = [name for name in PAIRS if methods()[name].needs == "weight" and not methods()[name].optimizer]
+OF_THE_WEIGHT = [
+    name for name in PAIRS if methods()[name].needs == "weight" and not methods()[name].optimizer
+]
 """What the weight alone starts, and any optimizer trains."""
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_pair = pytest.mark.parametrize("method", PAIRS)
 every_core = pytest.mark.parametrize("method", CORED)
 every_pair_of_the_weight = pytest.mark.parametrize("method", OF_THE_WEIGHT)
-every_started_pair_of_the_weight = pytest.mark.parametrize("method", [m for m in OF_THE_WEIGHT if m in STARTED])
+every_started_pair_of_the_weight = pytest.mark.parametrize(
+    "method", [m for m in OF_THE_WEIGHT if m in STARTED]
+)
 every_started_method = pytest.mark.parametrize("method", STARTED)
 
 
@@ -44,7 +55,10 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float64, seed: in
 def observed(method: str, weight: Tensor) -> object:
     """What the method needs to have been seen of a layer with this weight, from seeded rows that favour some inputs."""
     generator = torch.Generator().manual_seed(7)
-    rows = torch.randn(64, weight.shape[1], generator=generator) * torch.arange(1.0, weight.shape[1] + 1) ** -0.5
+    rows = (
+        torch.randn(64, weight.shape[1], generator=generator)
+        * torch.arange(1.0, weight.shape[1] + 1) ** -0.5
+    )
     seen = {
         "covariance": rows.T @ rows / len(rows),
         "components": Components.of(rows, 32),
@@ -62,7 +76,9 @@ def most(method: str, shape: tuple[int, int]) -> int:
     return min(shape) // 2 if method.startswith("lora_ga") else min(shape)
 
 
-def drifts(split: Split, size: float = 0.3, seed: int = 1, parts: tuple[str, ...] = ("left", "right")) -> Factors:
+def drifts(
+    split: Split, size: float = 0.3, seed: int = 1, parts: tuple[str, ...] = ("left", "right")
+) -> Factors:
     """Random drifts of `size` relative to a start factor (to entries of 1 where the factor is zero)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -110,7 +126,12 @@ def as_lora(
 
 
 def same_bits(one: Split, other: Split) -> bool:
-    parts = ["frozen", "left", "right", *(part for part in ("core", "pattern") if getattr(one, part) is not None)]
+    parts = [
+        "frozen",
+        "left",
+        "right",
+        *(part for part in ("core", "pattern") if getattr(one, part) is not None),
+    ]
     return all(torch.equal(getattr(one, part), getattr(other, part)) for part in parts)
 
 
@@ -169,7 +190,8 @@ def test_splitting_neither_reads_nor_moves_the_global_random_state(method, svd):
 def test_another_name_or_seed_draws_another_random_start():
     weight = matrix(12, 40)
     starts = [
-        pissa.split(weight, "lora", 4, name=name, seed=seed).right for name, seed in (("a", 0), ("b", 0), ("a", 1))
+        pissa.split(weight, "lora", 4, name=name, seed=seed).right
+        for name, seed in (("a", 0), ("b", 0), ("a", 1))
     ]
     assert not torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
@@ -201,7 +223,9 @@ def test_stored_factors_are_rounded_before_the_residual_is_taken(method):
     error = error_of(weight, good.frozen, good.split.left, good.split.right)
     # Only the residual's own rounding is left, at most 2^-9 of its size (bfloat16 keeps 8 bits).
     assert error <= 2**-9 * float(good.frozen.float().norm() / weight.norm())
-    assert error <= error_of(weight, *(part.bfloat16() for part in (split.frozen, split.left, split.right)))
+    assert error <= error_of(
+        weight, *(part.bfloat16() for part in (split.frozen, split.left, split.right))
+    )
     assert good.layer.error == pytest.approx(error, rel=1e-3)
 
 
@@ -274,10 +298,12 @@ def test_change_stored_in_bf16_is_within_half_a_percent_where_the_usual_pair_is_
     change = as_lora(exact, drift_left.double(), drift_right.double()).delta()
     ours = as_lora(split, drift_left, drift_right)
     usual = Lora(
-        torch.cat([split.right + drift_right, split.right]), torch.cat([split.left + drift_left, -split.left], 1)
+        torch.cat([split.right + drift_right, split.right]),
+        torch.cat([split.left + drift_left, -split.left], 1),
     )
     error, usual_error = (
-        relative_error(lora.B.bfloat16().double() @ lora.A.bfloat16().double(), change) for lora in (ours, usual)
+        relative_error(lora.B.bfloat16().double() @ lora.A.bfloat16().double(), change)
+        for lora in (ours, usual)
     )
     assert error < 0.005
     # Measured: 57 to 102 times worse at a drift of 1 %, 500 and more at 0.1 %.
@@ -297,15 +323,21 @@ def test_a_random_control_keeps_the_weight_and_the_norms_and_nothing_else(method
     right = control.right / control.right.norm(dim=1, keepdim=True)
     assert torch.allclose(right @ right.T, torch.eye(k, dtype=right.dtype))
     cosines = (studied.right / studied.right.norm(dim=1, keepdim=True) * right).sum(dim=1)
-    assert cosines.abs().mean() < 0.6  # row by row; chance leaves about 1 / sqrt(columns), the same rows 1
+    assert (
+        cosines.abs().mean() < 0.6
+    )  # row by row; chance leaves about 1 / sqrt(columns), the same rows 1
     assert same_bits(control, split_of(W, f"{method}-control", rank=4, alpha=2))
     assert not same_bits(control, split_of(W, f"{method}-control", rank=4, alpha=2, seed=1))
 
 
 def test_the_control_of_a_singular_start_keeps_the_singular_values():
     W = matrix(24, 24)
-    studied, control = (pissa.split(W, name, rank=4, svd="exact") for name in ("pissa", "pissa-control"))
-    assert torch.allclose(torch.linalg.svdvals(control.product())[:4], torch.linalg.svdvals(studied.product())[:4])
+    studied, control = (
+        pissa.split(W, name, rank=4, svd="exact") for name in ("pissa", "pissa-control")
+    )
+    assert torch.allclose(
+        torch.linalg.svdvals(control.product())[:4], torch.linalg.svdvals(studied.product())[:4]
+    )
 
 
 def test_a_control_that_cannot_be_is_refused():

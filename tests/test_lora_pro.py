@@ -19,7 +19,9 @@ OUT, IN, SCALE = 14, 11, 1.7
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def problem(rank: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +43,9 @@ def operator(B: Tensor, A: Tensor) -> Tensor:
     """The matrix of (uB, uA) -> s (B uA + uB A), built from its columns."""
     rank = B.shape[1]
     units = torch.eye(rank * (OUT + IN), dtype=B.dtype)
-    parts = [(unit[: OUT * rank].view(OUT, rank), unit[OUT * rank :].view(rank, IN)) for unit in units]
+    parts = [
+        (unit[: OUT * rank].view(OUT, rank), unit[OUT * rank :].view(rank, IN)) for unit in units
+    ]
     return torch.stack([SCALE * (B @ uA + uB @ A).flatten() for uB, uA in parts], dim=1)
 
 
@@ -57,7 +61,9 @@ def projectors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 def test_updates_are_the_least_squares_solution_of_least_norm(rank_of_left):
     B, A, G = problem()
     B = B[:, :rank_of_left] @ noise(rank_of_left, 4, seed=4)
-    solution = torch.linalg.lstsq(operator(B, A), G.flatten()[:, None], driver="gelsd").solution.flatten()
+    solution = torch.linalg.lstsq(
+        operator(B, A), G.flatten()[:, None], driver="gelsd"
+    ).solution.flatten()
     assert_near(torch.cat([part.flatten() for part in updates(B, A, G)]), solution)
     assert rank_of_left or not updates(B, A, G)[1].any()
 
@@ -66,7 +72,9 @@ def test_damping_is_a_ridge_on_both_updates():
     B, A, G = problem()
     M = operator(B, A)
     ridge = 0.1 * SCALE**2 * (B.square().sum() + A.square().sum()) / 4
-    solution = torch.linalg.solve(M.T @ M + ridge * torch.eye(M.shape[1], dtype=M.dtype), M.T @ G.flatten())
+    solution = torch.linalg.solve(
+        M.T @ M + ridge * torch.eye(M.shape[1], dtype=M.dtype), M.T @ G.flatten()
+    )
     assert_near(torch.cat([part.flatten() for part in updates(B, A, G, damping=0.1)]), solution)
 
 
@@ -83,7 +91,10 @@ def test_the_free_matrix_solves_the_papers_sylvester_equation_and_cancels():
     inner = torch.linalg.inv(B.T @ B)
     X = (uA - inner @ gA / SCALE**2) @ torch.linalg.pinv(A)
     assert_near(B.T @ B @ X + X @ (A @ A.T), -inner @ gA @ A.T / SCALE**2)
-    plain = (gB - B @ inner @ B.T @ gB) @ torch.linalg.inv(A @ A.T) / SCALE**2, inner @ gA / SCALE**2
+    plain = (
+        (gB - B @ inner @ B.T @ gB) @ torch.linalg.inv(A @ A.T) / SCALE**2,
+        inner @ gA / SCALE**2,
+    )
     assert_near(uB, plain[0] - B @ X)
     assert_near(change(B, A, G), Tangent(B, A, SCALE).change(*plain))
     assert X.norm() > 0.01
@@ -99,7 +110,8 @@ def test_no_multiple_of_loras_own_change_is_nearer_to_the_gradient():
 def test_the_loss_falls_by_the_square_of_the_change():
     B, A, G = problem()
     fall = sum(
-        (one * other).sum() for one, other in zip(updates(B, A, G), Tangent(B, A, SCALE).gradients(G), strict=True)
+        (one * other).sum()
+        for one, other in zip(updates(B, A, G), Tangent(B, A, SCALE).gradients(G), strict=True)
     )
     assert_near(fall, change(B, A, G).square().sum())
 
@@ -156,7 +168,9 @@ def walk(model: Any, optimiser: torch.optim.Optimizer, steps: int) -> list[float
 def test_sgd_at_full_rank_follows_full_fine_tuning(lr):
     model, full = attached(IN), Target(noise(OUT, IN, seed=9))
     with torch.no_grad():
-        pair_of(model)[0].copy_(noise(OUT, IN, seed=10))  # a start where both factors span everything
+        pair_of(model)[0].copy_(
+            noise(OUT, IN, seed=10)
+        )  # a start where both factors span everything
         full.linear.weight.copy_(model.base_model.model.weight())
     before = full.weight().detach()
     walk(model, LoraPro(model, lr=lr, form="sgd", cap=float("inf")), 20)
@@ -206,7 +220,9 @@ def second_step(lr: float = 0.05, **options: Any) -> float:
 
 def test_the_second_step_from_zero_jumps_and_the_cap_bounds_it():
     assert second_step(cap=float("inf")) > 0.9
-    assert second_step(lr=5e-4, cap=float("inf")) > 0.9  # a hundredth of the rate makes it no smaller
+    assert (
+        second_step(lr=5e-4, cap=float("inf")) > 0.9
+    )  # a hundredth of the rate makes it no smaller
     assert second_step(cap=0.2) == pytest.approx(0.2)
     assert second_step() == pytest.approx(0.1)
 
@@ -228,7 +244,8 @@ def test_what_is_no_pair_of_factors_trains_as_adamw_does():
     models = [pissa.attach(build_pico(), "lora_pro", 4, modules_to_save=["norm"]) for _ in range(2)]
     ours = LoraPro(models[0], lr=0.01, weight_decay=0.1)
     norm = [
-        dict(model.named_parameters())["base_model.model.model.norm.modules_to_save.default.weight"] for model in models
+        dict(model.named_parameters())["base_model.model.model.norm.modules_to_save.default.weight"]
+        for model in models
     ]
     theirs = torch.optim.AdamW([norm[1]], lr=0.01, weight_decay=0.1)
     for step in range(3):
@@ -268,7 +285,10 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(form):
     for new, old in zip(resumed, broken, strict=True):
         new.load_state_dict(on_disk(old.state_dict()))
     train(*resumed, 3)
-    parts = [[part for part in each[0].parameters() if part.requires_grad] for each in (resumed, unbroken, ready(form))]
+    parts = [
+        [part for part in each[0].parameters() if part.requires_grad]
+        for each in (resumed, unbroken, ready(form))
+    ]
     for part, same, before in zip(*parts, strict=True):
         assert torch.equal(part, same) and not torch.equal(part, before)
 
@@ -282,11 +302,17 @@ def test_the_sgd_form_keeps_no_moments_of_factors():
 def test_the_start_is_loras():
     W = noise(OUT, IN)
     one, other = (pissa.split(W, name, 4, seed=3) for name in ("lora", "lora_pro"))
-    assert torch.equal(one.right, other.right) and not other.left.any() and torch.equal(other.frozen, W)
+    assert (
+        torch.equal(one.right, other.right)
+        and not other.left.any()
+        and torch.equal(other.frozen, W)
+    )
 
 
 def test_what_it_cannot_train_is_refused(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(InputError, match=r"expected a model from pissa.attach\(model, 'lora_pro'\)"):
+    with pytest.raises(
+        InputError, match=r"expected a model from pissa.attach\(model, 'lora_pro'\)"
+    ):
         LoraPro(build_pico())
     with pytest.raises(InputError, match="no layer trains a pair of factors"):
         LoraPro(attached(4, "lora_xs"))
@@ -294,7 +320,11 @@ def test_what_it_cannot_train_is_refused(monkeypatch: pytest.MonkeyPatch):
         LoraPro(attached(4), form="adam")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"is in torch.bfloat16, expected float32"):
         LoraPro(attached(4).bfloat16())
-    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}.items():
+    for name, value in {
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_FSDP": "true",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="use DDP, or one process"):
         LoraPro(attached(4))

@@ -59,11 +59,16 @@ def write_llama(folder: Path, layers: int) -> int:
         dtype="bfloat16",
     )
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in transformers.LlamaForCausalLM(config).named_parameters()}
+        shapes = {
+            name: tuple(p.shape)
+            for name, p in transformers.LlamaForCausalLM(config).named_parameters()
+        }
     # Every tensor is a window on one pool of noise: drawing 12 GB of it would take longer than the decomposition.
     largest = max(torch.Size(shape).numel() for shape in shapes.values())
     generator = torch.Generator().manual_seed(0)
-    pool = torch.empty(largest + len(shapes), dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    pool = torch.empty(largest + len(shapes), dtype=torch.bfloat16).normal_(
+        0, 0.02, generator=generator
+    )
     with CheckpointWriter(
         folder, {name: (torch.bfloat16, shape) for name, shape in shapes.items()}, SHARD_BYTES
     ) as out:
@@ -80,21 +85,30 @@ def measure(tmp_path: Path, name: str, method: str = "pissa") -> dict[str, float
     assert total == pytest.approx(float(name.split()[0]) * 1e9, rel=0.06)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", DECOMPOSE, source, out, method], capture_output=True, text=True, check=False
+            [sys.executable, "-c", DECOMPOSE, source, out, method],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["layers"] == 7 * LAYERS[name]
-        assert max(shard.stat().st_size for shard in out.glob("*.safetensors")) < SHARD_BYTES + 10**6
+        assert (
+            max(shard.stat().st_size for shard in out.glob("*.safetensors")) < SHARD_BYTES + 10**6
+        )
     finally:
         shutil.rmtree(source)
         shutil.rmtree(out, ignore_errors=True)
     peak, usual = found["peak"] / 2**20, found["median"] / 2**20
-    print(f"{name} {method}: RssAnon peak {peak:.0f} MiB, median {usual:.0f} MiB, {found['seconds']:.0f} s")
+    print(
+        f"{name} {method}: RssAnon peak {peak:.0f} MiB, median {usual:.0f} MiB, {found['seconds']:.0f} s"
+    )
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="RssAnon is read from Linux's /proc"
+)
 def test_peak_memory_is_below_1_5_gib_and_does_not_grow_with_the_model(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     if free < FREE_BYTES:
@@ -106,8 +120,12 @@ def test_peak_memory_is_below_1_5_gib_and_does_not_grow_with_the_model(tmp_path:
     assert eight["median"] <= 1.1 * four["median"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="RssAnon is read from Linux's /proc"
+)
 def test_peak_memory_in_4_bits_is_below_1_5_gib(tmp_path: Path) -> None:
     if shutil.disk_usage(tmp_path).free < FREE_BYTES:
         pytest.skip(f"less than {FREE_BYTES / 1e9:.0f} GB free at {tmp_path}")
-    assert measure(tmp_path, "2 GB", "qpissa")["peak"] <= LIMIT_BYTES  # 4 GB takes as much, and twice the time
+    assert (
+        measure(tmp_path, "2 GB", "qpissa")["peak"] <= LIMIT_BYTES
+    )  # 4 GB takes as much, and twice the time

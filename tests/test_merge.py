@@ -41,7 +41,9 @@ def test_a_merged_model_is_the_trained_model(
     assert all("_proj" in name for name in changed)
 
 
-def test_a_converted_lora_merges_like_its_run(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_converted_lora_merges_like_its_run(
+    pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     base = pico_folder()
     trained = make_run(base, tmp_path / "run")
     pissa.convert(tmp_path / "run", tmp_path / "lora")
@@ -50,7 +52,9 @@ def test_a_converted_lora_merges_like_its_run(pico_folder: Callable[..., Path], 
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
-def test_a_16_bit_base_is_rounded_once(dtype: str | None, pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_16_bit_base_is_rounded_once(
+    dtype: str | None, pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     base = pico_folder(dtype=torch.bfloat16)
     make_run(base, tmp_path / "run", dtype=torch.bfloat16)
     pissa.merge(base, tmp_path / "run", tmp_path / "merged", dtype=dtype)
@@ -64,7 +68,9 @@ def test_a_16_bit_base_is_rounded_once(dtype: str | None, pico_folder: Callable[
             expected = expected + pairs[f"{key}B.weight"].float() @ pairs[f"{key}A.weight"].float()
         assert merged.dtype == stored
         assert torch.equal(merged, expected.to(stored)), name
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == str(
+        stored
+    ).removeprefix("torch.")
 
 
 def test_shards_stream_in_and_out(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -78,27 +84,40 @@ def test_shards_stream_in_and_out(pico_folder: Callable[..., Path], tmp_path: Pa
 
 def classifier(folder: Path) -> nn.Module:
     torch.manual_seed(7)
-    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=3
+    ).eval()
 
 
 @pytest.mark.parametrize("source", ["run", "lora"])
 def test_a_trained_head_lands_in_the_merged_model(source: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     config = transformers.BertConfig(vocab_size=96, max_position_embeddings=64, **small)
     transformers.BertModel(config).save_pretrained(tmp_path / "base")
     model = train(pissa.attach(classifier(tmp_path / "base"), rank=4))
     pissa.save(model, tmp_path / "run")
     pissa.convert(tmp_path / "run", tmp_path / "lora")
     pissa.merge(tmp_path / "base", tmp_path / source, tmp_path / "merged")
-    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "merged"
+    ).eval()
     assert merged.config.num_labels == 3
     assert gap(logits(merged), logits(model)) <= 1e-5
 
 
-def test_a_stock_lora_merges_with_a_warning(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_stock_lora_merges_with_a_warning(
+    pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     base = pico_folder()
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"
+    )
     model = train(peft.get_peft_model(language_model(base), config))
     model.save_pretrained(tmp_path / "lora")
     with pytest.warns(UserWarning, match="cannot be checked"):
@@ -110,12 +129,20 @@ def test_a_stock_lora_over_transposed_and_plain_square_layers_merges_right(tmp_p
     """GPT-2's own layers are transposed, its head is not, and the adapter's file has one flag for both."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_embd=48, n_layer=1, n_head=4, vocab_size=48, n_positions=64, bos_token_id=0, eos_token_id=0
+        n_embd=48,
+        n_layer=1,
+        n_head=4,
+        vocab_size=48,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     config.tie_word_embeddings = False
     base = tmp_path / "base"
     transformers.GPT2LMHeadModel(config).save_pretrained(base)
-    lora = peft.LoraConfig(r=4, target_modules=["attn.c_proj", "lm_head"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    lora = peft.LoraConfig(
+        r=4, target_modules=["attn.c_proj", "lm_head"], task_type="CAUSAL_LM", fan_in_fan_out=True
+    )
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
         model = train(peft.get_peft_model(language_model(base), lora))
     model.save_pretrained(tmp_path / "lora")
@@ -124,9 +151,13 @@ def test_a_stock_lora_over_transposed_and_plain_square_layers_merges_right(tmp_p
     assert gap(logits(language_model(tmp_path / "merged")), logits(model)) <= 1e-5
 
 
-def test_a_stock_lora_of_other_shapes_is_refused_by_name(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_stock_lora_of_other_shapes_is_refused_by_name(
+    pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     model = language_model(pico_folder())
-    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "lora"
+    )
     wide = pico_folder("wide", hidden_size=64)
     with (
         pytest.warns(UserWarning, match="cannot be checked"),
@@ -136,7 +167,9 @@ def test_a_stock_lora_of_other_shapes_is_refused_by_name(pico_folder: Callable[.
     assert not (tmp_path / "merged").exists()
 
 
-def test_what_stands_for_no_change_is_refused(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_stands_for_no_change_is_refused(
+    pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     base = pico_folder()
     pissa.decompose(base, tmp_path / "out", rank=4)
     for folder, kind, message in (
@@ -153,7 +186,9 @@ def test_what_stands_for_no_change_is_refused(pico_folder: Callable[..., Path], 
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_run_on_a_residual_merges_into_the_original_base(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_on_a_residual_merges_into_the_original_base(
+    pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     base = pico_folder()
     pissa.decompose(base, tmp_path / "out", rank=4)
     model = train(pissa.load(language_model(tmp_path / "out"), tmp_path / "out"))
@@ -163,7 +198,9 @@ def test_a_run_on_a_residual_merges_into_the_original_base(pico_folder: Callable
     assert model(input_ids=TOKENS).logits.isfinite().all()
 
 
-def test_a_state_without_one_of_its_tensors_is_an_error(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_state_without_one_of_its_tensors_is_an_error(
+    pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     base = pico_folder()
     make_run(base, tmp_path / "run")
     file = tmp_path / "run" / "state" / "state.safetensors"

@@ -10,7 +10,12 @@ import pissa
 from pissa.linalg import relative_error
 from test_laws import SHAPES, every_method, matrix, split_of
 
-H = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64) / 2
+H = (
+    torch.tensor(
+        [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64
+    )
+    / 2
+)
 GOLDEN = H.T @ torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)) @ H
 """Singular values 4, 3, 2, 1 with the rows of H as vectors on both sides (docs/methods, golden numbers)."""
 
@@ -23,7 +28,10 @@ def near(got: Tensor, expected: Tensor, tolerance: float = 1e-12) -> bool:
 
 
 def test_golden_matrix_is_the_one_in_the_documents():
-    assert near(GOLDEN, torch.tensor([[2.5, 0.5, 1, 0], [0.5, 2.5, 0, 1], [1, 0, 2.5, 0.5], [0, 1, 0.5, 2.5]]))
+    assert near(
+        GOLDEN,
+        torch.tensor([[2.5, 0.5, 1, 0], [0.5, 2.5, 0, 1], [1, 0, 2.5, 0.5], [0, 1, 0.5, 2.5]]),
+    )
     assert near(GOLDEN.square().sum(), torch.tensor(30.0))
 
 
@@ -133,7 +141,10 @@ def gradients(split: pissa.Split) -> tuple[Tensor, Tensor]:
     left, right = split.left.clone().requires_grad_(), split.right.clone().requires_grad_()
     core = None if split.core is None else split.core.clone().requires_grad_()
     product = left @ right if core is None else split.left @ core @ split.right
-    (matrix(*split.frozen.shape, seed=6).to(split.frozen) * (split.frozen + split.scale * product)).sum().backward()
+    (
+        matrix(*split.frozen.shape, seed=6).to(split.frozen)
+        * (split.frozen + split.scale * product)
+    ).sum().backward()
     return (left.grad, right.grad) if core is None else (core.grad, core.grad.T)
 
 

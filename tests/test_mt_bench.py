@@ -37,7 +37,12 @@ pytest.importorskip("lm_eval", reason="the eval extra is not installed")
 KEY = "sk-never-to-be-written"
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
-    {"question_id": 101, "category": "reasoning", "turns": ["Why?", "How?"], "reference": ["old", "old"]},
+    {
+        "question_id": 101,
+        "category": "reasoning",
+        "turns": ["Why?", "How?"],
+        "reference": ["old", "old"],
+    },
     {"question_id": 112, "category": "math", "turns": ["1+1?", "2+2?"], "reference": ["two", ""]},
 ]
 GPT4 = [{"question_id": 101, "choices": [{"index": 0, "turns": ["Because.", "Thus."]}]}]
@@ -58,7 +63,14 @@ class Endpoint(ThreadingHTTPServer):
     @property
     def judge(self) -> Judge:
         """Asked one thing at a time, so that the order is known."""
-        return Judge(f"http://127.0.0.1:{self.server_port}/v1", "grader", wait=0.001, tries=3, timeout=20, jobs=1)
+        return Judge(
+            f"http://127.0.0.1:{self.server_port}/v1",
+            "grader",
+            wait=0.001,
+            tries=3,
+            timeout=20,
+            jobs=1,
+        )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -66,10 +78,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
+        self.server.asked.append(
+            {**body, "path": self.path, "key": self.headers.get("Authorization")}
+        )
         said = self.server.rule(body["messages"])
         status, text = (
-            said if isinstance(said, tuple) else (200, json.dumps({"choices": [{"message": {"content": said}}]}))
+            said
+            if isinstance(said, tuple)
+            else (200, json.dumps({"choices": [{"message": {"content": said}}]}))
         )
         self.send_response(status)
         if status == 302:
@@ -131,11 +147,17 @@ ASKED = Asked(None, 2, "hf", None, False)
 
 
 def run(
-    model: Path, found: Questions, out: Path, judge: Judge | None = None, template: str | None = None
+    model: Path,
+    found: Questions,
+    out: Path,
+    judge: Judge | None = None,
+    template: str | None = None,
 ) -> TaskResult:
     one = subject(str(model), device="cpu")
     one.template = template
-    return mt_bench(one, protocol("mt_bench", "paper"), found, ASKED, out, judge, lambda what, done, total: None)
+    return mt_bench(
+        one, protocol("mt_bench", "paper"), found, ASKED, out, judge, lambda what, done, total: None
+    )
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -150,7 +172,9 @@ def by_question(messages: list[dict[str, str]]) -> str:
     return f"A quoted [[1]] says nothing.\nRating: [[{number * turn}]]"
 
 
-def test_without_a_judge_there_are_answers_and_no_number(model: Path, found: Questions, tmp_path: Path) -> None:
+def test_without_a_judge_there_are_answers_and_no_number(
+    model: Path, found: Questions, tmp_path: Path
+) -> None:
     result = run(model, found, tmp_path / "out")
     assert (result.scores, result.headline, result.settings["judge"]) == ({}, "", None)
     assert any("no judge, no number" in note and "--judge" in note for note in result.notes)
@@ -158,7 +182,9 @@ def test_without_a_judge_there_are_answers_and_no_number(model: Path, found: Que
     assert result.gold.tokens == len("Because.") + len("two")
     told = lines(tmp_path / "out" / "mt_bench.fastchat.jsonl")
     assert [line["question_id"] for line in told] == [81, 101, 112]
-    assert all(len(line["choices"][0]["turns"]) == 2 and line["model_id"] == "model" for line in told)
+    assert all(
+        len(line["choices"][0]["turns"]) == 2 and line["model_id"] == "model" for line in told
+    )
     assert len({line["answer_id"] for line in told}) == 3
     samples = lines(tmp_path / "out" / "mt_bench.samples.jsonl")
     assert [(s["id"], s["correct"], s["extracted"], s["gold"]) for s in samples] == [
@@ -166,9 +192,13 @@ def test_without_a_judge_there_are_answers_and_no_number(model: Path, found: Que
         ("101, turn 1", None, None, "Because."), ("101, turn 2", None, None, "Thus."),
         ("112, turn 1", None, None, "two"), ("112, turn 2", None, None, ""),
     ]  # fmt: skip
-    assert [sample["output"] for sample in samples] == [t for line in told for t in line["choices"][0]["turns"]]
+    assert [sample["output"] for sample in samples] == [
+        t for line in told for t in line["choices"][0]["turns"]
+    ]
     stored = json.loads((tmp_path / "out" / "mt_bench.json").read_text())
-    assert TaskResult.from_json(stored, "here").to_json() == json.loads(json.dumps(result.to_json()))
+    assert TaskResult.from_json(stored, "here").to_json() == json.loads(
+        json.dumps(result.to_json())
+    )
 
 
 def test_the_second_prompt_holds_the_first_answer_in_alpacas_blocks(
@@ -177,14 +207,19 @@ def test_the_second_prompt_holds_the_first_answer_in_alpacas_blocks(
     run(model, found, tmp_path / "out", template="plain")
     first, second = lines(tmp_path / "out" / "mt_bench.samples.jsonl")[:2]
     assert first["prompt"] == ALPACA.format(instruction="Write.")
-    assert second["prompt"] == f"{first['prompt']}{first['output']}\n\n### Instruction:\nAgain.\n\n### Response:"
+    assert (
+        second["prompt"]
+        == f"{first['prompt']}{first['output']}\n\n### Instruction:\nAgain.\n\n### Response:"
+    )
     assert first["output"]
     assert "trained in the template 'plain'" in " ".join(
         json.loads((tmp_path / "out" / "mt_bench.json").read_text())["notes"]
     )
 
 
-def test_a_chat_template_is_used_unless_the_training_used_another(found: Questions, tmp_path: Path) -> None:
+def test_a_chat_template_is_used_unless_the_training_used_another(
+    found: Questions, tmp_path: Path
+) -> None:
     folder = tmp_path / "chatty"
     build_pico(vocab_size=262, max_position_embeddings=400).save_pretrained(folder)
     save_tokenizer(folder)
@@ -200,10 +235,14 @@ def test_a_chat_template_is_used_unless_the_training_used_another(found: Questio
     assert second["prompt"] == (
         f"{head}{first['output']}<|im_end|>\n<|im_start|>user\nAgain.<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert lines(tmp_path / "alpaca" / "mt_bench.samples.jsonl")[0]["prompt"] == ALPACA.format(instruction="Write.")
+    assert lines(tmp_path / "alpaca" / "mt_bench.samples.jsonl")[0]["prompt"] == ALPACA.format(
+        instruction="Write."
+    )
 
 
-def test_an_answer_that_runs_on_is_cut_and_said(model: Path, found: Questions, tmp_path: Path) -> None:
+def test_an_answer_that_runs_on_is_cut_and_said(
+    model: Path, found: Questions, tmp_path: Path
+) -> None:
     run(model, found, tmp_path / "out")
     log = tmp_path / "out" / "mt_bench.answers.jsonl"
     kept = lines(log)
@@ -233,7 +272,10 @@ def test_scores_are_means_of_ratings_by_turn_and_category(
     assert whole.stderr == pytest.approx(error)
     assert whole.interval == pytest.approx((5 - 1.96 * error, 5 + 1.96 * error), rel=1e-3)
     assert result.scores["judge, math"].stderr is None
-    assert result.settings["judge"]["url"] == endpoint.judge.url and result.settings["judge"]["model"] == "grader"
+    assert (
+        result.settings["judge"]["url"] == endpoint.judge.url
+        and result.settings["judge"]["model"] == "grader"
+    )
     assert [s["extracted"] for s in lines(tmp_path / "out" / "mt_bench.samples.jsonl")] == [
         "2",
         "4",
@@ -242,9 +284,9 @@ def test_scores_are_means_of_ratings_by_turn_and_category(
         "5",
         "10",
     ]
-    assert {(one["path"], one["model"], one["temperature"], one["key"]) for one in endpoint.asked} == {
-        ("/v1/chat/completions", "grader", 0, f"Bearer {KEY}")
-    }
+    assert {
+        (one["path"], one["model"], one["temperature"], one["key"]) for one in endpoint.asked
+    } == {("/v1/chat/completions", "grader", 0, f"Bearer {KEY}")}
 
 
 def test_a_judge_sees_the_conversation_and_the_reference_where_there_is_one(
@@ -255,7 +297,12 @@ def test_a_judge_sees_the_conversation_and_the_reference_where_there_is_one(
     samples = lines(tmp_path / "out" / "mt_bench.samples.jsonl")
     seen = [one["messages"][1]["content"] for one in endpoint.asked]
     assert [text.count("reference answer") // 2 for text in seen] == [0, 0, 1, 2, 1, 1]
-    assert "Because." in seen[2] and "Thus." not in seen[2] and "Thus." in seen[3] and "old" not in seen[3]
+    assert (
+        "Because." in seen[2]
+        and "Thus." not in seen[2]
+        and "Thus." in seen[3]
+        and "old" not in seen[3]
+    )
     assert all(samples[n]["output"] in text for n, text in enumerate(seen))
     assert "Why?" in seen[3] and samples[2]["output"] in seen[3]
     told = [one["messages"][0]["content"] for one in endpoint.asked]
@@ -291,7 +338,10 @@ def test_what_is_answered_or_judged_stays_so(
     one = subject(str(model), device="cpu")
     arguments = (one, protocol("mt_bench", "paper"), found, ASKED)
     assert settings_of(*arguments, endpoint.judge) == result.settings
-    assert len({json.dumps(settings_of(*arguments, judge)) for judge in (None, other, endpoint.judge)}) == 3
+    assert (
+        len({json.dumps(settings_of(*arguments, judge)) for judge in (None, other, endpoint.judge)})
+        == 3
+    )
 
 
 def test_several_are_judged_at_a_time_and_those_under_way_are_kept_when_one_fails(
@@ -443,7 +493,9 @@ def test_a_judge_that_cannot_be_meant_is_refused(words: dict[str, str], message:
         ("[5] 5/10", None),
     ],
 )
-def test_a_rating_is_the_last_number_in_brackets_from_1_to_10(reply: str, rating: float | None) -> None:
+def test_a_rating_is_the_last_number_in_brackets_from_1_to_10(
+    reply: str, rating: float | None
+) -> None:
     assert rating_of(reply) == rating
 
 

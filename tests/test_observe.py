@@ -27,7 +27,9 @@ from pissa.method import OBSERVED
 from pissa.observe import Observations, observe
 from pissa.observe.accumulators import Sample
 
-Q, K, DOWN = (f"layers.1.{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"))
+Q, K, DOWN = (
+    f"layers.1.{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+)
 
 
 def batches(count: int = 3, samples: int = 3, length: int = 10) -> list[dict[str, Tensor]]:
@@ -55,12 +57,16 @@ def entered(model: Any, batch: dict[str, Tensor], module: str) -> list[np.ndarra
     return rows
 
 
-def all_entered(model: Any, read: list[dict[str, Tensor]], module: str) -> list[np.ndarray[Any, Any]]:
+def all_entered(
+    model: Any, read: list[dict[str, Tensor]], module: str
+) -> list[np.ndarray[Any, Any]]:
     return [sample for batch in read for sample in entered(model, batch, module)]
 
 
 @pytest.mark.parametrize("module", ["layers.1.self_attn.k_proj", "layers.1.mlp.down_proj"])
-def test_the_covariance_is_that_of_unpadded_samples_each_scaled_by_its_peak(pico: Any, module: str) -> None:
+def test_the_covariance_is_that_of_unpadded_samples_each_scaled_by_its_peak(
+    pico: Any, module: str
+) -> None:
     samples = all_entered(pico, batches(), module)
     expected = sum((x / np.abs(x).max()).T @ (x / np.abs(x).max()) for x in samples) / len(samples)
     got = observe(pico, batches(), "covariance").get("covariance", f"{module}.weight")
@@ -80,10 +86,15 @@ def test_the_components_are_those_of_all_unpadded_rows(pico: Any) -> None:
 
 def test_the_sample_of_inputs_holds_unpadded_rows_each_once(pico: Any) -> None:
     rows = np.concatenate(all_entered(pico, batches(), "layers.1.mlp.down_proj"))
-    apart = np.abs(observe(pico, batches(), "inputs", inputs=20).get("inputs", DOWN).numpy()[:, None] - rows).max(2)
+    apart = np.abs(
+        observe(pico, batches(), "inputs", inputs=20).get("inputs", DOWN).numpy()[:, None] - rows
+    ).max(2)
     assert apart.shape == (20, len(rows)) and (apart.min(1) < 1e-5).all()
     assert len(set(apart.argmin(1))) == 20
-    one, other = (observe(pico, batches(), "inputs", inputs=20, seed=seed).get("inputs", DOWN) for seed in (0, 1))
+    one, other = (
+        observe(pico, batches(), "inputs", inputs=20, seed=seed).get("inputs", DOWN)
+        for seed in (0, 1)
+    )
     assert not torch.equal(one, other)
     every = observe(pico, batches(), "inputs", inputs=10**6).get("inputs", DOWN)
     assert np.allclose(np.sort(every.numpy(), 0), np.sort(rows, 0), atol=1e-5)
@@ -96,7 +107,9 @@ def test_each_row_is_drawn_with_the_same_chance() -> None:
         for rows in torch.arange(40.0)[:, None].split(8):
             sample.add(rows, torch.zeros(8))
         drawn.append(sample.result())
-    counts = torch.bincount(torch.cat(drawn).long().flatten(), minlength=40)  # 25 of each, give or take 5
+    counts = torch.bincount(
+        torch.cat(drawn).long().flatten(), minlength=40
+    )  # 25 of each, give or take 5
     assert counts.min() > 7 and counts.max() < 45
     assert abs(int(counts[:20].sum()) - 500) < 60
 
@@ -123,7 +136,9 @@ def test_only_tokens_with_labels_are_seen_when_asked(pico: Any) -> None:
 
 def test_the_gradient_is_the_mean_of_direct_backward_passes(pico: Any) -> None:
     seen = observe(pico, batches(), "gradient")
-    expected = {name: torch.zeros_like(seen.get("gradient", name)) for name in seen.seen["gradient"]}
+    expected = {
+        name: torch.zeros_like(seen.get("gradient", name)) for name in seen.seen["gradient"]
+    }
     for batch in batches():
         pico.zero_grad()
         pico(**batch).loss.backward()
@@ -180,9 +195,12 @@ class TwoPaths(nn.Module):
 def test_a_tensor_that_was_written_to_is_another_input() -> None:
     seen = observe(TwoPaths("written"), [{"x": torch.rand(5, 3)}], "inputs")
     assert torch.equal(
-        seen.get("inputs", "second.weight").sort(0).values, 2 * seen.get("inputs", "first.weight").sort(0).values
+        seen.get("inputs", "second.weight").sort(0).values,
+        2 * seen.get("inputs", "first.weight").sort(0).values,
     )
-    with pytest.raises(InputError, match=r"`second.weight` does not have the same input as `first.weight` in every"):
+    with pytest.raises(
+        InputError, match=r"`second.weight` does not have the same input as `first.weight` in every"
+    ):
         observe(TwoPaths("by batch"), [{"x": -torch.ones(5, 3)}, {"x": torch.ones(5, 3)}], "inputs")
 
 
@@ -206,7 +224,9 @@ def test_the_model_is_afterwards_as_it_was(pico: Any, fails: bool) -> None:
     read = batches()
     if fails:
         read[1] = {key: value for key, value in read[1].items() if key != "labels"}
-        with pytest.raises(InputError, match="the gradient needs a loss, and the model gave none for batch 1"):
+        with pytest.raises(
+            InputError, match="the gradient needs a loss, and the model gave none for batch 1"
+        ):
             observe(pico, read, OBSERVED)
     else:
         observe(pico, read, OBSERVED)
@@ -221,7 +241,9 @@ def test_no_gradient_outlives_the_moment_it_is_made(pico: Any) -> None:
         pico,
         batches(),
         "gradient",
-        progress=lambda done, total: left.append(sum(p.grad is not None for p in pico.parameters())),
+        progress=lambda done, total: left.append(
+            sum(p.grad is not None for p in pico.parameters())
+        ),
     )
     assert left == [0, 0, 0]
 
@@ -230,7 +252,11 @@ def test_dropout_is_off_while_the_model_reads(pico: Any) -> None:
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(
         transformers.BertConfig(
-            vocab_size=96, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+            vocab_size=96,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
         )
     ).train()
     read = [{**batch, "labels": torch.tensor([0, 1, 1])} for batch in batches()]
@@ -245,7 +271,9 @@ def test_scratch_changes_nothing_and_leaves_nothing(pico: Any, tmp_path: Path) -
     one, other = observe(pico, batches(), needs), observe(pico, batches(), needs, scratch=tmp_path)
     assert not list(tmp_path.iterdir())
     for need in needs:
-        assert all(torch.equal(value, other.seen[need][name]) for name, value in one.seen[need].items())
+        assert all(
+            torch.equal(value, other.seen[need][name]) for name, value in one.seen[need].items()
+        )
     with pytest.raises(OutputError, match="has no room"):
         observe(pico, batches(), needs, scratch=tmp_path / "absent")
 
@@ -271,14 +299,20 @@ def test_a_file_gives_back_what_was_saved_and_reads_only_what_is_asked_for(
     monkeypatch.setattr("pissa.observe.observations.safe_open", counting)
     loaded = Observations.load(file)
     assert len(read) == 1  # the header's facts
-    assert (loaded.facts, loaded.base, loaded.same) == (everything.facts, everything.base, everything.same)
+    assert (loaded.facts, loaded.base, loaded.same) == (
+        everything.facts,
+        everything.base,
+        everything.same,
+    )
     for need in ("covariance", "inputs", "gradient"):
         assert list(loaded.seen[need]) == list(everything.seen[need])
         assert torch.equal(loaded.get(need, K), everything.get(need, K))
     assert len(read) == 4
     one, other = loaded.get("components", K), everything.get("components", K)
     for field in dataclasses.fields(one):
-        assert torch.equal(*(torch.as_tensor(getattr(side, field.name)) for side in (one, other))), field.name
+        assert torch.equal(
+            *(torch.as_tensor(getattr(side, field.name)) for side in (one, other))
+        ), field.name
     loaded.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
 
@@ -298,17 +332,23 @@ def test_a_file_is_not_overwritten_unasked_nor_read_when_it_is_another(
         Observations.load(file)
 
 
-def test_another_base_is_refused_whatever_the_head_and_the_dtype(everything: Observations, pico: Any) -> None:
+def test_another_base_is_refused_whatever_the_head_and_the_dtype(
+    everything: Observations, pico: Any
+) -> None:
     everything.check(model_tensors(pico))
     everything.check(model_tensors(pico.model))
     everything.check(model_tensors(copy.deepcopy(pico).bfloat16()))
-    with pytest.raises(WrongBaseError, match=r"the observation was made for another base: `layers.0.self_attn.q_"):
+    with pytest.raises(
+        WrongBaseError, match=r"the observation was made for another base: `layers.0.self_attn.q_"
+    ):
         everything.check(model_tensors(build_pico(1)))
 
 
 def test_what_was_not_observed_is_named_with_what_to_do(pico: Any) -> None:
     seen = observe(pico, batches(), "inputs", targets=["q_proj"])
-    with pytest.raises(InputError, match=rf"`{Q}` was observed for inputs, not for gradient: observe that too"):
+    with pytest.raises(
+        InputError, match=rf"`{Q}` was observed for inputs, not for gradient: observe that too"
+    ):
         seen.get("gradient", Q)
     with pytest.raises(InputError, match=rf"there is no inputs of `{DOWN}` .it was not a target"):
         seen.get("inputs", DOWN)
@@ -324,7 +364,9 @@ def test_the_same_batch_twice_is_enough_for_components_to_settle(pico: Any) -> N
 
 
 def test_components_that_do_not_settle_within_the_passes_are_an_error(pico: Any) -> None:
-    with pytest.raises(InputError, match=r"still turn after 1 passes, `layers.0.self_attn.q_proj.weight` first"):
+    with pytest.raises(
+        InputError, match=r"still turn after 1 passes, `layers.0.self_attn.q_proj.weight` first"
+    ):
         observe(pico, batches(1), "components", tau=0.99)
     assert observe(pico, batches(1), "components", tau=0.99, passes=3).facts["batches"] == 2
 
@@ -384,7 +426,9 @@ def test_two_processes_see_what_one_sees(pico: Any, tmp_path: Path) -> None:
     meeting = f"file://{tmp_path}/meeting"
     dist.init_process_group("gloo", meeting, timedelta(seconds=90), rank=0, world_size=2)
     try:
-        observe(pico, batches()[::2], OBSERVED, components=16, inputs=10**6).save(tmp_path / "0.safetensors")
+        observe(pico, batches()[::2], OBSERVED, components=16, inputs=10**6).save(
+            tmp_path / "0.safetensors"
+        )
     finally:
         dist.destroy_process_group()
         assert second.wait(timeout=90) == 0
@@ -397,7 +441,10 @@ def test_two_processes_see_what_one_sees(pico: Any, tmp_path: Path) -> None:
     }
     for name in one.base:
         for need in ("covariance", "gradient"):
-            assert torch.allclose(two.get(need, name), one.get(need, name), rtol=1e-5, atol=1e-7), (need, name)
+            assert torch.allclose(two.get(need, name), one.get(need, name), rtol=1e-5, atol=1e-7), (
+                need,
+                name,
+            )
         rows, expected = (side.get("inputs", name).sort(0).values for side in (two, one))
         assert torch.allclose(rows, expected, atol=1e-6)
         got, wanted = (side.get("components", name) for side in (two, one))

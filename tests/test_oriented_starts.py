@@ -21,13 +21,21 @@ every_mode = pytest.mark.parametrize("mode", ["ipm", "kpm"])
 every_weighting = pytest.mark.parametrize("weighting", ["covariance", "root"])
 
 
-def start(method: str, weight: Tensor, rank: int, seen: Any = None, scale: float = 1.0, **options: Any) -> Split:
-    return get(method).split(weight, rank, scale=scale, name="layer", observed=seen, options=options)
+def start(
+    method: str, weight: Tensor, rank: int, seen: Any = None, scale: float = 1.0, **options: Any
+) -> Split:
+    return get(method).split(
+        weight, rank, scale=scale, name="layer", observed=seen, options=options
+    )
 
 
-def rows_of(count: int, width: int, seed: int = 3, decay: float = 0.7, dtype: torch.dtype = torch.float64) -> Tensor:
+def rows_of(
+    count: int, width: int, seed: int = 3, decay: float = 0.7, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Inputs of a layer: strongly correlated, with a mean, the entry of largest magnitude positive."""
-    noise = torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(
+        count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     mixing = matrix(width, width, seed=seed + 1)
     rows = noise * torch.arange(1.0, width + 1) ** -decay @ mixing + 0.1 * mixing[0]
     return (rows if rows.max() == rows.abs().max() else -rows).to(dtype)
@@ -82,7 +90,12 @@ def by_the_equations(W: Tensor, C: Tensor, rank: int, mode: str, weighting: str)
 def test_corda_is_its_equations(shape, mode, weighting, scale):
     W, C = matrix(*shape), covariance_of(rows_of(100, shape[1]))
     split = start("corda", W, 4, C, scale, mode=mode, weighting=weighting)
-    assert relative_error(split.product(), torch.from_numpy(by_the_equations(W, C, 4, mode, weighting))) < 1e-9
+    assert (
+        relative_error(
+            split.product(), torch.from_numpy(by_the_equations(W, C, 4, mode, weighting))
+        )
+        < 1e-9
+    )
     assert relative_error(split.rebuild(), W) < 1e-14
 
 
@@ -99,17 +112,27 @@ def test_corda_with_an_isotropic_covariance_is_pissa_or_milora(shape):
 @every_shape
 @every_weighting
 def test_corda_with_all_components_takes_the_whole_weight(shape, weighting):
-    split = start("corda", matrix(*shape), min(shape), covariance_of(rows_of(9, shape[1])), weighting=weighting)
+    split = start(
+        "corda",
+        matrix(*shape),
+        min(shape),
+        covariance_of(rows_of(9, shape[1])),
+        weighting=weighting,
+    )
     assert relative_error(split.product(), split.weight) < 1e-12
 
 
 @every_mode
-def test_the_unit_of_the_covariance_moves_no_factor_and_in_the_authors_form_only_the_share_of_each(mode):
+def test_the_unit_of_the_covariance_moves_no_factor_and_in_the_authors_form_only_the_share_of_each(
+    mode,
+):
     W, C = matrix(12, 40), covariance_of(rows_of(100, 40))
     one, ten = (start("corda", W, 4, factor * C, mode=mode) for factor in (1.0, 10.0))
     assert relative_error(ten.left, one.left) < 1e-12
     assert relative_error(ten.right, one.right) < 1e-12
-    raw, raw_ten = (start("corda", W, 4, factor * C, mode=mode, normalised=False) for factor in (1.0, 10.0))
+    raw, raw_ten = (
+        start("corda", W, 4, factor * C, mode=mode, normalised=False) for factor in (1.0, 10.0)
+    )
     assert relative_error(raw_ten.product(), one.product()) < 1e-12
     assert relative_error(raw_ten.left, 10**0.5 * raw.left) < 1e-12
     assert relative_error(raw.left, one.left) > 0.1
@@ -119,7 +142,9 @@ def test_the_unit_of_the_covariance_moves_no_factor_and_in_the_authors_form_only
 @every_weighting
 def test_one_input_direction_is_covariance_enough(mode, weighting):
     x = rows_of(1, 40, dtype=torch.float32)
-    split = start("corda", matrix(30, 40, torch.float32), 5, x.T @ x, mode=mode, weighting=weighting)
+    split = start(
+        "corda", matrix(30, 40, torch.float32), 5, x.T @ x, mode=mode, weighting=weighting
+    )
     assert relative_error(split.rebuild(), split.weight) < 1e-6
     assert split.product().norm() > 1e-3
 
@@ -145,7 +170,9 @@ def test_kpm_does_not_take_what_is_small_next_to_a_large_covariance_for_nothing(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_kpm_keeps_the_outputs_on_the_calibration_data_better_than_milora_and_ipm_takes_more_than_pissa(seed):
+def test_kpm_keeps_the_outputs_on_the_calibration_data_better_than_milora_and_ipm_takes_more_than_pissa(
+    seed,
+):
     # Directions of the inputs fall off as 1 / i; docs: 0.015 to 0.039 against 0.086 to 0.122.
     W, X = matrix(48, 48, seed=seed), rows_of(400, 48, seed=10 * seed, decay=1.5)
     C = covariance_of(X)
@@ -168,14 +195,20 @@ def test_the_root_variant_has_the_least_error_on_the_outputs(shape):
 
     outputs = X @ W.T
     least = float(torch.linalg.svdvals(outputs)[4:].square().sum().sqrt())
-    root, covariance, plain = error("corda", weighting="root"), error("corda", mode="ipm"), error("pissa")
+    root, covariance, plain = (
+        error("corda", weighting="root"),
+        error("corda", mode="ipm"),
+        error("pissa"),
+    )
     assert least <= root * (1 + 1e-9)
     assert root < 1.01 * least  # the damping
     assert root < covariance < plain
 
 
 def test_corda_refuses_a_covariance_that_does_not_fit_or_saw_nothing():
-    with pytest.raises(InputError, match=r"covariance of `layer` is \[12, 12\], expected \[40, 40\]"):
+    with pytest.raises(
+        InputError, match=r"covariance of `layer` is \[12, 12\], expected \[40, 40\]"
+    ):
         start("corda", matrix(12, 40), 2, torch.eye(12))
     with pytest.raises(InputError, match="covariance of `layer` is zero"):
         start("corda", matrix(12, 40), 2, torch.zeros(40, 40))
@@ -210,7 +243,9 @@ def test_lora_ga_steps_along_the_best_rank_2r_part_of_the_gradient(shape, scale,
 
 def test_lora_ga_refuses_what_has_no_first_step():
     W = matrix(12, 40)
-    with pytest.raises(InputError, match=r"2 x 7 directions of the gradient of `layer` \[12, 40\].*ranks up to 6"):
+    with pytest.raises(
+        InputError, match=r"2 x 7 directions of the gradient of `layer` \[12, 40\].*ranks up to 6"
+    ):
         start("lora_ga", W, 7, W)
     with pytest.raises(InputError, match=r"gradient of `layer` is \[40, 12\], expected \[12, 40\]"):
         start("lora_ga", W, 3, W.T)
@@ -241,7 +276,9 @@ def test_eva_captures_the_most_variance_of_any_orthonormal_rows():
     centred = X - X.mean(0)
     split = start("eva", matrix(12, 40), 6, Components.of(X, 12))
     captured = float((centred @ split.right.T).square().sum())
-    assert captured == pytest.approx(float(torch.linalg.svdvals(centred)[:6].square().sum()), rel=1e-6)
+    assert captured == pytest.approx(
+        float(torch.linalg.svdvals(centred)[:6].square().sum()), rel=1e-6
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
         rows = torch.linalg.qr(torch.randn(40, 6, generator=generator, dtype=torch.float64))[0]
@@ -254,7 +291,10 @@ def shares_and_ranks(rho: float, rank: int = 4) -> tuple[dict[str, Tensor], dict
     assert allotment is not None
     shares = {
         f"layer.{i}": allotment.score(
-            matrix(24, 24), Components.of(rows_of(200, 24, seed=i, decay=2 - i / 4), 12), rank, rho=rho
+            matrix(24, 24),
+            Components.of(rows_of(200, 24, seed=i, decay=2 - i / 4), 12),
+            rank,
+            rho=rho,
         )
         for i in range(8)
     }
@@ -277,14 +317,18 @@ def test_eva_spends_the_budget_under_its_cap_on_what_explains_most(rho, most):
 def test_eva_can_leave_a_layer_without_a_rank_and_gives_none_more_than_it_has():
     allotment = get("eva").allotment
     assert allotment is not None
-    ranks = allotment.allot({"a": torch.tensor([0.9, 0.05]), "b": torch.tensor([0.01, 0.005])}, 1, rho=2.0)
+    ranks = allotment.allot(
+        {"a": torch.tensor([0.9, 0.05]), "b": torch.tensor([0.01, 0.005])}, 1, rho=2.0
+    )
     assert ranks == {"a": 2, "b": 0}
     assert len(allotment.score(matrix(5, 24), Components.of(rows_of(50, 24), 24), 4, rho=4.0)) == 5
 
 
 def test_eva_refuses_too_few_or_foreign_components_and_a_rho_below_one():
     W = matrix(12, 40)
-    with pytest.raises(InputError, match="3 rows of inputs of `layer` gave 3 components, rank 6 needs as many"):
+    with pytest.raises(
+        InputError, match="3 rows of inputs of `layer` gave 3 components, rank 6 needs as many"
+    ):
         start("eva", W, 6, Components.of(rows_of(3, 40), 12))
     with pytest.raises(InputError, match="inputs of `layer` are 24 wide, expected 40"):
         start("eva", W, 6, Components.of(rows_of(30, 24), 12))

@@ -89,14 +89,20 @@ def test_nothing_remains_after_an_exception(filled: Path, error: type[BaseExcept
 
 
 def test_filled_folder_needs_force(filled: Path):
-    with pytest.raises(OutputError, match=r"out is a folder with files.*--force"), staged_output(filled):
+    with (
+        pytest.raises(OutputError, match=r"out is a folder with files.*--force"),
+        staged_output(filled),
+    ):
         pytest.fail("the block must not run")
     assert names(filled) == ["old"]
 
 
 def test_file_needs_force(tmp_path: Path):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(OutputError, match=r"out is a file.*--force"), staged_output(tmp_path / "out"):
+    with (
+        pytest.raises(OutputError, match=r"out is a file.*--force"),
+        staged_output(tmp_path / "out"),
+    ):
         pytest.fail("the block must not run")
     with staged_output(tmp_path / "out", force=True) as folder:
         (folder / "new").write_text("new")
@@ -121,7 +127,9 @@ def test_force_through_a_link_replaces_the_folder_it_points_to(filled: Path):
     assert names(filled) == ["new"]
 
 
-@pytest.mark.parametrize(("target", "relation"), [("base", "is"), ("base/out", "lies inside"), (".", "holds")])
+@pytest.mark.parametrize(
+    ("target", "relation"), [("base", "is"), ("base/out", "lies inside"), (".", "holds")]
+)
 def test_inputs_are_safe_even_from_force(tmp_path: Path, target: str, relation: str):
     base = tmp_path / "base"
     base.mkdir()
@@ -134,7 +142,9 @@ def test_inputs_are_safe_even_from_force(tmp_path: Path, target: str, relation: 
     assert names(base) == ["model.safetensors"]
 
 
-def test_force_never_replaces_home_root_or_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_force_never_replaces_home_root_or_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for name in ("home", "work"):
         (tmp_path / name / "inner").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home" / "inner"))
@@ -146,14 +156,20 @@ def test_force_never_replaces_home_root_or_the_working_folder(tmp_path: Path, mo
 
 def test_force_never_replaces_a_git_repository(filled: Path):
     (filled / ".git").mkdir()
-    with pytest.raises(OutputError, match=r"out is a git repository"), staged_output(filled, force=True):
+    with (
+        pytest.raises(OutputError, match=r"out is a git repository"),
+        staged_output(filled, force=True),
+    ):
         pytest.fail("the block must not run")
     assert names(filled) == [".git", "old"]
 
 
 def test_parent_that_cannot_be_made_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(OutputError, match=r"file/out cannot be written"), staged_output(tmp_path / "file" / "out"):
+    with (
+        pytest.raises(OutputError, match=r"file/out cannot be written"),
+        staged_output(tmp_path / "file" / "out"),
+    ):
         pytest.fail("the block must not run")
 
 
@@ -192,7 +208,9 @@ def test_old_output_comes_back_when_the_new_one_cannot_take_its_place(filled: Pa
 def test_killed_run_leaves_no_target_and_the_next_run_sweeps(tmp_path: Path):
     target = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    killed = subprocess.run([sys.executable, "-c", WRITER_KILLED_MIDWAY, str(target)], env=environment, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", WRITER_KILLED_MIDWAY, str(target)], env=environment, check=False
+    )
     assert killed.returncode == -signal.SIGKILL
     assert not target.exists()
     (partial,) = tmp_path.iterdir()
@@ -238,7 +256,9 @@ def test_json_round_trip_keeps_the_order_and_ends_in_a_newline(tmp_path: Path):
     assert text.endswith("}\n")
 
 
-def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_json_that_cannot_be_written_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     write_json(tmp_path / "a.json", {"old": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"new": object()})

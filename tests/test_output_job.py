@@ -132,7 +132,9 @@ def test_an_interrupt_keeps_the_work_for_a_later_process(tmp_path: Path):
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("error", [ValueError(), SystemExit(1), OSError(errno.ENOSPC, "full"), GeneratorExit()])
+@pytest.mark.parametrize(
+    "error", [ValueError(), SystemExit(1), OSError(errno.ENOSPC, "full"), GeneratorExit()]
+)
 def test_any_other_exception_removes_the_work(tmp_path: Path, error: BaseException):
     expected = OutputError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
@@ -166,5 +168,8 @@ def test_room_that_is_taken_already_is_not_asked_for_again(tmp_path: Path):
     killed(tmp_path / "out", "rank 4")
     with staged_output(tmp_path / "out", job="rank 4", needs_bytes=10**18) as folder:
         assert names(folder) == ["half", JOB]
-    with pytest.raises(OutputError, match="bytes"), staged_output(tmp_path / "more", job="rank 4", needs_bytes=10**18):
+    with (
+        pytest.raises(OutputError, match="bytes"),
+        staged_output(tmp_path / "more", job="rank 4", needs_bytes=10**18),
+    ):
         pytest.fail("the block must not run")

@@ -79,10 +79,14 @@ for workers in (1, 2):
 """
 
 
-def test_outputs_are_bit_identical_on_two_threads_too(tmp_path: Path, pico_folder: Callable[..., Path]) -> None:
+def test_outputs_are_bit_identical_on_two_threads_too(
+    tmp_path: Path, pico_folder: Callable[..., Path]
+) -> None:
     base = pico_folder(hidden_size=160, intermediate_size=288, dtype=torch.bfloat16)
     subprocess.run(
-        [sys.executable, "-c", TWO_THREADS, base, tmp_path], env={**os.environ, "OMP_NUM_THREADS": "2"}, check=True
+        [sys.executable, "-c", TWO_THREADS, base, tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        check=True,
     )
     for part in ("model.safetensors", "pissa_init/adapter_model.safetensors"):
         assert (tmp_path / "1" / part).read_bytes() == (tmp_path / "2" / part).read_bytes()

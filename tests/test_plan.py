@@ -56,7 +56,9 @@ def llama(tmp_path: Path) -> Path:
 
 
 def weights_on_disk(out: Path) -> int:
-    return sum(path.stat().st_size for path in out.rglob("*") if path.suffix in (".safetensors", ".pt"))
+    return sum(
+        path.stat().st_size for path in out.rglob("*") if path.suffix in (".safetensors", ".pt")
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,10 @@ def weights_on_disk(out: Path) -> int:
     ids=lambda more: "-".join(map(str, more.values())),
 )
 def test_a_run_trains_as_many_parameters_as_planned_and_takes_the_room_planned(
-    more: dict[str, Any], settings: Callable[..., Any], pico_folder: Callable[..., Path], tmp_path: Path
+    more: dict[str, Any],
+    settings: Callable[..., Any],
+    pico_folder: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     base = pico_folder("packable", vocab_size=260, tie_word_embeddings=False, **PACKABLE)
     save_tokenizer(base)
@@ -99,36 +104,65 @@ def most_on_disk(planned: Plan, more: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize(("task", "labels"), [("classification", "abc"), ("regression", "147")])
-def test_a_new_head_trains_whole_and_is_counted(task: str, labels: str, tmp_path: Path, minilm: Path) -> None:
+def test_a_new_head_trains_whole_and_is_counted(
+    task: str, labels: str, tmp_path: Path, minilm: Path
+) -> None:
     data = tmp_path / "labels.csv"
-    data.write_text("text,label\n" + "".join(f"text {n},{labels[n % 3]}\n" for n in range(12)), encoding="utf-8")
-    values = {"model": str(minilm), "data": str(data), "output": str(tmp_path / "out"), "rank": 2, "batch_size": 4}
-    asked = load_settings(None, {**values, **SHORT, "task": task, "max_length": 16, "device": "cpu"})
+    data.write_text(
+        "text,label\n" + "".join(f"text {n},{labels[n % 3]}\n" for n in range(12)), encoding="utf-8"
+    )
+    values = {
+        "model": str(minilm),
+        "data": str(data),
+        "output": str(tmp_path / "out"),
+        "rank": 2,
+        "batch_size": 4,
+    }
+    asked = load_settings(
+        None, {**values, **SHORT, "task": task, "max_length": 16, "device": "cpu"}
+    )
     planned = plan(asked)
     record = train(asked)
     assert planned.asked.trainable == record["trainable_parameters"]
     assert planned.costs[0].method == "full" and planned.costs[0].trainable > 20e6
 
 
-@pytest.mark.parametrize("more", [{"rows": 13, "epochs": 1.3}, {"rows": 9, "epochs": 1.0}, {"rows": 4, "epochs": 3.0}])
+@pytest.mark.parametrize(
+    "more", [{"rows": 13, "epochs": 1.3}, {"rows": 9, "epochs": 1.0}, {"rows": 4, "epochs": 3.0}]
+)
 def test_steps_and_tokens_are_those_of_the_trainer(
     more: dict[str, Any], settings: Callable[..., Any], tmp_path: Path
 ) -> None:
-    short = {"max_steps": 0, "eval_size": 0, "eval_steps": 0, "save_steps": 0, "method": "lora", "rank": 1}
-    asked = settings(**short, data_limit=more["rows"], epochs=more["epochs"], batch_size=4, micro_batch_size=2)
+    short = {
+        "max_steps": 0,
+        "eval_size": 0,
+        "eval_steps": 0,
+        "save_steps": 0,
+        "method": "lora",
+        "rank": 1,
+    }
+    asked = settings(
+        **short, data_limit=more["rows"], epochs=more["epochs"], batch_size=4, micro_batch_size=2
+    )
     planned = plan(asked)
     assert planned.counts.steps == train(asked)["steps"]
-    assert planned.counts.tokens == pytest.approx(more["epochs"] * more["rows"] * planned.counts.row_tokens, abs=1)
+    assert planned.counts.tokens == pytest.approx(
+        more["epochs"] * more["rows"] * planned.counts.row_tokens, abs=1
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "full", "checkpointed"])
-def test_a_step_without_values_takes_the_bytes_of_a_real_one(method: str, base: Path, tmp_path: Path) -> None:
+def test_a_step_without_values_takes_the_bytes_of_a_real_one(
+    method: str, base: Path, tmp_path: Path
+) -> None:
     values = {"model": str(base), "data": "none", "output": str(tmp_path / "out"), "rank": 4}
     name = "lora" if method == "checkpointed" else method
     asked = load_settings(None, {**values, "method": name})
     choice = None if name == "full" else choose(name)
     planned = build(open_source(load_settings(None, values)), asked, choice, 2)
-    expected = step_bytes(planned, 2, 24, checkpointing=method == "checkpointed", accumulates=False, kind="cpu")
+    expected = step_bytes(
+        planned, 2, 24, checkpointing=method == "checkpointed", accumulates=False, kind="cpu"
+    )
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base).train()
     if name != "full":
         model = pissa.attach(model, name, 4)
@@ -139,7 +173,9 @@ def test_a_step_without_values_takes_the_bytes_of_a_real_one(method: str, base: 
         inner.enable_input_require_grads()
     ids = torch.ones(2, 24, dtype=torch.long)
     with _Counter([*model.parameters(), *model.buffers()]) as counter:
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
+        output = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True
+        )
         (-output.log_probs.sum()).backward()
     assert expected == pytest.approx(counter.peak, rel=0.05)
     tile = 4 * 2 * 23 * 32768  # of logits, so wide for any vocabulary
@@ -156,13 +192,22 @@ def test_memory_that_is_let_go_counts_no_more_and_a_view_counts_nothing() -> Non
 
 
 def test_llama_2_7b_is_planned_from_its_config_alone(llama: Path, tmp_path: Path) -> None:
-    values = {"model": str(llama), "data": "org/absent", "output": str(tmp_path / "out"), "rank": 128}
-    asked = load_settings(None, {**values, "method": "qpissa", "gradient_checkpointing": True, "micro_batch_size": 1})
+    values = {
+        "model": str(llama),
+        "data": "org/absent",
+        "output": str(tmp_path / "out"),
+        "rank": 128,
+    }
+    asked = load_settings(
+        None, {**values, "method": "qpissa", "gradient_checkpointing": True, "micro_batch_size": 1}
+    )
     found = plan(asked, memory="24GB")
     full, lora, qlora, qpissa = found.costs
     assert full.parameters == full.trainable == 6_738_415_616  # as the model's card says
     # r (in + out) over q, k, v, o, gate, up, down of 32 layers
-    assert lora.trainable == qlora.trainable == qpissa.trainable == 128 * 32 * (4 * 8192 + 3 * 15104)
+    assert (
+        lora.trainable == qlora.trainable == qpissa.trainable == 128 * 32 * (4 * 8192 + 3 * 15104)
+    )
     assert full.dtype == "bfloat16" and full.fits == "no" and qpissa.fits == "yes"
     assert full.device and lora.device and qlora.device and qpissa.device and qpissa.disk
     assert full.device.weights == pytest.approx(2 * 6_738_415_616, rel=1e-3)
@@ -171,23 +216,37 @@ def test_llama_2_7b_is_planned_from_its_config_alone(llama: Path, tmp_path: Path
     others = 6_738_415_616 - linear
     assert qlora.device.weights == pytest.approx(linear * (0.5 + 4 / 64) + 4 * others, rel=1e-3)
     assert qpissa.device.starts == qpissa.device.adapters == 4 * lora.trainable
-    assert qpissa.disk.residual == pytest.approx(linear * (0.5 + 4 / 64) + 2 * others + 4 * lora.trainable, rel=1e-3)
+    assert qpissa.disk.residual == pytest.approx(
+        linear * (0.5 + 4 / 64) + 2 * others + 4 * lora.trainable, rel=1e-3
+    )
     assert found.counts.steps is None and "data not here" in found.counts.note
 
 
 def test_activations_grow_with_rows_and_shrink_with_checkpointing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "TILE_COLUMNS", 64)  # else the output layer's tile is all there is in a pico model
-    values = {"model": str(base), "data": "org/absent", "output": str(tmp_path / "out"), "rank": 2, "max_length": 64}
+    monkeypatch.setattr(
+        step, "TILE_COLUMNS", 64
+    )  # else the output layer's tile is all there is in a pico model
+    values = {
+        "model": str(base),
+        "data": "org/absent",
+        "output": str(tmp_path / "out"),
+        "rank": 2,
+        "max_length": 64,
+    }
 
     def activations(**more: Any) -> int:
-        device = plan(load_settings(None, {**values, "batch_size": 16, "method": "lora", **more})).asked.device
+        device = plan(
+            load_settings(None, {**values, "batch_size": 16, "method": "lora", **more})
+        ).asked.device
         assert device is not None
         return device.activations
 
     assert activations(micro_batch_size=16) > 1.8 * activations(micro_batch_size=8)
-    assert activations(micro_batch_size=16) > 1.05 * activations(micro_batch_size=16, gradient_checkpointing=True)
+    assert activations(micro_batch_size=16) > 1.05 * activations(
+        micro_batch_size=16, gradient_checkpointing=True
+    )
 
 
 def test_a_decomposed_folder_is_planned_as_it_was_decomposed(
@@ -195,7 +254,9 @@ def test_a_decomposed_folder_is_planned_as_it_was_decomposed(
 ) -> None:
     pissa.decompose(base, tmp_path / "dec", "pissa", 3)
     found = plan(settings(model=str(tmp_path / "dec"), rank=3))
-    assert [cost.method for cost in found.costs] == ["pissa"], "no other method begins from a residual"
+    assert [cost.method for cost in found.costs] == ["pissa"], (
+        "no other method begins from a residual"
+    )
     with pytest.raises(ConfigError, match="rank: got 4, expected 3"):
         plan(settings(model=str(tmp_path / "dec"), rank=4))
     packed = pico_folder("packable", vocab_size=260, **PACKABLE)
@@ -214,10 +275,14 @@ def test_full_size_recipes_are_planned_offline(method: str, llama: Path, tmp_pat
     settings = open_source(asked)
     choice = None if method == "full" else choose(asked.method, asked.quant)
     planned = build(settings, asked, choice, 2)
-    assert sum(p.numel() for p in planned.trained) == (6_738_415_616 if method == "full" else 319_815_680)
+    assert sum(p.numel() for p in planned.trained) == (
+        6_738_415_616 if method == "full" else 319_815_680
+    )
 
 
-def test_wrong_input_is_refused_as_training_would(settings: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+def test_wrong_input_is_refused_as_training_would(
+    settings: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="rank 40 is larger"):
         plan(settings(rank=40))
     with pytest.raises(ConfigError, match="unknown method"):
@@ -231,8 +296,21 @@ def test_wrong_input_is_refused_as_training_would(settings: Callable[..., Any], 
     assert not (tmp_path / "out").exists(), "a plan writes nothing"
 
 
-def test_the_command_says_what_fits_and_measures_time(base: Path, words: Path, tmp_path: Path) -> None:
-    flags = ["--model", base, "--data", words, "--output", tmp_path / "out", "--rank", 2, "--batch_size", 4]
+def test_the_command_says_what_fits_and_measures_time(
+    base: Path, words: Path, tmp_path: Path
+) -> None:
+    flags = [
+        "--model",
+        base,
+        "--data",
+        words,
+        "--output",
+        tmp_path / "out",
+        "--rank",
+        2,
+        "--batch_size",
+        4,
+    ]
     flags += ["--device", "cpu", "--max_length", 32, "--method", "lora"]
     done = run("plan", *flags, "--measure")
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,9 @@ from pissa.errors import InputError
 from runs import gap, language_model, logits, train
 from training_runs import save_tokenizer
 
-PAIRS = [{"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": f" {n + 2}!"} for n in range(8)]
+PAIRS = [
+    {"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": f" {n + 2}!"} for n in range(8)
+]
 JUDGED = [
     {"prompt": pair["prompt"], "completion": pair[kind], "label": kind == "chosen"}
     for pair in PAIRS
@@ -95,7 +97,9 @@ def test_dpo_starts_at_ln_2_and_its_reference_stays_the_base(
     assert_learns_from_ln_2(trainer)
 
 
-def test_on_a_bfloat16_base_the_reference_is_the_base_bit_for_bit(trainer_of: Callable[..., Any]) -> None:
+def test_on_a_bfloat16_base_the_reference_is_the_base_bit_for_bit(
+    trainer_of: Callable[..., Any],
+) -> None:
     model = pico().bfloat16()
     before = logits(model)
     trainer = trainer_of(pissa.attach(model, "pissa", 4))
@@ -155,7 +159,9 @@ def test_grpo_keeps_the_base_as_reference(trainer_of: Callable[..., Any]) -> Non
 
 
 @pytest.mark.parametrize("base", ["keep", "residual"])
-def test_a_dpo_checkpoint_goes_on_with_the_same_bits(base: str, trainer_of: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_dpo_checkpoint_goes_on_with_the_same_bits(
+    base: str, trainer_of: Callable[..., Any], tmp_path: Path
+) -> None:
     def trainer() -> Any:
         model = pissa.attach(pico(), "pissa", 4, base=base)
         return trainer_of(model, save_strategy="steps", save_steps=2, max_steps=4)
@@ -172,7 +178,9 @@ def test_twins_on_a_residual_come_and_go_without_touching_the_model() -> None:
     model = pissa.attach(pico(), "pissa", 4, base="residual")
     model.add_adapter("ref", model.peft_config["default"])
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    assert layer.start_left["ref"].data_ptr() == layer.start_left["default"].data_ptr(), "the start is shared"
+    assert layer.start_left["ref"].data_ptr() == layer.start_left["default"].data_ptr(), (
+        "the start is shared"
+    )
     learnt = logits(train(model))
     model.set_adapter("ref")
     assert gap(logits(model), logits(pico())) < 1e-6
@@ -187,14 +195,22 @@ def test_twins_on_a_residual_come_and_go_without_touching_the_model() -> None:
     assert torch.equal(logits(model.base_model.model), logits(pico()))
 
 
-def test_the_documented_example_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_example_runs(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = (Path(__file__).parents[1] / "docs" / "preference.md").read_text(encoding="utf-8")
     example, request = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(example.replace("HuggingFaceTB/SmolLM2-135M", str(base)), names)
     assert abs(logged(names["trainer"])[0] - math.log(2)) < 1e-6
-    assert gap(logits(pissa.load(language_model(base), tmp_path / "dpo/run")), logits(language_model(base))) > 0
+    assert (
+        gap(
+            logits(pissa.load(language_model(base), tmp_path / "dpo/run")),
+            logits(language_model(base)),
+        )
+        > 0
+    )
     exec(request, names)
     assert torch.equal(reference(names["trainer"]), logits(language_model(base)))
 

@@ -39,15 +39,25 @@ def odd(settings: Callable[..., Any], tmp_path: Path) -> Any:
 def test_what_is_odd_about_the_data_is_counted(odd: Any) -> None:
     found = preview(odd)
     assert (found.rows, found.evaluation, found.limit) == (5, 2, 32)
-    assert (found.cut, found.dropped, found.empty, found.duplicates, found.leaked) == (2, 1, 1, 1, 1)
-    lengths = sorted(len(row["prompt"] + row["completion"]) + 1 for row in ODD)  # a letter a token, and the end
+    assert (found.cut, found.dropped, found.empty, found.duplicates, found.leaked) == (
+        2,
+        1,
+        1,
+        1,
+        1,
+    )
+    lengths = sorted(
+        len(row["prompt"] + row["completion"]) + 1 for row in ODD
+    )  # a letter a token, and the end
     assert (found.median, found.p95, found.longest) == (lengths[2], lengths[4], lengths[4])
 
 
 def test_counts_are_those_that_training_records(odd: Any) -> None:
     found, tokenizer = preview(odd), load_tokenizer(odd)
     examples = language.encode(dataclasses.replace(load_rows(odd), evaluation=[]), tokenizer, odd)
-    assert found.cut == examples.notes["rows_cut"] and found.dropped == examples.notes["rows_dropped"]
+    assert (
+        found.cut == examples.notes["rows_cut"] and found.dropped == examples.notes["rows_dropped"]
+    )
     assert found.tokens == sum(len(row["input_ids"]) for row in examples.train)
     learnt = sum(label != language.MASKED for row in examples.train for label in row["labels"][1:])
     assert found.loss_share == pytest.approx(learnt / found.tokens)
@@ -55,7 +65,10 @@ def test_counts_are_those_that_training_records(odd: Any) -> None:
 
 def test_a_row_is_shown_as_it_is_cut_with_the_response_marked(odd: Any) -> None:
     first, *_, last = preview(odd, rows=9).shown
-    assert [(part.text, part.loss) for part in first.segments] == [("1 + 1 =", False), (" 2</s>", True)]
+    assert [(part.text, part.loss) for part in first.segments] == [
+        ("1 + 1 =", False),
+        (" 2</s>", True),
+    ]
     assert [(part.text, part.loss) for part in last.segments] == [
         ("a prompt of some letters:", False),
         (" partly", True),
@@ -66,7 +79,9 @@ def test_a_row_is_shown_as_it_is_cut_with_the_response_marked(odd: Any) -> None:
 def test_classes_and_texts_are_counted(settings: Callable[..., Any], tmp_path: Path) -> None:
     data = tmp_path / "labels.csv"
     data.write_text("text,label\ngood,yes\nbad,no\ngood,yes\nfine,yes\n", encoding="utf-8")
-    found = preview(settings(task="classification", data=str(data), eval_size=0, eval_steps=0), rows=1)
+    found = preview(
+        settings(task="classification", data=str(data), eval_size=0, eval_steps=0), rows=1
+    )
     assert found.labels == {"yes": 3, "no": 1}
     assert (found.duplicates, found.dropped, found.loss_share) == (1, 0, None)
     assert found.shown[0].label == "yes" and "good" in found.shown[0].segments[0].text
@@ -80,8 +95,15 @@ def test_no_control_character_reaches_the_terminal(odd: Any, tmp_path: Path, bas
     done = run("preview", *flags)
     assert done.returncode == 0, done.stderr
     assert not [mark for mark in done.stdout if not mark.isprintable() and mark != "\n"]
-    assert "clear\\x1b[2J" in done.stdout and "⟦[bold]" in done.stdout and "↵\ndone</s>⟧" in done.stdout
-    assert json.loads(run("preview", *flags, "--json").stdout)["shown"][0]["segments"][0]["text"] == f"clear{evil}"
+    assert (
+        "clear\\x1b[2J" in done.stdout
+        and "⟦[bold]" in done.stdout
+        and "↵\ndone</s>⟧" in done.stdout
+    )
+    assert (
+        json.loads(run("preview", *flags, "--json").stdout)["shown"][0]["segments"][0]["text"]
+        == f"clear{evil}"
+    )
     assert printable("a b\té\ud800") == "a b\\té\\ud800"
 
 

@@ -20,7 +20,12 @@ from pissa.quant.codebook import Codebook
 from pissa.splits import Quantised
 from test_laws import matrix
 
-FOUR_BIT = {"nf4": ("nf4", False), "nf4-double": ("nf4", True), "fp4": ("fp4", False), "fp4-double": ("fp4", True)}
+FOUR_BIT = {
+    "nf4": ("nf4", False),
+    "nf4-double": ("nf4", True),
+    "fp4": ("fp4", False),
+    "fp4-double": ("fp4", True),
+}
 ALL = {**FOUR_BIT, "int8": ("int8", False)}
 WIDEST_HALF_GAP = {"nf4": 0.1519, "fp4": 1 / 6 + 1e-6}
 # The first is one byte, the second a block and a value; none fills its last block.
@@ -29,7 +34,9 @@ SHAPES = [(2, 1), (5, 13), (130, 70), (250, 100)]
 every_four_bit = pytest.mark.parametrize(("name", "double"), FOUR_BIT.values(), ids=FOUR_BIT)
 every_quantiser = pytest.mark.parametrize(("name", "double"), ALL.values(), ids=ALL)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 
 
 def codes(parts: dict[str, Tensor]) -> list[int]:
@@ -44,8 +51,13 @@ def same_parts(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def whole(weight: Tensor, name: str, double: bool) -> Quantised:
     """What bitsandbytes makes of a matrix itself, all of it at once."""
-    packed, state = F.quantize_4bit(weight, blocksize=64, quant_type=name, compress_statistics=double)
-    parts = {"weight": packed, **{f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}}
+    packed, state = F.quantize_4bit(
+        weight, blocksize=64, quant_type=name, compress_statistics=double
+    )
+    parts = {
+        "weight": packed,
+        **{f"weight.{key}": part for key, part in state.as_dict(packed=True).items()},
+    }
     # It takes a matrix of one byte for a transposed one.
     return Quantised(parts, F.dequantize_4bit(packed, state).reshape(weight.shape))
 
@@ -56,7 +68,9 @@ def linear(weight: Tensor, name: str, double: bool = False) -> torch.nn.Module:
     if name == "int8":
         layer = nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0)
     else:
-        layer = nn.Linear4bit(columns, rows, bias=False, quant_type=name, compress_statistics=double)
+        layer = nn.Linear4bit(
+            columns, rows, bias=False, quant_type=name, compress_statistics=double
+        )
     layer.to(weight.dtype).load_state_dict({"weight": weight})
     return layer.to("cpu")
 
@@ -82,13 +96,32 @@ def test_codes_change_at_the_midpoints_and_a_tie_goes_to_the_lower():
     assert torch.allclose(ties, torch.tensor(golden), rtol=0, atol=1e-7)
     for midpoints, above in ((ties - 1e-6, 0), (ties, 0), (ties + 1e-6, 1)):
         block = torch.cat([midpoints, torch.ones(49)])[None]
-        assert codes(quantised(quantiser("nf4"), block).parts)[:15] == [code + above for code in range(15)]
+        assert codes(quantised(quantiser("nf4"), block).parts)[:15] == [
+            code + above for code in range(15)
+        ]
 
 
 def test_golden_histogram_and_error_of_an_even_block():
     block = 0.5 * torch.linspace(-1, 1, 64)[None]
     made = quantised(quantiser("nf4"), block)
-    assert torch.tensor(codes(made.parts)).bincount().tolist() == [5, 8, 5, 3, 4, 3, 3, 2, 3, 2, 3, 3, 4, 4, 7, 5]
+    assert torch.tensor(codes(made.parts)).bincount().tolist() == [
+        5,
+        8,
+        5,
+        3,
+        4,
+        3,
+        3,
+        2,
+        3,
+        2,
+        3,
+        3,
+        4,
+        4,
+        7,
+        5,
+    ]
     assert float((made.dense - block).square().mean()) == pytest.approx(7.1736751e-4, rel=1e-6)
 
 
@@ -104,7 +137,9 @@ def test_every_byte_stands_for_its_two_codes_and_comes_back():
 @every_dtype
 @every_shape
 @pytest.mark.parametrize("piece", [2**20, 64], ids=["one piece", "many pieces"])
-def test_parts_and_dense_are_what_bitsandbytes_makes_of_the_whole(name, double, dtype, shape, piece, monkeypatch):
+def test_parts_and_dense_are_what_bitsandbytes_makes_of_the_whole(
+    name, double, dtype, shape, piece, monkeypatch
+):
     monkeypatch.setattr("pissa.quant.nf4.PIECE", piece)
     weight = matrix(*reversed(shape), dtype).T
     how, expected = quantiser(name, double=double), whole(weight, name, double)
@@ -116,7 +151,9 @@ def test_parts_and_dense_are_what_bitsandbytes_makes_of_the_whole(name, double, 
 
 @every_quantiser
 @every_dtype
-def test_parts_are_the_state_dict_of_a_layer_of_bitsandbytes_before_and_after_training(name, double, dtype):
+def test_parts_are_the_state_dict_of_a_layer_of_bitsandbytes_before_and_after_training(
+    name, double, dtype
+):
     weight = matrix(300, 128, dtype)
     made, layer = quantised(quantiser(name, double=double), weight), linear(weight, name, double)
     assert same_parts(made.parts, dict(layer.state_dict()))
@@ -140,16 +177,22 @@ def test_plan_is_what_is_made_and_a_bound_where_that_is_late(name, double, shape
     for dtype, size in ((torch.float32, 1.0), (torch.bfloat16, 1e-6)):
         made = how.quantise(size * matrix(*shape, torch.float32), dtype).parts
         plan = how.plan(shape, dtype)
-        assert {key: part.dtype for key, part in made.items()} == {key: planned[0] for key, planned in plan.items()}
+        assert {key: part.dtype for key, part in made.items()} == {
+            key: planned[0] for key, planned in plan.items()
+        }
         for key, part in made.items():
-            assert part.numel() <= plan[key][1][0] if key in how.late else part.shape == plan[key][1]
+            assert (
+                part.numel() <= plan[key][1][0] if key in how.late else part.shape == plan[key][1]
+            )
 
 
 @pytest.mark.parametrize(("double", "bits"), [(False, 4.5), (True, 4.127)])
 def test_bits_per_weight_from_the_bytes_of_all_parts(double, bits):
     weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     parts = quantised(quantiser("nf4", double=double), weight).parts
-    assert 8 * sum(part.nbytes for part in parts.values()) / weight.numel() == pytest.approx(bits, abs=1e-3)
+    assert 8 * sum(part.nbytes for part in parts.values()) / weight.numel() == pytest.approx(
+        bits, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", WIDEST_HALF_GAP)
@@ -180,7 +223,10 @@ def test_quantised_scales_are_off_by_less_than_a_percent(name):
 
 @every_quantiser
 def test_zero_blocks_and_rows_give_zeros(name, double):
-    how, partly = quantiser(name, double=double), matrix(300, 64, torch.float32).index_fill(0, torch.tensor([7]), 0)
+    how, partly = (
+        quantiser(name, double=double),
+        matrix(300, 64, torch.float32).index_fill(0, torch.tensor([7]), 0),
+    )
     for weight in (torch.zeros(5, 64), torch.zeros(3, 30)):
         assert not quantised(how, weight).dense.any()
     made = quantised(how, partly).dense
@@ -192,7 +238,9 @@ def test_a_layer_of_the_parts_computes_with_the_dense_matrix(name, double):
     made = quantised(quantiser(name, double=double), matrix(96, 128, torch.float32))
     layer = nn.Linear4bit(128, 96, bias=False)
     rest = {key: part for key, part in made.parts.items() if key != "weight"}
-    layer.weight = nn.Params4bit.from_prequantized(made.parts["weight"], rest, device="cpu", module=layer)
+    layer.weight = nn.Params4bit.from_prequantized(
+        made.parts["weight"], rest, device="cpu", module=layer
+    )
     assert relative_error(layer(torch.eye(128)).T, made.dense) < 1e-6
 
 
@@ -208,9 +256,13 @@ def test_a_layer_that_repacked_its_codes_for_the_processor_is_refused(double):
         model_tensors(torch.nn.Sequential(layer))
     undone = dict(layer.state_dict())
     assert torch.equal(undone["weight"], parts["weight"])
-    assert not torch.equal(undone["weight.absmax"], parts["weight.absmax"]), "its scales went through bfloat16"
+    assert not torch.equal(undone["weight.absmax"], parts["weight.absmax"]), (
+        "its scales went through bfloat16"
+    )
     if not double:
-        with pytest.raises(CheckpointError, match="scales in the order that bitsandbytes gives them"):
+        with pytest.raises(
+            CheckpointError, match="scales in the order that bitsandbytes gives them"
+        ):
             how.dense(undone)
 
 
@@ -220,7 +272,9 @@ def test_the_table_finds_the_nearest_code_of_every_number(name):
     order = values.argsort()
     midpoints = (values[order[:-1]] + values[order[1:]]) / 2
     beside = [torch.nextafter(midpoints, torch.tensor(side)) for side in (-2.0, 2.0)]
-    numbers = torch.cat([midpoints, *beside, torch.linspace(-1, 1, 2**18 + 1), values, torch.tensor([0.0, -0.0])])
+    numbers = torch.cat(
+        [midpoints, *beside, torch.linspace(-1, 1, 2**18 + 1), values, torch.tensor([0.0, -0.0])]
+    )
     found = Codebook(values).codes(numbers)
     assert torch.equal(found, order.to(torch.uint8)[torch.bucketize(numbers, midpoints)])
     assert found.unique().numel() == len(midpoints.unique()) + 1
@@ -240,7 +294,9 @@ def test_float64_is_unpacked_in_float32_and_what_overflows_float16_is_refused_by
     weight = matrix(64, 64, torch.float64)
     assert quantised(quantiser("nf4"), weight).dense.dtype == torch.float32
     assert pissa.split(weight, "qpissa", 4).frozen.dtype == torch.float64
-    huge = (60000 * torch.sign(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))).half()
+    huge = (
+        60000 * torch.sign(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    ).half()
     with pytest.raises(InputError, match="`huge`: the quantised weight is beyond float16's 65504"):
         pissa.split(huge, "qpissa", 4, name="huge")
 
@@ -256,7 +312,9 @@ def test_int8_values_are_off_by_half_a_step_of_their_row():
 
 
 def test_int8_refuses_what_float16_cannot_hold_and_double_quantisation():
-    with pytest.raises(InputError, match="above float16's 65504, in which int8 rows are rounded: use nf4"):
+    with pytest.raises(
+        InputError, match="above float16's 65504, in which int8 rows are rounded: use nf4"
+    ):
         pissa.split(matrix(300, 40, torch.float32) * 1e7, "lora", 4, quant="int8")
     with pytest.raises(InputError, match="which int8 has not: leave --double-quant out"):
         pissa.split(torch.eye(4), "pissa", 2, quant="int8", double_quant=True)
@@ -264,7 +322,9 @@ def test_int8_refuses_what_float16_cannot_hold_and_double_quantisation():
 
 @every_quantiser
 def test_the_config_is_one_that_transformers_reads(name, double):
-    read = transformers.BitsAndBytesConfig.from_dict(quantiser(name, double=double).config(torch.bfloat16, ["lm_head"]))
+    read = transformers.BitsAndBytesConfig.from_dict(
+        quantiser(name, double=double).config(torch.bfloat16, ["lm_head"])
+    )
     assert read.quantization_method().removeprefix("llm_") == name
     assert (read.bnb_4bit_use_double_quant, read.llm_int8_skip_modules) == (double, ["lm_head"])
     assert name == "int8" or read.bnb_4bit_compute_dtype == torch.bfloat16
@@ -272,7 +332,10 @@ def test_the_config_is_one_that_transformers_reads(name, double):
 
 @pytest.mark.parametrize(("wrong", "meant"), [("nf5", "nf4"), ("fp-4", "fp4"), ("int4", "int8")])
 def test_unknown_name_names_the_nearest(wrong, meant):
-    with pytest.raises(InputError, match=f"unknown quantiser '{wrong}'. Did you mean '{meant}'[?] Known: fp4, int8, nf4"):
+    with pytest.raises(
+        InputError,
+        match=f"unknown quantiser '{wrong}'. Did you mean '{meant}'[?] Known: fp4, int8, nf4",
+    ):
         quantiser(wrong)
 
 

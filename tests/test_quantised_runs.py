@@ -69,14 +69,18 @@ def test_the_run_its_adapter_and_the_merged_model_are_one_model(
         assert 0.03 < record.notes["errors"]["nf4"] < 0.2
 
 
-def test_merging_rounds_once_into_16_bits_and_says_so(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_merging_rounds_once_into_16_bits_and_says_so(
+    pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     pair = trained(tmp_path, pico_folder(dtype=torch.bfloat16, **PACKABLE))
     record = pissa.merge(pair.residual, pair.run, tmp_path / "merged")
     state = load_file(pair.run / "state" / "state.safetensors")
     module = WEIGHT.removesuffix(".weight")
     dense = PackedWeights(Checkpoint.open(pair.residual)).dense(WEIGHT)
     whole = dense.float() + state[f"{module}.left"] @ state[f"{module}.right"]
-    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[WEIGHT], whole.bfloat16())
+    assert torch.equal(
+        load_file(tmp_path / "merged" / "model.safetensors")[WEIGHT], whole.bfloat16()
+    )
     assert 1e-4 < record.notes["errors"]["written"] < 2**-8
 
 
@@ -92,7 +96,9 @@ def test_merging_back_into_few_bits_is_only_done_when_asked(pair: Trained, tmp_p
     assert record.notes["errors"]["written"] == pytest.approx(error_of(packed, whole), rel=0.5)
     assert gap(logits(language_model(tmp_path / "packed")), pair.logits) > 1e-2
     pissa.convert(pair.run, tmp_path / "lora", 8)
-    with pytest.raises(WrongBaseError, match="is quantised, and a change merged into it would be rounded away"):
+    with pytest.raises(
+        WrongBaseError, match="is quantised, and a change merged into it would be rounded away"
+    ):
         pissa.merge(tmp_path / "packed", tmp_path / "lora", tmp_path / "again")
 
 
@@ -107,7 +113,9 @@ def test_there_is_no_exact_lora_and_the_ways_out_are_named(pair: Trained, tmp_pa
 
 def test_the_best_lora_of_a_rank_has_the_error_it_says(pair: Trained, tmp_path: Path) -> None:
     pissa.merge(pair.residual, pair.run, tmp_path / "merged")
-    merged, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", pair.base))
+    merged, base = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", pair.base)
+    )
     missed = total = 0.0
     for name, weight in merged.items():
         if name.endswith("_proj.weight"):
@@ -122,7 +130,9 @@ def test_the_best_lora_of_a_rank_has_the_error_it_says(pair: Trained, tmp_path: 
     assert gap(stock_logits(pair.base, tmp_path / "full"), pair.logits) < 1e-4
 
 
-def test_an_adapter_that_stock_peft_trained_is_merged_and_converted_like_ours(pair: Trained, tmp_path: Path) -> None:
+def test_an_adapter_that_stock_peft_trained_is_merged_and_converted_like_ours(
+    pair: Trained, tmp_path: Path
+) -> None:
     model = peft.PeftModel.from_pretrained(
         language_model(pair.residual), pair.residual, subfolder="pissa_init", is_trainable=True
     )
@@ -156,7 +166,9 @@ def test_no_other_model_is_taken_for_the_residual(
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_lora_for_the_original_base_is_refused_by_its_residual(pair: Trained, tmp_path: Path) -> None:
+def test_a_lora_for_the_original_base_is_refused_by_its_residual(
+    pair: Trained, tmp_path: Path
+) -> None:
     pissa.convert(pair.run, tmp_path / "lora", 8)
     with pytest.raises(WrongBaseError, match="is for the original model"):
         pissa.merge(pair.residual, tmp_path / "lora", tmp_path / "merged")
@@ -164,12 +176,17 @@ def test_a_lora_for_the_original_base_is_refused_by_its_residual(pair: Trained, 
         pissa.load(language_model(pair.residual), tmp_path / "lora")
 
 
-def test_what_does_not_hold_the_whole_start_is_not_merged_with_the_residual(pair: Trained, tmp_path: Path) -> None:
+def test_what_does_not_hold_the_whole_start_is_not_merged_with_the_residual(
+    pair: Trained, tmp_path: Path
+) -> None:
     for name, base in (("part", pair.residual), ("stranger", pair.base)):
         config = peft.LoraConfig(r=2, target_modules=["q_proj"] if name == "part" else "all-linear")
         peft.get_peft_model(language_model(base), config).save_pretrained(tmp_path / name)
     with (
-        pytest.raises(WrongBaseError, match=r"holds nothing for `model\.layers\.0\.mlp\.down_proj\.weight` \(12 such"),
+        pytest.raises(
+            WrongBaseError,
+            match=r"holds nothing for `model\.layers\.0\.mlp\.down_proj\.weight` \(12 such",
+        ),
         pytest.warns(UserWarning, match="no pissa.json"),
     ):
         pissa.merge(pair.residual, tmp_path / "part", tmp_path / "merged")
@@ -202,13 +219,20 @@ def test_one_changed_code_is_noticed(pair: Trained, tmp_path: Path) -> None:
         pissa.convert(pair.run, tmp_path / "lora", 8)
 
 
-def test_switched_off_it_gives_the_start_back_and_nothing_is_merged_into_few_bits(pair: Trained) -> None:
+def test_switched_off_it_gives_the_start_back_and_nothing_is_merged_into_few_bits(
+    pair: Trained,
+) -> None:
     start = logits(pissa.load(language_model(pair.residual), pair.residual))
     model = pissa.load(language_model(pair.residual), pair.run)
     with model.disable_adapter():
         assert gap(logits(model), start) < 1e-5
     assert torch.equal(logits(model), pair.logits)
-    for leave in (model.merge_adapter, model.merge_and_unload, model.unload, lambda: model.delete_adapter("default")):
+    for leave in (
+        model.merge_adapter,
+        model.merge_and_unload,
+        model.unload,
+        lambda: model.delete_adapter("default"),
+    ):
         with pytest.raises(InputError, match="pissa merge FOLDER RUN OUT"):
             leave()
 
@@ -252,6 +276,8 @@ def test_transposed_layers_are_merged_and_converted_the_right_way_round(tmp_path
 
 
 @pytest.mark.parametrize("method", ["qpissa", "loftq", "qlora"])
-def test_a_live_model_is_not_quantised_and_the_way_is_named(method: str, pico: torch.nn.Module) -> None:
+def test_a_live_model_is_not_quantised_and_the_way_is_named(
+    method: str, pico: torch.nn.Module
+) -> None:
     with pytest.raises(InputError, match="is done on files: pissa.decompose"):
         pissa.attach(pico, method)

@@ -19,7 +19,9 @@ from pissa.errors import CheckpointError
 ONE = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
 
 
-def raw_file(path: Path, header: Any, data_bytes: int = 24, header_bytes: int | None = None) -> Path:
+def raw_file(
+    path: Path, header: Any, data_bytes: int = 24, header_bytes: int | None = None
+) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     length = len(text) if header_bytes is None else header_bytes
     path.write_bytes(length.to_bytes(8, "little") + text + bytes(data_bytes))
@@ -35,8 +37,12 @@ def model(tmp_path: Path) -> Path:
     """Two shards with one tensor each."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     save_file({"a": torch.ones(2, 3)}, tmp_path / "model-00001-of-00002.safetensors")
-    save_file({"b": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "model-00002-of-00002.safetensors")
-    write_index(tmp_path, {"b": "model-00002-of-00002.safetensors", "a": "model-00001-of-00002.safetensors"})
+    save_file(
+        {"b": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "model-00002-of-00002.safetensors"
+    )
+    write_index(
+        tmp_path, {"b": "model-00002-of-00002.safetensors", "a": "model-00001-of-00002.safetensors"}
+    )
     return tmp_path
 
 
@@ -115,14 +121,18 @@ def test_lone_file_needs_no_config_when_told_so(tmp_path: Path):
 
 
 def test_unlisted_tensor_of_a_shard_is_left_out(model: Path):
-    save_file({"a": torch.ones(2, 3), "extra": torch.ones(1)}, model / "model-00001-of-00002.safetensors")
+    save_file(
+        {"a": torch.ones(2, 3), "extra": torch.ones(1)}, model / "model-00001-of-00002.safetensors"
+    )
     assert Checkpoint.open(model).tensors.keys() == {"a", "b"}
 
 
 def test_unknown_tensor_is_an_error_with_a_hint(model: Path):
     save_file({"lm_head.weight": torch.ones(1)}, model / "model.safetensors")
     (model / INDEX_NAME).unlink()
-    with pytest.raises(CheckpointError, match=r"no tensor 'lm_head\.weights' .* Did you mean 'lm_head\.weight'"):
+    with pytest.raises(
+        CheckpointError, match=r"no tensor 'lm_head\.weights' .* Did you mean 'lm_head\.weight'"
+    ):
         Checkpoint.open(model).read("lm_head.weights")
 
 
@@ -130,7 +140,9 @@ def test_file_cut_off_after_opening_is_an_error(model: Path):
     checkpoint = Checkpoint.open(model)
     path = model / "model-00001-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors: 'a' cannot be read any more"):
+    with pytest.raises(
+        CheckpointError, match=r"model-00001-of-00002\.safetensors: 'a' cannot be read any more"
+    ):
         checkpoint.read("a")
 
 
@@ -144,43 +156,74 @@ def test_file_cut_off_after_opening_is_an_error(model: Path):
         (b"[" * 200_000, 24, "recursion"),
         ([ONE], 24, "JSON list, expected an object"),
         ({"w": 3}, 24, "'w' is 3, expected dtype, shape and data_offsets"),
-        ({"w": {"dtype": "F32", "shape": [6]}}, 24, "'w' is .*expected dtype, shape and data_offsets"),
+        (
+            {"w": {"dtype": "F32", "shape": [6]}},
+            24,
+            "'w' is .*expected dtype, shape and data_offsets",
+        ),
         (one(dtype="F31"), 24, "'w' has dtype 'F31', expected one of F64, F32"),
         (one(dtype=["F32"]), 24, r"'w' has dtype \['F32'\]"),
         (one(shape=[-2, -3]), 24, r"'w' has shape \[-2, -3\]"),
         (one(shape=[2.0, 3]), 24, r"'w' has shape \[2\.0, 3\]"),
         (one(shape=[True, 6]), 24, r"'w' has shape \[True, 6\]"),
         (one(shape="23"), 24, "'w' has shape '23'"),
-        (one(shape=[0, 2**63], data_offsets=[0, 0]), 0, r"'w' has shape \[0, 9223372036854775808\]"),
-        (one(shape=[2, 4]), 24, r"'w' has data_offsets \[0, 24\], expected 32 bytes for F32 of shape \[2, 4\]"),
+        (
+            one(shape=[0, 2**63], data_offsets=[0, 0]),
+            0,
+            r"'w' has shape \[0, 9223372036854775808\]",
+        ),
+        (
+            one(shape=[2, 4]),
+            24,
+            r"'w' has data_offsets \[0, 24\], expected 32 bytes for F32 of shape \[2, 4\]",
+        ),
         (one(dtype="F64"), 24, r"'w' has data_offsets \[0, 24\], expected 48 bytes"),
         (one(data_offsets=[24, 0]), 24, r"'w' has data_offsets \[24, 0\]"),
         (one(data_offsets=[-24, 0]), 24, r"'w' has data_offsets \[-24, 0\]"),
         (one(data_offsets=[0, 24, 48]), 24, r"'w' has data_offsets \[0, 24, 48\], expected two"),
         (one(data_offsets=[8, 32]), 32, "'w' begins at byte 8 of the data, expected 0"),
-        ({**ONE, "v": {**ONE["w"], "data_offsets": [20, 44]}}, 44, "'v' begins at byte 20 of the data, expected 24"),
-        ({**ONE, "v": {**ONE["w"], "data_offsets": [28, 52]}}, 52, "'v' begins at byte 28 of the data, expected 24"),
+        (
+            {**ONE, "v": {**ONE["w"], "data_offsets": [20, 44]}},
+            44,
+            "'v' begins at byte 20 of the data, expected 24",
+        ),
+        (
+            {**ONE, "v": {**ONE["w"], "data_offsets": [28, 52]}},
+            52,
+            "'v' begins at byte 28 of the data, expected 24",
+        ),
         ({**ONE, "v": ONE["w"]}, 24, "'v' begins at byte 0 of the data, expected 24"),
         (json.dumps(ONE)[:-1].encode() + b', "w": 1}', 24, "the header has 'w' twice"),
     ],
 )
-def test_lying_headers_are_refused_by_name(tmp_path: Path, header: Any, data_bytes: int, message: str):
+def test_lying_headers_are_refused_by_name(
+    tmp_path: Path, header: Any, data_bytes: int, message: str
+):
     raw_file(tmp_path / "model.safetensors", header, data_bytes)
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors is damaged.*{message}.*download or write it again"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"model\.safetensors is damaged.*{message}.*download or write it again",
+    ):
         Checkpoint.open(tmp_path, need_config=False)
 
 
 @pytest.mark.parametrize("header_bytes", [0, 2**63, MAX_HEADER_BYTES + 1, 1000])
-def test_impossible_header_lengths_are_refused_before_they_are_read(tmp_path: Path, header_bytes: int):
+def test_impossible_header_lengths_are_refused_before_they_are_read(
+    tmp_path: Path, header_bytes: int
+):
     path = raw_file(tmp_path / "model.safetensors", ONE, header_bytes=header_bytes)
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors.*header length {header_bytes}, expected 1 to"):
+    with pytest.raises(
+        CheckpointError, match=rf"model\.safetensors.*header length {header_bytes}, expected 1 to"
+    ):
         read_header(path)
 
 
 @pytest.mark.parametrize("size", [0, 7])
 def test_file_too_short_for_a_header_is_refused(tmp_path: Path, size: int):
     (tmp_path / "model.safetensors").write_bytes(bytes(size))
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors.*{size} bytes, expected at least the 8"):
+    with pytest.raises(
+        CheckpointError, match=rf"model\.safetensors.*{size} bytes, expected at least the 8"
+    ):
         Checkpoint.open(tmp_path, need_config=False)
 
 
@@ -188,10 +231,16 @@ def test_truth_is_not_refused(tmp_path: Path):
     assert read_header(raw_file(tmp_path / "x.safetensors", ONE)).keys() == {"w"}
 
 
-@pytest.mark.parametrize("source", ["no such folder", "/no/such/folder", "./absent", "../absent", "absent", "a/b/c"])
+@pytest.mark.parametrize(
+    "source", ["no such folder", "/no/such/folder", "./absent", "../absent", "absent", "a/b/c"]
+)
 def test_absent_folder_is_not_taken_for_a_hub_id(source: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
-    with pytest.raises(CheckpointError, match=f"{source} is not a folder, nor a Hub id like org/name"):
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub")
+    )
+    with pytest.raises(
+        CheckpointError, match=f"{source} is not a folder, nor a Hub id like org/name"
+    ):
         Checkpoint.open(source)
 
 
@@ -205,12 +254,18 @@ def test_hub_id_is_fetched_without_pickles_and_code(model: Path, monkeypatch: py
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     checkpoint = Checkpoint.open("org/name-1.5B", "main")
-    assert (checkpoint.name, checkpoint.revision, checkpoint.folder) == ("org/name-1.5B", "0f3e", commit)
+    assert (checkpoint.name, checkpoint.revision, checkpoint.folder) == (
+        "org/name-1.5B",
+        "0f3e",
+        commit,
+    )
     assert (asked["repo_id"], asked["revision"]) == ("org/name-1.5B", "main")
     files = ["config.json", "a.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja"]
     unwanted = ["pytorch_model.bin", "model.pt", "modeling.py", "onnx/config.json", "README.md"]
     chosen = huggingface_hub.utils.filter_repo_objects(
-        files + unwanted, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+        files + unwanted,
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
     )
     assert list(chosen) == files
 
@@ -220,14 +275,19 @@ def test_hub_failure_is_one_error_that_names_the_model(monkeypatch: pytest.Monke
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match=r"org/name is not a folder here and could not be fetched.*no connection"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"org/name is not a folder here and could not be fetched.*no connection",
+    ):
         Checkpoint.open("org/name")
 
 
 @pytest.mark.parametrize("ending", reader._PICKLES)
 def test_pickled_weights_are_never_opened(tmp_path: Path, ending: str):
     (tmp_path / f"pytorch_model{ending}").write_bytes(b"cos\nsystem\n")
-    with pytest.raises(CheckpointError, match=rf"only pickled weights \(pytorch_model{ending}\).*save_pretrained"):
+    with pytest.raises(
+        CheckpointError, match=rf"only pickled weights \(pytorch_model{ending}\).*save_pretrained"
+    ):
         Checkpoint.open(tmp_path, need_config=False)
 
 
@@ -238,40 +298,61 @@ def test_folder_without_weights_is_an_error(tmp_path: Path):
 
 def test_absent_shard_is_named(model: Path):
     (model / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=rf"{INDEX_NAME} names the shard model-00002-of-00002\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=rf"{INDEX_NAME} names the shard model-00002-of-00002\.safetensors"
+    ):
         Checkpoint.open(model)
 
 
 def test_shards_without_index_are_an_unfinished_checkpoint(model: Path):
     (model / INDEX_NAME).unlink()
-    with pytest.raises(CheckpointError, match=rf"model-00001-of-00002\.safetensors but no {INDEX_NAME}"):
+    with pytest.raises(
+        CheckpointError, match=rf"model-00001-of-00002\.safetensors but no {INDEX_NAME}"
+    ):
         Checkpoint.open(model)
     (model / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=rf"model-00001-of-00002\.safetensors but no {INDEX_NAME}"):
+    with pytest.raises(
+        CheckpointError, match=rf"model-00001-of-00002\.safetensors but no {INDEX_NAME}"
+    ):
         Checkpoint.open(model)
 
 
 def test_tensor_that_its_shard_lacks_is_named(model: Path):
     save_file({"other": torch.ones(1)}, model / "model-00002-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"puts 'b' into model-00002-of-00002\.safetensors, which lacks it"):
+    with pytest.raises(
+        CheckpointError, match=r"puts 'b' into model-00002-of-00002\.safetensors, which lacks it"
+    ):
         Checkpoint.open(model)
 
 
 def test_tensor_in_two_shards_is_named(model: Path):
     save_file({"b": torch.ones(4), "a": torch.ones(1)}, model / "model-00002-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"'a' is in model-00001-of-00002.* and in model-00002-of-00002"):
+    with pytest.raises(
+        CheckpointError, match=r"'a' is in model-00001-of-00002.* and in model-00002-of-00002"
+    ):
         Checkpoint.open(model)
 
 
 @pytest.mark.parametrize(
-    "shard", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..\\x.safetensors", "..", "", "x.bin"]
+    "shard",
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "..",
+        "",
+        "x.bin",
+    ],
 )
 def test_index_cannot_lead_out_of_the_folder(model: Path, shard: str):
     (model / "sub").mkdir()
     for place in (model.parent, model / "sub", model):
         save_file({"a": torch.ones(1)}, place / "x.safetensors")
     write_index(model, {"a": shard})
-    with pytest.raises(CheckpointError, match=rf"{INDEX_NAME} puts 'a' into .*expected the plain name"):
+    with pytest.raises(
+        CheckpointError, match=rf"{INDEX_NAME} puts 'a' into .*expected the plain name"
+    ):
         Checkpoint.open(model)
 
 
@@ -290,8 +371,21 @@ def test_json_that_is_none_is_named(model: Path, name: str):
 
 
 def test_companions_carry_neither_weights_nor_code(model: Path):
-    carried = ["chat_template.jinja", "config.json", "generation_config.json", "merges.txt", "tokenizer.model"]
-    left = ["adapter_config.json", "pissa.json", "modeling.py", "README.md", "pytorch_model.bin", ".hidden.json"]
+    carried = [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "tokenizer.model",
+    ]
+    left = [
+        "adapter_config.json",
+        "pissa.json",
+        "modeling.py",
+        "README.md",
+        "pytorch_model.bin",
+        ".hidden.json",
+    ]
     for name in [*carried[2:], carried[0], *left, "pytorch_model.bin.index.json"]:
         (model / name).write_text("{}")
     (model / "folder.json").mkdir()

@@ -34,13 +34,19 @@ def resolved(name: str | Path) -> TrainSettings:
 
 
 def test_there_is_one_recipe_for_each_task_and_method() -> None:
-    full = {f"{task}-{method}" for task, method in itertools.product(("math", "code", "conversation"), METHODS)}
-    small = {f"math-{method}-small" for method in METHODS}
-    glue = {f"glue-{task}-{method}" for task, method in itertools.product(GLUE, ("full", "lora", "pissa"))}
-    assert set(recipes.names()) == full | small | glue
-    assert {(recipe.task, recipe.method) for recipe in recipes.recipes() if "-small" not in recipe.name} == {
-        tuple(name.rsplit("-", 1)) for name in full | glue
+    full = {
+        f"{task}-{method}"
+        for task, method in itertools.product(("math", "code", "conversation"), METHODS)
     }
+    small = {f"math-{method}-small" for method in METHODS}
+    glue = {
+        f"glue-{task}-{method}"
+        for task, method in itertools.product(GLUE, ("full", "lora", "pissa"))
+    }
+    assert set(recipes.names()) == full | small | glue
+    assert {
+        (recipe.task, recipe.method) for recipe in recipes.recipes() if "-small" not in recipe.name
+    } == {tuple(name.rsplit("-", 1)) for name in full | glue}
 
 
 @pytest.mark.parametrize("task", ["math", "code", "conversation"])
@@ -50,7 +56,12 @@ def test_language_recipes_have_the_papers_values(task: str, method: str) -> None
     s = resolved(f"{task}-{method}")
     assert (s.model, s.method, s.output) == ("meta-llama/Llama-2-7b-hf", method, f"{task}-{method}")
     assert (s.rank, s.alpha, s.dropout, s.targets) == (128, 128, 0, "all-linear")
-    assert (s.learning_rate, s.lr_scheduler, s.warmup_ratio, s.weight_decay) == (2e-5, "cosine", 0.03, 0)
+    assert (s.learning_rate, s.lr_scheduler, s.warmup_ratio, s.weight_decay) == (
+        2e-5,
+        "cosine",
+        0.03,
+        0,
+    )
     assert (s.batch_size, s.epochs, s.max_length, s.template) == (128, 1, 512, "alpaca")
     assert s.data_limit == (0 if task == "code" else 100_000)
     assert (s.dtype, s.bf16) == ("float32", method not in ("lora", "pissa"))
@@ -72,7 +83,9 @@ def test_no_file_repeats_what_it_extends() -> None:
     for file in RECIPES.glob("*.yaml"):
         *below, own = read_chain(file)
         said = {key: value for base in below for key, value in base.values.items()}
-        assert not [key for key, value in own.values.items() if key in said and said[key] == value], file.name
+        assert not [
+            key for key, value in own.values.items() if key in said and said[key] == value
+        ], file.name
         assert set(own.values) <= set(KEYS), file.name
 
 
@@ -117,7 +130,10 @@ def test_the_command_lists_shows_and_copies(tmp_path: Path) -> None:
     assert [recipe["name"] for recipe in listed] == recipes.names()
     assert all(recipe["what"] and recipe["task"] for recipe in listed)
     shown = run("recipes", "show", "math-pissa")
-    assert (shown.stdout, "pissa train math-pissa" in shown.stderr) == (recipes.text("math-pissa"), True)
+    assert (shown.stdout, "pissa train math-pissa" in shown.stderr) == (
+        recipes.text("math-pissa"),
+        True,
+    )
     done = run("recipes", "copy", "math-pissa-small", tmp_path / "mine.yaml")
     assert (done.returncode, done.stdout) == (0, "")
     assert f"pissa train {tmp_path / 'mine.yaml'} --model MODEL" in done.stderr
@@ -131,18 +147,35 @@ def test_every_small_twin_trains_a_model_of_ones_own(
     base = pico_folder(vocab_size=260, **PACKABLE)
     save_tokenizer(base)
     for method in METHODS:
-        flags = {"model": str(base), "data": str(words), "output": str(tmp_path / method), "max_steps": 2}
-        record = pissa.train(load_settings(Path(f"math-{method}-small"), {**flags, "max_length": 32, "device": "cpu"}))
-        assert (record["status"], record["steps"], record["settings"]["method"]) == ("finished", 2, method)
+        flags = {
+            "model": str(base),
+            "data": str(words),
+            "output": str(tmp_path / method),
+            "max_steps": 2,
+        }
+        record = pissa.train(
+            load_settings(
+                Path(f"math-{method}-small"), {**flags, "max_length": 32, "device": "cpu"}
+            )
+        )
+        assert (record["status"], record["steps"], record["settings"]["method"]) == (
+            "finished",
+            2,
+            method,
+        )
 
 
-def test_a_subset_may_be_a_folder_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subset_may_be_a_folder_of_a_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # As fxmeng/pissa-dataset is laid out: no named configurations, a folder for each task.
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for task in ("metamath", "python"):
         (tmp_path / "set" / task).mkdir(parents=True)
-        (tmp_path / "set" / task / "train.json").write_text(json.dumps([{"instruction": "?", "output": task}]))
+        (tmp_path / "set" / task / "train.json").write_text(
+            json.dumps([{"instruction": "?", "output": task}])
+        )
     from pissa.training.data import _load_hub
 
     assert _load_hub(datasets, str(tmp_path / "set"), "python", "train")[:]["output"] == ["python"]

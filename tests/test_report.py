@@ -82,8 +82,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "int8": "--data words.jsonl --quant int8",
         "classes": "--data numbers.csv --task classification",
     }.items():
-        values = [str(place / word) if word.endswith(("jsonl", "csv")) else word for word in more.split()]
-        cli("train", "--model", place / "base", "--output", place / name, "--device", "cpu", *common.split(), *values)
+        values = [
+            str(place / word) if word.endswith(("jsonl", "csv")) else word for word in more.split()
+        ]
+        cli(
+            "train",
+            "--model",
+            place / "base",
+            "--output",
+            place / name,
+            "--device",
+            "cpu",
+            *common.split(),
+            *values,
+        )
     return place
 
 
@@ -112,7 +124,10 @@ def test_principal_angles_are_exact_from_tiny_to_right(angle: float) -> None:
     first, aside = frame[:, :3], frame[:, 3:]
     turned = first.clone()
     turned[:, 2] = math.cos(angle) * first[:, 2] + math.sin(angle) * aside[:, 0]
-    mixed = first @ torch.randn(3, 3, dtype=torch.float64), turned @ torch.randn(3, 3, dtype=torch.float64)
+    mixed = (
+        first @ torch.randn(3, 3, dtype=torch.float64),
+        turned @ torch.randn(3, 3, dtype=torch.float64),
+    )
     angles = principal_angles(*mixed)
     assert angles[2].item() == pytest.approx(angle, rel=1e-9, abs=1e-13)
     assert angles[:2].max() < 1e-13
@@ -126,7 +141,9 @@ def test_effective_rank_counts_equal_values() -> None:
 
 @pytest.mark.parametrize("run", ["pissa", "lora"])
 def test_the_change_of_each_layer_is_that_of_the_adapter(place: Path, run: str) -> None:
-    weights = dict(transformers.AutoModelForCausalLM.from_pretrained(place / "base").named_parameters())
+    weights = dict(
+        transformers.AutoModelForCausalLM.from_pretrained(place / "base").named_parameters()
+    )
     dense = dense_changes(place / run)
     changes = changes_of(place / run)
     assert {change.module for change in changes} == set(dense)
@@ -143,9 +160,14 @@ def test_the_turn_is_that_of_the_stored_factors(place: Path) -> None:
     state = load_file(place / "pissa" / "state" / "state.safetensors")
     for change in changes_of(place / "pissa"):
         start = torch.linalg.qr(state[f"{change.module}.start_left"].double()).Q
-        moved = state[f"{change.module}.start_left"].double() + state[f"{change.module}.drift_left"].double()
+        moved = (
+            state[f"{change.module}.start_left"].double()
+            + state[f"{change.module}.drift_left"].double()
+        )
         cosines = torch.linalg.svdvals(start.T @ torch.linalg.qr(moved).Q)
-        assert torch.tensor(change.left_angles).deg2rad().cos().tolist() == pytest.approx(cosines.tolist(), abs=1e-6)
+        assert torch.tensor(change.left_angles).deg2rad().cos().tolist() == pytest.approx(
+            cosines.tolist(), abs=1e-6
+        )
         assert change.left_angles[-1] > 0.1 and change.right_angles[-1] > 0.1
 
 
@@ -163,7 +185,10 @@ def test_a_training_leaves_a_page_that_needs_nothing_else(place: Path, run: str)
     source = (place / run / "report.html").read_text()
     page, record = Page(source), read_run(place / run)
     assert all(link.startswith(("#", "data:")) for link in page.loaded)
-    assert not page.tags & {"script", "link-stylesheet", "iframe", "object"} and "@import" not in source
+    assert (
+        not page.tags & {"script", "link-stylesheet", "iframe", "object"}
+        and "@import" not in source
+    )
     assert not re.search(r"url\((?!#)", source)
     assert all(picture["aria-label"] for picture in page.pictures) and len(page.pictures) >= 3
     assert len(page.ids) == len(set(page.ids))
@@ -176,13 +201,20 @@ def test_a_training_leaves_a_page_that_needs_nothing_else(place: Path, run: str)
 
 
 def test_the_page_is_the_same_each_time(copy: Path) -> None:
-    assert write_report(copy, copy / "one.html").read_bytes() == write_report(copy, copy / "two.html").read_bytes()
+    assert (
+        write_report(copy, copy / "one.html").read_bytes()
+        == write_report(copy, copy / "two.html").read_bytes()
+    )
 
 
 def test_settings_by_hand_come_before_defaults(place: Path) -> None:
     text = Page((place / "pissa" / "report.html").read_text()).text
     settings = text[text.index("Settings") : text.index(" Data ")]
-    assert settings.index("learning_rate") < settings.index("at their defaults") < settings.index("weight_decay")
+    assert (
+        settings.index("learning_rate")
+        < settings.index("at their defaults")
+        < settings.index("weight_decay")
+    )
 
 
 def test_a_killed_run_has_a_page_that_says_how_to_go_on(copy: Path) -> None:
@@ -225,11 +257,20 @@ def test_report_prints_the_page_it_wrote(copy: Path) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 @pytest.mark.parametrize("width", [400, 1200])
-def test_a_browser_draws_the_page_without_a_network(place: Path, tmp_path: Path, width: int) -> None:
+def test_a_browser_draws_the_page_without_a_network(
+    place: Path, tmp_path: Path, width: int
+) -> None:
     matplotlib = pytest.importorskip("matplotlib.image")
     shot = tmp_path / "shot.png"
     offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *offline]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        *offline,
+    ]
     page = (place / "pissa" / "report.html").as_uri()
     subprocess.run(
         [*command, f"--window-size={width},1600", f"--screenshot={shot}", page],
@@ -287,12 +328,18 @@ def test_the_code_on_a_card_loads_what_was_trained(place: Path, run: str) -> Non
     exec(code, names)
     ids = torch.arange(3, 23)[None]
     got = names["model"].eval()(ids).logits  # type: ignore[attr-defined]
-    auto = transformers.AutoModelForSequenceClassification if run == "classes" else transformers.AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForSequenceClassification
+        if run == "classes"
+        else transformers.AutoModelForCausalLM
+    )
     if run == "full":
         expected = auto.from_pretrained(folder)(ids).logits
     else:
         more = {"num_labels": 2} if run == "classes" else {}
-        base = auto.from_pretrained(place / run / "residual" if run == "int8" else place / "base", **more)
+        base = auto.from_pretrained(
+            place / run / "residual" if run == "int8" else place / "base", **more
+        )
         expected = pissa.load(base, place / run, trainable=False)(ids).logits
     assert torch.allclose(got, expected, atol=1e-4)
 
@@ -310,7 +357,9 @@ def test_a_card_names_hub_models_and_data_and_no_folder_of_this_machine(copy: Pa
         file.write_text(json.dumps(record))
     card = ModelCard.load(write_card(copy))
     assert (card.data.base_model, card.data.datasets) == ("meta-models/Tiny-1B", ["openai/gsm8k"])
-    assert 'from_pretrained("meta-models/Tiny-1B")' in card.text and "openai/gsm8k:main" in card.text
+    assert (
+        'from_pretrained("meta-models/Tiny-1B")' in card.text and "openai/gsm8k:main" in card.text
+    )
 
 
 def test_a_card_of_few_bits_warns_of_the_original(place: Path) -> None:
@@ -318,7 +367,13 @@ def test_a_card_of_few_bits_warns_of_the_original(place: Path) -> None:
     assert "wrong on" not in (place / "pissa" / "adapter" / "README.md").read_text()
 
 
-def test_a_converted_adapter_has_a_card_that_says_what_was_lost(place: Path, tmp_path: Path) -> None:
-    lost = json.loads(cli("convert", place / "pissa", tmp_path / "cut", "--rank", 2, "--json"))["notes"]["error"]
+def test_a_converted_adapter_has_a_card_that_says_what_was_lost(
+    place: Path, tmp_path: Path
+) -> None:
+    lost = json.loads(cli("convert", place / "pissa", tmp_path / "cut", "--rank", 2, "--json"))[
+        "notes"
+    ]["error"]
     text = (tmp_path / "cut" / "README.md").read_text()
-    assert f"{percent(lost)} of the change is lost" in text and "| rank of this adapter | 2 |" in text
+    assert (
+        f"{percent(lost)} of the change is lost" in text and "| rank of this adapter | 2 |" in text
+    )

@@ -25,7 +25,9 @@ from pissa.scoring.verdict import Item, Verdict, summary
 CHROMIUM = shutil.which("chromium")
 OPEN: dict[str, Any] = {"scores": {}, "headline": ""}
 """Of a result whose answers nobody has scored."""
-PROMPT = "Below is an instruction.\n\n### Instruction:\n{}\n\n### Response: Let's think step by step."
+PROMPT = (
+    "Below is an instruction.\n\n### Instruction:\n{}\n\n### Response: Let's think step by step."
+)
 Sample = dict[str, Any]
 
 
@@ -48,7 +50,9 @@ class Page(html.parser.HTMLParser):
         self.tags.append(tag)
         if tag == "a":
             self.links.append(named["href"] or "")
-        self.loaded += [value or "" for name, value in attrs if name == "src" or name.startswith("on")]
+        self.loaded += [
+            value or "" for name, value in attrs if name == "src" or name.startswith("on")
+        ]
         if tag == "details":
             self.answers.append(set((named["class"] or "").split()))
         if tag == "table":
@@ -86,14 +90,22 @@ def _answer(number: int, row: dict[str, str], wrong: int) -> Sample:
     said = f"{gold}.4" if number % 7 == 3 else f"{gold}1" if number % wrong == 1 else gold
     output = " ".join([text] * 8) if number % 11 == 5 else f" {text}\nThe answer is: {said}"
     item = score("gsm8k", output, {"id": str(number), **row})
-    return {**item.to_json(), "prompt": PROMPT.format(row["question"]), "output": output, "gold": row["answer"]}
+    return {
+        **item.to_json(),
+        "prompt": PROMPT.format(row["question"]),
+        "output": output,
+        "gold": row["answer"],
+    }
 
 
-def result(samples: list[Sample], model: str = "pissa-r32", kind: str = "run", **changes: Any) -> TaskResult:
+def result(
+    samples: list[Sample], model: str = "pissa-r32", kind: str = "run", **changes: Any
+) -> TaskResult:
     """What these samples come to; `base` is the name of another result."""
     said = protocol(changes.pop("task", "gsm8k"), changes.pop("track", "paper"))
     items = [
-        Item(one["id"], Verdict(one["correct"], None), Verdict(one["authors"]["correct"], None)) for one in samples
+        Item(one["id"], Verdict(one["correct"], None), Verdict(one["authors"]["correct"], None))
+        for one in samples
     ]
     scores = {
         name: Score(found["value"], found["stderr"], tuple(found["interval"]), found["count"])
@@ -103,13 +115,30 @@ def result(samples: list[Sample], model: str = "pissa-r32", kind: str = "run", *
         "headline": "ours",
         "scores": scores,
         "gold": Perplexity(1.8456, 170_000, len(samples), 0),
-        "data": {"name": "gsm8k/test.jsonl", "sha256": "3b" * 32, "rows": len(samples), "of": 1319 if samples else 0},
-        "settings": {"model": {}, "task": "gsm8k", "batch_size": 16, "backend": "hf", "limit": None, "seed": 1234},
+        "data": {
+            "name": "gsm8k/test.jsonl",
+            "sha256": "3b" * 32,
+            "rows": len(samples),
+            "of": 1319 if samples else 0,
+        },
+        "settings": {
+            "model": {},
+            "task": "gsm8k",
+            "batch_size": 16,
+            "backend": "hf",
+            "limit": None,
+            "seed": 1234,
+        },
         "versions": {"pissa": "0.1.0", "lm_eval": "0.4.12"},
         "seconds": 93.2,
     }
     base = changes.pop("base", None)
-    identity = {"path": f"runs/{model}", "kind": kind, "sha256": "5c" * 32, "base": base and f"runs/{base}"}
+    identity = {
+        "path": f"runs/{model}",
+        "kind": kind,
+        "sha256": "5c" * 32,
+        "base": base and f"runs/{base}",
+    }
     return TaskResult(model, identity, said.task, said.track, said.says, **{**fields, **changes})
 
 
@@ -118,13 +147,21 @@ def keep(out: Path, found: TaskResult, samples: list[Sample]) -> TaskResult:
     folder = out / found.model
     folder.mkdir(exist_ok=True)
     lines = [json.dumps(sample) for sample in samples]
-    (folder / f"{file_stem(found.task, found.track)}.samples.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / f"{file_stem(found.task, found.track)}.samples.jsonl").write_text(
+        "\n".join(lines), encoding="utf-8"
+    )
     return found
 
 
 def sample(correct: bool | None = True, **changes: Any) -> Sample:
     """One answer of no interest."""
-    made = {"id": "0", "correct": correct, "extracted": "4", "reason": "" if correct else "differs", "authors": None}
+    made = {
+        "id": "0",
+        "correct": correct,
+        "extracted": "4",
+        "reason": "" if correct else "differs",
+        "authors": None,
+    }
     return {**made, "prompt": "2 + 2?", "output": "4", "gold": "4", **changes}
 
 
@@ -135,7 +172,11 @@ def place(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base, run = answered(shared, wrong=2), answered(shared, wrong=3, count=200)
     # By name the run comes first, as a listing of folders has it.
     found = [
-        keep(out, result(run, "a-run", base="z-base", notes=["12 of 200 prompts lost their beginning"]), run),
+        keep(
+            out,
+            result(run, "a-run", base="z-base", notes=["12 of 200 prompts lost their beginning"]),
+            run,
+        ),
         keep(out, result(base, "z-base", "model"), base),
     ]
     write_results(found, out)
@@ -149,7 +190,9 @@ def test_the_base_stands_above_runs_whatever_their_names(place: Path) -> None:
     assert [row[0] for table in others[:2] for row in table[1:]] == ["z-base", "a-run"] * 2
 
 
-def test_a_cell_has_share_error_interval_and_how_many_answers_changed(place: Path, shared: Path) -> None:
+def test_a_cell_has_share_error_interval_and_how_many_answers_changed(
+    place: Path, shared: Path
+) -> None:
     base, run = answered(shared, 2, 200), answered(shared, 3, 200)
     right = sum(one["correct"] for one in run)
     won = sum(new["correct"] and not old["correct"] for new, old in zip(run, base, strict=True))
@@ -160,7 +203,9 @@ def test_a_cell_has_share_error_interval_and_how_many_answers_changed(place: Pat
     share, error = right / 200, (right / 200 * (1 - right / 200) / 199) ** 0.5
     middle = (share + 1.96**2 / 400) / (1 + 1.96**2 / 200)
     half = 1.96 / (1 + 1.96**2 / 200) * (share * (1 - share) / 200 + 1.96**2 / 160000) ** 0.5
-    assert cells[1].startswith(f"{100 * share:.1f} ± {100 * error:.1f} % {100 * (middle - half):.1f}–")
+    assert cells[1].startswith(
+        f"{100 * share:.1f} ± {100 * error:.1f} % {100 * (middle - half):.1f}–"
+    )
     assert f"–{100 * (middle + half):.1f} {(won - lost) / 2:+.1f} points to the base" in cells[1]
     assert f"{won} won, {lost} lost of 200, p = " in cells[1]
     authors = sum(one["authors"]["correct"] for one in run)
@@ -215,7 +260,9 @@ def test_each_track_has_its_own_comparison_with_the_base(tmp_path: Path) -> None
 
 def test_a_base_in_two_dtypes_is_compared_in_the_runs_own(tmp_path: Path) -> None:
     def of(name: str, dtype: str, correct: bool, **more: Any) -> TaskResult:
-        return keep(tmp_path, result([], name, settings={"dtype": dtype}, **OPEN, **more), [sample(correct)])
+        return keep(
+            tmp_path, result([], name, settings={"dtype": dtype}, **OPEN, **more), [sample(correct)]
+        )
 
     run = of("run", "bfloat16", False, base="root")
     roots = [of("root-1", "float32", False), of("root-2", "bfloat16", True)]
@@ -227,18 +274,27 @@ def test_a_base_in_two_dtypes_is_compared_in_the_runs_own(tmp_path: Path) -> Non
 
 
 def test_a_run_is_compared_with_the_base_that_it_names_wherever_it_lies(tmp_path: Path) -> None:
-    found = [keep(tmp_path, result([], name, "model", **OPEN), [sample()]) for name in ("one", "two")]
+    found = [
+        keep(tmp_path, result([], name, "model", **OPEN), [sample()]) for name in ("one", "two")
+    ]
     run = keep(tmp_path, result([], **OPEN), [sample(False)])
     (tmp_path / "two/gsm8k.samples.jsonl").write_text(json.dumps(sample(False)), encoding="utf-8")
-    for base, lost in {"runs/one": "0 won, 1 lost of 1", os.path.abspath("runs/two"): "0 won, 0 lost of 1"}.items():
+    for base, lost in {
+        "runs/one": "0 won, 1 lost of 1",
+        os.path.abspath("runs/two"): "0 won, 0 lost of 1",
+    }.items():
         run.identity["base"] = base
         write_results([*found, run], tmp_path)
         assert lost in Page(tmp_path / "results.html").text
 
 
-def test_a_limited_run_says_so_at_the_top_in_its_cell_and_on_its_answers(place: Path, shared: Path) -> None:
+def test_a_limited_run_says_so_at_the_top_in_its_cell_and_on_its_answers(
+    place: Path, shared: Path
+) -> None:
     text = (place / "results.html").read_text(encoding="utf-8")
-    loud = "<strong>gsm8k: not all questions were asked, only 200 of 1,319 questions (a-run).</strong>"
+    loud = (
+        "<strong>gsm8k: not all questions were asked, only 200 of 1,319 questions (a-run).</strong>"
+    )
     assert loud in text and text.index(loud) < text.index("<table")
     assert "not all models were asked the same questions" in text
     cells = {row[0]: row[1] for row in Page(place / "results.html").tables[0]}
@@ -253,11 +309,18 @@ def test_notes_of_a_result_are_warnings_on_both_pages(place: Path, shared: Path)
     said = '<p class="warn">{}</p>'
     whole = (place / "results.html").read_text(encoding="utf-8")
     noted = whole.index("gsm8k: 12 of 200 prompts lost their beginning (a-run).")
-    assert whole.rindex('<p class="warn">', 0, noted) > whole.rindex("</table>", 0, noted)  # not before the numbers
+    assert whole.rindex('<p class="warn">', 0, noted) > whole.rindex(
+        "</table>", 0, noted
+    )  # not before the numbers
     few = answered(shared, 3, 2)
     one = result(few, notes=["one was cut"], gold=Perplexity(2.0, 10, 2, 1))
-    assert said.format("one was cut") in write_answers(one, few, place / "few.html").read_text(encoding="utf-8")
-    assert "1 of 2 right answers do not fit the model" in write_results([one], place / "other").read_text()
+    assert said.format("one was cut") in write_answers(one, few, place / "few.html").read_text(
+        encoding="utf-8"
+    )
+    assert (
+        "1 of 2 right answers do not fit the model"
+        in write_results([one], place / "other").read_text()
+    )
 
 
 def test_results_say_what_was_run(place: Path) -> None:
@@ -265,7 +328,12 @@ def test_results_say_what_was_run(place: Path) -> None:
     for said in (protocol("gsm8k", "paper").says, "1,319 questions", "gsm8k/test.jsonl", "3b" * 8, "5c" * 8,
                  "batch size 16, backend hf, seed 1234", "lm_eval 0.4.12", "1 min 33 s", "runs/z-base"):  # fmt: skip
         assert said in text, said
-    for fault in ("1,234,567 is 1234", "3.7 passes for 4", "cut at the first assert", "never share a column"):
+    for fault in (
+        "1,234,567 is 1234",
+        "3.7 passes for 4",
+        "cut at the first assert",
+        "never share a column",
+    ):
         assert fault in text, fault
 
 
@@ -285,35 +353,58 @@ def test_tracks_never_share_a_table(tmp_path: Path, shared: Path) -> None:
         "exact_match,flexible-extract": Score(0.5, 0.02, None, 10),
         "word_perplexity,none": Score(0.75, None, None, 10),
     }
-    standard = result(few, "other", "model", track="standard", scores=scores, gold=None, headline=[*scores][1])
+    standard = result(
+        few, "other", "model", track="standard", scores=scores, gold=None, headline=[*scores][1]
+    )
     found = [standard, result(few)]
     text = write_results(found, tmp_path).read_text(encoding="utf-8")
     paper, other = text.index("<h2>Paper track"), text.index("<h2>Standard track")
     assert paper < other
     assert "pissa-r32" in text[paper:other] and "50.0 ± 2.0 %" not in text[paper:other]
-    assert "50.0 ± 2.0 %" in text[other:] and "authors&#39; scorer" not in text[other : text.index("<h2>How")]
+    assert (
+        "50.0 ± 2.0 %" in text[other:]
+        and "authors&#39; scorer" not in text[other : text.index("<h2>How")]
+    )
     # A score that is no share of right answers keeps its unit; those that are not the headline are below.
     rows = [row for table in Page(tmp_path / "results.html").tables for row in table]
-    assert ["", "word_perplexity", "0.75"] in rows and ["", "exact_match, strict-match", "25.0 ± 1.0 %"] in rows
+    assert ["", "word_perplexity", "0.75"] in rows and [
+        "",
+        "exact_match, strict-match",
+        "25.0 ± 1.0 %",
+    ] in rows
     lines = results_table(found)
-    assert [line for line in lines if line.endswith("track:")] == ["Paper track:", "Standard track:"]
+    assert [line for line in lines if line.endswith("track:")] == [
+        "Paper track:",
+        "Standard track:",
+    ]
 
 
 def test_without_a_judge_there_is_no_number_and_the_answers_are_there(tmp_path: Path) -> None:
     silent = {"task": "mt_bench", "scores": {}, "gold": None, "headline": ""}
     found = [result([], "base", "model", **silent), result([], base="base", **silent)]
     seen = Page(write_results(found, tmp_path))
-    assert seen.tables[0][1:] == [["no judge"], ["base base", "no number"], ["pissa-r32", "no number"]]
+    assert seen.tables[0][1:] == [
+        ["no judge"],
+        ["base base", "no number"],
+        ["pissa-r32", "no number"],
+    ]
     assert "base/mt_bench.html" in seen.links
-    answers = Page(write_answers(found[0], [sample(None, prompt=["One?", "Two?"])], tmp_path / "answers.html"))
-    assert "No judge has scored these answers" in answers.text and '["One?", "Two?"]' in answers.text
+    answers = Page(
+        write_answers(found[0], [sample(None, prompt=["One?", "Two?"])], tmp_path / "answers.html")
+    )
+    assert (
+        "No judge has scored these answers" in answers.text and '["One?", "Two?"]' in answers.text
+    )
     assert answers.answers == [{"answer", "open"}] and "no verdict (1)" in answers.text
 
 
 def test_a_judged_model_beside_one_that_is_not_keeps_its_number(tmp_path: Path) -> None:
     common: dict[str, Any] = {"task": "mt_bench", "gold": None}
     judged = {"scores": {"judge": Score(1.0, 0.21, None, 80)}, "headline": "judge"}
-    found = [result([], "base", "model", scores={}, headline="", **common), result([], **common, **judged)]
+    found = [
+        result([], "base", "model", scores={}, headline="", **common),
+        result([], **common, **judged),
+    ]
     assert results_table(found)[2:] == [
         "| model | mt_bench, judge, 1 to 10 |",
         "| --- | ---: |",
@@ -325,7 +416,9 @@ def test_a_judged_model_beside_one_that_is_not_keeps_its_number(tmp_path: Path) 
 def test_markdown_has_the_numbers_of_the_page(place: Path, shared: Path) -> None:
     run, base = answered(shared, 3, 200), answered(shared, 2)
     other = result(run, "pipe|d", task="math")
-    lines = results_table([result(run, "a-run", base="z-base"), result(base, "z-base", "model"), other])
+    lines = results_table(
+        [result(run, "a-run", base="z-base"), result(base, "z-base", "model"), other]
+    )
     assert lines[:2] == ["Paper track:", ""]
     assert [line.split(" | ")[0] for line in lines[4:]] == ["| z-base", "| a-run", "| pipe\\|d"]
     assert lines[4].endswith("| – | – | – |") and lines[6].startswith("| pipe\\|d | – | – | – | ")
@@ -352,7 +445,9 @@ def test_the_command_prints_the_figures_of_the_page(
     lines = {cells[2]: [cell.strip() for cell in cells] for line in capsys.readouterr().out.splitlines()
              if len(cells := [cell.strip() for cell in line.split("│")]) > 4}  # fmt: skip
     shown = Page(place / "results.html").tables[0][-1]
-    assert shown[1].startswith(f"{lines['a-run'][3]} {lines['a-run'][4]}") and "%" in lines["a-run"][3]
+    assert (
+        shown[1].startswith(f"{lines['a-run'][3]} {lines['a-run'][4]}") and "%" in lines["a-run"][3]
+    )
     assert shown[2].startswith(lines["a-run"][5])
     assert lines["words"][3:5] == ["21.3", "-"]
     assert lines["marks"][3:5] == ["6.25 ± 0.21", "-"]
@@ -371,7 +466,9 @@ def test_filters_count_what_they_show(place: Path, shared: Path) -> None:
     assert "all (1,319)" in seen.text and "no verdict" not in seen.text
     reasons = [(row[0], int(row[1])) for row in seen.tables[0]]
     assert sum(count for _, count in reasons) == 1319 - right
-    assert dict(reasons) == {name: sum(one["reason"] == name for one in base) for name, _ in reasons}
+    assert dict(reasons) == {
+        name: sum(one["reason"] == name for one in base) for name, _ in reasons
+    }
     assert [count for _, count in reasons] == sorted((count for _, count in reasons), reverse=True)
 
 
@@ -439,13 +536,20 @@ def test_all_of_gsm8k_is_a_page_of_a_few_megabytes_without_script_or_network(pla
     assert "script" not in seen.tags and seen.loaded == [] and seen.links == ["../results.html"]
 
 
-def test_past_the_limit_of_a_page_it_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_past_the_limit_of_a_page_it_says_what_it_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(page, "MOST", 3)
-    seen = Page(write_answers(result([]), [sample(bool(n % 2)) for n in range(8)], tmp_path / "a.html"))
+    seen = Page(
+        write_answers(result([]), [sample(bool(n % 2)) for n in range(8)], tmp_path / "a.html")
+    )
     assert len(seen.answers) == 3
     assert "the first 3 of 8; all are in gsm8k.samples.jsonl" in seen.text
     other = result([], track="standard")
-    assert "gsm8k.standard.samples.jsonl" in Page(write_answers(other, [sample()] * 4, tmp_path / "b.html")).text
+    assert (
+        "gsm8k.standard.samples.jsonl"
+        in Page(write_answers(other, [sample()] * 4, tmp_path / "b.html")).text
+    )
     assert "right 4" in seen.text and "right (1)" in seen.text
 
 
@@ -453,7 +557,9 @@ def test_past_the_limit_of_a_page_it_says_what_it_leaves_out(tmp_path: Path, mon
 def test_in_a_browser_a_filter_hides_what_it_does_not_show(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib.image")
     one = result([], scores={"ours": Score(0.8, None, None, 10)})
-    source = write_answers(one, [sample(True)] * 8 + [sample(False)] * 2, tmp_path / "a.html").read_text()
+    source = write_answers(
+        one, [sample(True)] * 8 + [sample(False)] * 2, tmp_path / "a.html"
+    ).read_text()
     # The edge of an answer has its colour: green where it is right, red where it is wrong.
     edges = {"right": (0x00, 0x9E, 0x73), "wrong": (0xD5, 0x5E, 0x00)}
     heights = {}
@@ -462,18 +568,30 @@ def test_in_a_browser_a_filter_hides_what_it_does_not_show(tmp_path: Path) -> No
         shown = shown.replace(f' id="{chosen}">', f' id="{chosen}" checked>')
         assert shown.count("checked>") == 1
         (tmp_path / "shown.html").write_text(shown, encoding="utf-8")
-        pixels = matplotlib.imread(screenshot(tmp_path / "shown.html", tmp_path / f"{chosen}.png"))[..., :3]
+        pixels = matplotlib.imread(screenshot(tmp_path / "shown.html", tmp_path / f"{chosen}.png"))[
+            ..., :3
+        ]
         heights[chosen] = [
             int((abs(pixels - [part / 255 for part in edge]).max(axis=-1) < 0.02).any(axis=1).sum())
             for edge in edges.values()
         ]
     assert heights["right"] == [heights["all"][0], 0] and heights["wrong"] == [0, heights["all"][1]]
-    assert heights["all"][0] == pytest.approx(4 * heights["all"][1], abs=8) and heights["all"][1] > 20
+    assert (
+        heights["all"][0] == pytest.approx(4 * heights["all"][1], abs=8) and heights["all"][1] > 20
+    )
 
 
 def screenshot(source: Path, image: Path) -> Path:
     assert CHROMIUM
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=800,1600"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=800,1600",
+    ]
     places = [f"--user-data-dir={image.parent / 'profile'}", f"--screenshot={image}"]
-    subprocess.run([CHROMIUM, *flags, *places, source.as_uri()], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [CHROMIUM, *flags, *places, source.as_uri()], check=True, capture_output=True, timeout=120
+    )
     return image

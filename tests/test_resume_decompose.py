@@ -130,7 +130,13 @@ def killed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     outs = {case: root / case.replace(" ", "-") / "out" for case, *_ in kills()}
     shutil.copytree(base, root / CHANGED_BASE)
     jobs = [
-        (str(root / CHANGED_BASE if case == CHANGED else base), str(outs[case]), {**SHARDED, **settings}, where, count)
+        (
+            str(root / CHANGED_BASE if case == CHANGED else base),
+            str(outs[case]),
+            {**SHARDED, **settings},
+            where,
+            count,
+        )
         for case, settings, where, count in kills()
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -168,7 +174,10 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file; the folder's own name, which the adapter's config holds, is made the same for all."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes().replace(str(folder).encode(), b"OUT") for name, path in files.items()}
+    return {
+        name: path.read_bytes().replace(str(folder).encode(), b"OUT")
+        for name, path in files.items()
+    }
 
 
 Whole = Callable[..., tuple[dict[str, bytes], list[tuple[str, int, int]]]]
@@ -295,7 +304,12 @@ def test_a_run_with_another_setting_uses_nothing_of_a_killed_one(
 
 @pytest.mark.parametrize(("case", "workers"), [("nf4 in the middle", 3), ("three workers", 1)])
 def test_another_number_of_workers_may_go_on(
-    case: str, workers: int, base: Path, left: Callable[[str], Path], splits: list[str], whole: Whole
+    case: str,
+    workers: int,
+    base: Path,
+    left: Callable[[str], Path],
+    splits: list[str],
+    whole: Whole,
 ) -> None:
     settings, out = {**SHARDED, "quant": "nf4"}, left(case)
     expected, _ = whole(base, **settings)
@@ -317,7 +331,9 @@ def test_a_base_in_another_folder_uses_nothing_of_a_killed_run(
     assert_same(out, whole(tmp_path / "base", **settings)[0])
 
 
-def test_a_run_that_fails_leaves_nothing_of_a_killed_one(base: Path, left: Callable[[str], Path]) -> None:
+def test_a_run_that_fails_leaves_nothing_of_a_killed_one(
+    base: Path, left: Callable[[str], Path]
+) -> None:
     out = left("nf4 in the middle")
     assert finished_in(out) == 10
 

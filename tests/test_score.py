@@ -68,7 +68,10 @@ def test_code_runs_only_where_it_is_allowed(tmp_path: Path) -> None:
     )
     answers = file_of(
         tmp_path / "a.jsonl",
-        [{"output": "    return x + x", "task_id": "T/0"}, {"output": "    return x", "task_id": "T/1"}],
+        [
+            {"output": "    return x + x", "task_id": "T/0"},
+            {"output": "    return x", "task_id": "T/1"},
+        ],
     )
     refused = score("humaneval", answers, "--data", tmp_path / "data")
     assert isinstance(refused.exception, ConfigError)
@@ -84,7 +87,12 @@ def test_code_runs_only_where_it_is_allowed(tmp_path: Path) -> None:
     [
         ("gsm", [{"output": "1", "answer": "1"}], InputError, "Did you mean 'gsm8k'"),
         ("gsm8k", [{"answer": "1"}], DataError, "line 1.*expected a text in `output`"),
-        ("gsm8k", [{"output": "1", "answer": "1"}, {"output": "1"}], DataError, "line 2.*gold answer"),
+        (
+            "gsm8k",
+            [{"output": "1", "answer": "1"}, {"output": "1"}],
+            DataError,
+            "line 2.*gold answer",
+        ),
         ("gsm8k", [{"output": "1", "answer": "none"}], DataError, "expected a number"),
         ("humaneval", [{"output": "1", "task_id": "T/1"}], DataError, "line 1.*'T/1'.*'T/0'"),
     ],
@@ -107,7 +115,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("correct", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634)]
+    ("correct", "count", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634)],
 )
 def test_the_interval_is_wilson_s(correct: int, count: int, low: float, high: float) -> None:
     """At 0 of n its upper end is z^2 / (n + z^2), at half of n its half width is z / 2 / sqrt(n + z^2)."""

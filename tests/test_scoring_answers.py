@@ -12,16 +12,29 @@ from pissa.scoring.answers import check_permission, score_rows
 from pissa.scoring.isolation.run import Isolation
 
 GOOD = {"output": "The answer is: 18", "answer": "#### 18"}
-QUESTION = {"task_id": "Tiny/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass"}
+QUESTION = {
+    "task_id": "Tiny/0",
+    "prompt": "def f():\n",
+    "entry_point": "f",
+    "test": "def check(f): pass",
+}
 
 
 @pytest.mark.parametrize(
     ("task", "wrong", "message"),
     [
-        ("gsm8k", {"output": "", "answer": "#### none"}, "a.jsonl:2: gold answer is '#### none', expected a number"),
+        (
+            "gsm8k",
+            {"output": "", "answer": "#### none"},
+            "a.jsonl:2: gold answer is '#### none', expected a number",
+        ),
         ("gsm8k", {"output": "", "answer": float("nan")}, "a.jsonl:2: gold answer is 'nan'"),
         ("gsm8k", {"output": ""}, "a.jsonl:2: got fields output, expected the gold answer"),
-        ("gsm8k", {"output": 5, "answer": "5"}, "a.jsonl:2: got fields output, answer, expected a text in `output`"),
+        (
+            "gsm8k",
+            {"output": 5, "answer": "5"},
+            "a.jsonl:2: got fields output, answer, expected a text in `output`",
+        ),
         ("math", {"output": "", "answer": " "}, "a.jsonl:2: gold answer is empty"),
     ],
 )
@@ -38,7 +51,9 @@ def test_the_first_wrong_row_is_named_before_anything_is_scored(
 
 def test_two_answers_to_one_question_of_code_are_refused() -> None:
     rows = [(f"a.jsonl:{line}", {"output": "", "task_id": "Tiny/0"}) for line in (1, 4)]
-    with pytest.raises(DataError, match=r"a.jsonl:4: answers Tiny/0 as a.jsonl:1 does, expected one answer"):
+    with pytest.raises(
+        DataError, match=r"a.jsonl:4: answers Tiny/0 as a.jsonl:1 does, expected one answer"
+    ):
         score_rows("humaneval", rows, [QUESTION], isolation=Isolation("none"))
 
 

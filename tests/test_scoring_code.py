@@ -170,7 +170,9 @@ def isolation() -> Isolation:
 
 
 @pytest.mark.parametrize("name", HUMANEVAL)
-def test_an_answer_that_goes_on_from_a_function_head_gets_this_verdict(name: str, isolation: Isolation) -> None:
+def test_an_answer_that_goes_on_from_a_function_head_gets_this_verdict(
+    name: str, isolation: Isolation
+) -> None:
     output, expected = HUMANEVAL[name]
     item = code.score("humaneval", output, ADD, isolation)
     assert item.authors is not None
@@ -191,12 +193,19 @@ GOLD = {"humaneval": "humaneval/HumanEval.jsonl", "mbpp": "mbpp/mbpp.jsonl"}
 
 
 def read(shared: Path, task: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (shared / "data" / GOLD[task]).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (shared / "data" / GOLD[task]).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def gold(doc: dict[str, Any]) -> str:
     """A whole program."""
-    return doc["prompt"] + doc["canonical_solution"] if "prompt" in doc else doc["code"].replace("\r\n", "\n")
+    return (
+        doc["prompt"] + doc["canonical_solution"]
+        if "prompt" in doc
+        else doc["code"].replace("\r\n", "\n")
+    )
 
 
 def fenced(doc: dict[str, Any]) -> str:
@@ -236,7 +245,9 @@ def passing(task: str, docs: list[dict[str, Any]], isolation: Isolation, make: A
 
 
 @pytest.mark.parametrize("task", GOLD)
-def test_of_a_sample_solutions_pass_and_spoiled_ones_fail(task: str, shared: Path, isolation: Isolation) -> None:
+def test_of_a_sample_solutions_pass_and_spoiled_ones_fail(
+    task: str, shared: Path, isolation: Isolation
+) -> None:
     docs = random.Random(7).sample(read(shared, task), 20)
     names = [str(doc["task_id"]) for doc in docs]
     half = len(docs) // 2
@@ -257,15 +268,22 @@ def test_all_solutions_pass(task: str, make: Any, shared: Path, isolation: Isola
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [spoiled, emptied])
 @pytest.mark.parametrize("task", GOLD)
-def test_no_spoiled_solution_passes(task: str, make: Any, shared: Path, isolation: Isolation) -> None:
+def test_no_spoiled_solution_passes(
+    task: str, make: Any, shared: Path, isolation: Isolation
+) -> None:
     assert passing(task, read(shared, task), isolation, make) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", GOLD)
-def test_no_solution_passes_for_another_question(task: str, shared: Path, isolation: Isolation) -> None:
+def test_no_solution_passes_for_another_question(
+    task: str, shared: Path, isolation: Isolation
+) -> None:
     docs = read(shared, task)
-    following = {str(doc["task_id"]): bare(other) for doc, other in zip(docs, docs[1:] + docs[:1], strict=True)}
+    following = {
+        str(doc["task_id"]): bare(other)
+        for doc, other in zip(docs, docs[1:] + docs[:1], strict=True)
+    }
     assert passing(task, docs, isolation, lambda doc: following[str(doc["task_id"])]) == []
 
 
@@ -284,13 +302,17 @@ def _same(code: str | None, other: str) -> bool:
 
 def test_the_authors_cut_at_assert_costs_one_solution_of_humaneval(shared: Path) -> None:
     cut = [doc["task_id"] for doc in read(shared, "humaneval") if "assert" in gold(doc)]
-    assert cut == ["HumanEval/149"]  # the word stands in its docstring, which a model that repeats the head repeats
+    assert cut == [
+        "HumanEval/149"
+    ]  # the word stands in its docstring, which a model that repeats the head repeats
 
 
 def test_equal_programs_run_once(isolation: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:
     programs: list[str] = []
     run = code.run
-    monkeypatch.setattr(code, "run", lambda *arguments: programs.append(arguments[0]) or run(*arguments))
+    monkeypatch.setattr(
+        code, "run", lambda *arguments: programs.append(arguments[0]) or run(*arguments)
+    )
     assert code.score("humaneval", BODY.rstrip("\n"), ADD, isolation).ours.correct
     assert len(programs) == 1
     assert code.score("humaneval", BODY + "x = 1", ADD, isolation).ours.correct
@@ -317,8 +339,13 @@ def test_the_reason_says_what_went_wrong(output: str, reason: str, isolation: Is
 
 def test_what_is_extracted_is_the_code_alone() -> None:
     assert code.extract(f"Sure.\n{FENCED}\nDone.", "add", ADD["prompt"]) == ADD_CODE.rstrip()
-    assert code.extract(BODY + "\nprint(add(1, 2))\nDone", "add", ADD["prompt"]) == BODY.rstrip("\n")
-    assert code.extract(f"x = 1\n{AREA_CODE}\ny = 2\nprint(y)", "area") == f"x = 1\n{AREA_CODE.rstrip()}"
+    assert code.extract(BODY + "\nprint(add(1, 2))\nDone", "add", ADD["prompt"]) == BODY.rstrip(
+        "\n"
+    )
+    assert (
+        code.extract(f"x = 1\n{AREA_CODE}\ny = 2\nprint(y)", "area")
+        == f"x = 1\n{AREA_CODE.rstrip()}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -341,7 +368,9 @@ def test_what_is_extracted_is_the_code_alone() -> None:
     ],
     ids=lambda lines: f"{lines[0][:20]!r} x {len(lines)}",
 )
-@pytest.mark.parametrize("prompt", ["", ADD["prompt"].replace("add", "area")], ids=["asked", "begun"])
+@pytest.mark.parametrize(
+    "prompt", ["", ADD["prompt"].replace("add", "area")], ids=["asked", "begun"]
+)
 def test_of_a_long_answer_a_bounded_amount_is_read(
     lines: list[str], prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,7 +379,10 @@ def test_of_a_long_answer_a_bounded_amount_is_read(
     code.extract("\n".join(lines), "area", prompt)
     assert len(read) <= 20 * code.MOST_PLACES
     assert max(read, default=0) <= 3 * code.LONGEST + len(prompt)  # with indentation
-    readable = lines[0] in ("x0 = 0", "from a import b0")  # and need not be read again from each of its lines
+    readable = lines[0] in (
+        "x0 = 0",
+        "from a import b0",
+    )  # and need not be read again from each of its lines
     assert sum(read) <= (20 if readable else 2 * code.MOST_PLACES) * code.LONGEST
 
 

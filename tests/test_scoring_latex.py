@@ -115,7 +115,12 @@ ANSWERS = [
     (r"x \le 0", r"(-\infty, 0]", YES, NO),
     (r"-2 \le x \le 7", r"x \in [-2,7]", YES, NO),
     (r"(3,\infty)\cup(-\infty,2)", r"(-\infty, 2) \cup (3, \infty)", YES, NO),
-    (r"\begin{bmatrix} -\frac13 \\ \frac23 \end{bmatrix}", r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", YES, NO),
+    (
+        r"\begin{bmatrix} -\frac13 \\ \frac23 \end{bmatrix}",
+        r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+        YES,
+        NO,
+    ),
     (r"\begin{pmatrix}2\\1\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", NO, NO),
     (r"1-\sqrt{19}, 1+\sqrt{19}", r"1 \pm \sqrt{19}", YES, NO),
     (r"1 \mp \sqrt{19}", r"1 \pm \sqrt{19}", YES, NO),
@@ -164,9 +169,14 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("answer", "gold", "ours", "authors"), ANSWERS)
-def test_what_counts_for_us_and_for_the_authors(answer: str, gold: str, ours: bool, authors: bool) -> None:
+def test_what_counts_for_us_and_for_the_authors(
+    answer: str, gold: str, ours: bool, authors: bool
+) -> None:
     output = f"We see it. The answer is: {answer}"
-    assert (latex.ours(output, gold).correct, latex.authors(output, gold).correct) == (ours, authors)
+    assert (latex.ours(output, gold).correct, latex.authors(output, gold).correct) == (
+        ours,
+        authors,
+    )
 
 
 # Whole outputs: what is taken for the answer by us and by the authors.
@@ -190,7 +200,10 @@ OUTPUTS = [
 
 @pytest.mark.parametrize(("output", "ours", "authors"), OUTPUTS)
 def test_where_the_answer_is_looked_for(output: str, ours: str | None, authors: str | None) -> None:
-    assert (latex.ours(output, "0").extracted, latex.authors(output, "0").extracted) == (ours, authors)
+    assert (latex.ours(output, "0").extracted, latex.authors(output, "0").extracted) == (
+        ours,
+        authors,
+    )
 
 
 def test_an_empty_gold_answer_is_an_error() -> None:
@@ -220,16 +233,30 @@ def golds(rows: list[dict[str, str]]) -> list[str]:
 def test_every_gold_answer_counts(rows: list[dict[str, str]]) -> None:
     assert len(rows) == 500
     for row in rows:
-        for answer in (row["answer"], f"${row['answer']}$", f"${row['answer']}.$", f"{row['answer']}.\nIndeed."):
+        for answer in (
+            row["answer"],
+            f"${row['answer']}$",
+            f"${row['answer']}.$",
+            f"{row['answer']}.\nIndeed.",
+        ):
             output = f"So.\nThe answer is: {answer}"
-            assert latex.ours(output, row["answer"]).correct and latex.ours(output, row["solution"]).correct, output
+            assert (
+                latex.ours(output, row["answer"]).correct
+                and latex.ours(output, row["solution"]).correct
+            ), output
         assert latex.ours(row["solution"], row["answer"]).correct, row["solution"]
 
 
 def test_every_gold_answer_counts_for_the_authors_too(rows: list[dict[str, str]]) -> None:
     for row in rows:
-        for output in (f"The answer is: {row['answer']}", f"The answer is: {row['answer']}.\nIndeed."):
-            assert latex.authors(output, row["answer"]).correct and latex.authors(output, row["solution"]).correct
+        for output in (
+            f"The answer is: {row['answer']}",
+            f"The answer is: {row['answer']}.\nIndeed.",
+        ):
+            assert (
+                latex.authors(output, row["answer"]).correct
+                and latex.authors(output, row["solution"]).correct
+            )
         assert not latex.authors(row["solution"], row["answer"]).correct, "a box is not their mark"
 
 
@@ -241,7 +268,9 @@ def is_formula(answer: str) -> bool:
 def check_rewritten(answers: list[str]) -> None:
     for answer in filter(is_formula, answers):
         output = f"The answer is: $2({answer}) - ({answer})$"
-        assert latex.ours(output, answer).correct and not latex.authors(output, answer).correct, output
+        assert latex.ours(output, answer).correct and not latex.authors(output, answer).correct, (
+            output
+        )
 
 
 def check_spoiled(answers: list[str], indices: Sequence[int]) -> None:
@@ -251,10 +280,14 @@ def check_spoiled(answers: list[str], indices: Sequence[int]) -> None:
         integers = (a for a in answers[index:] + answers if re.fullmatch(r"-?\d+", a))
         wrong = ["", next(a for a in integers if re.sub(r"\D", "", a) != re.sub(r"\D", "", gold))]
         if is_formula(gold):
-            wrong += [f"{gold} + 1"] + ([f"-({gold})", f"-{gold}".removeprefix("--")] if gold != "0" else [])
+            wrong += [f"{gold} + 1"] + (
+                [f"-({gold})", f"-{gold}".removeprefix("--")] if gold != "0" else []
+            )
         for answer in wrong:
             output = f"The answer is: {answer}"
-            assert not latex.ours(output, gold).correct and not latex.authors(output, gold).correct, (output, gold)
+            assert (
+                not latex.ours(output, gold).correct and not latex.authors(output, gold).correct
+            ), (output, gold)
         asked = f"\n\n### Instruction:\nIs it $\\boxed{{{gold}}}$? The answer is: {gold}"
         for output in ("", asked):
             assert not latex.ours(output, gold).correct, "an answer that only the prompt has"
@@ -274,8 +307,14 @@ def test_all_gold_answers_count_in_another_form_and_spoiled_ones_do_not(golds: l
 
 def test_a_thread_without_alarms_compares_too() -> None:
     said: list[bool] = []
-    outputs = ("The answer is: 2(k+1)", "The answer is: 2k+1", "The answer is: " + "(" * 100 + "k" + ")" * 100)
-    thread = threading.Thread(target=lambda: said.extend(latex.ours(output, "2k+2").correct for output in outputs))
+    outputs = (
+        "The answer is: 2(k+1)",
+        "The answer is: 2k+1",
+        "The answer is: " + "(" * 100 + "k" + ")" * 100,
+    )
+    thread = threading.Thread(
+        target=lambda: said.extend(latex.ours(output, "2k+2").correct for output in outputs)
+    )
     thread.start()
     thread.join()
     assert said == [True, False, False]
@@ -302,13 +341,23 @@ print([latex.ours(output, r"\\frac{x+2}{3}").correct for output in outputs])
 def test_hostile_answers_neither_hang_nor_eat_memory() -> None:
     outputs = [text for hostile in HOSTILE for text in (f"The answer is: {hostile}", hostile)]
     child = subprocess.run(
-        [sys.executable, "-c", CHILD], input=json.dumps(outputs), capture_output=True, text=True, check=False
+        [sys.executable, "-c", CHILD],
+        input=json.dumps(outputs),
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert (child.returncode, json.loads(child.stdout.lower())) == (0, [False] * len(outputs)), child.stderr[-2000:]
+    assert (child.returncode, json.loads(child.stdout.lower())) == (0, [False] * len(outputs)), (
+        child.stderr[-2000:]
+    )
 
 
 def test_what_is_too_long_to_work_out_still_counts_where_it_reads_the_same() -> None:
-    for answer in ("+".join(f"x_{{{n}}}" for n in range(80)), "9^{9^{9^9}}", r"\sum_{k=1}^{10^9} k^k"):
+    for answer in (
+        "+".join(f"x_{{{n}}}" for n in range(80)),
+        "9^{9^{9^9}}",
+        r"\sum_{k=1}^{10^9} k^k",
+    ):
         assert latex.ours(f"The answer is: ${answer}$", answer).correct
 
 

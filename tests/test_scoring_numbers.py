@@ -145,8 +145,13 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("output", "gold", "ours", "authors"), ANSWERS)
-def test_what_counts_for_us_and_for_the_authors(output: str, gold: str, ours: bool, authors: bool) -> None:
-    assert (numbers.ours(output, gold).correct, numbers.authors(output, gold).correct) == (ours, authors)
+def test_what_counts_for_us_and_for_the_authors(
+    output: str, gold: str, ours: bool, authors: bool
+) -> None:
+    assert (numbers.ours(output, gold).correct, numbers.authors(output, gold).correct) == (
+        ours,
+        authors,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -164,20 +169,34 @@ def test_every_gold_answer_counts_in_the_papers_form_and_its_own(worked: list[st
     assert len(worked) == 1319
     for answer in worked:
         reasoning, gold = parts(answer)
-        for output in (answer, f"{reasoning}\nThe answer is: {gold}", f"{reasoning} The answer is: {gold}." + NEXT):
-            assert numbers.ours(output, answer).correct and numbers.ours(output, gold).correct, output
+        for output in (
+            answer,
+            f"{reasoning}\nThe answer is: {gold}",
+            f"{reasoning} The answer is: {gold}." + NEXT,
+        ):
+            assert numbers.ours(output, answer).correct and numbers.ours(output, gold).correct, (
+                output
+            )
 
 
 def test_the_authors_script_misses_one_gold_answer_with_two_commas(worked: list[str]) -> None:
-    outputs = [(f"{reasoning}\nThe answer is: {gold}", gold) for reasoning, gold in map(parts, worked)]
-    assert [gold for output, gold in outputs if not numbers.authors(output, gold).correct] == ["1,450,000"]
+    outputs = [
+        (f"{reasoning}\nThe answer is: {gold}", gold) for reasoning, gold in map(parts, worked)
+    ]
+    assert [gold for output, gold in outputs if not numbers.authors(output, gold).correct] == [
+        "1,450,000"
+    ]
 
 
 def test_no_spoiled_answer_counts_for_either(worked: list[str]) -> None:
     golds = [gold for _, gold in map(parts, worked)]
     values = [int(gold.replace(",", "")) for gold in golds]
     for index, (gold, value) in enumerate(zip(golds, values, strict=True)):
-        spoiled = [f"So.\nThe answer is: {wrong}" for wrong in (value + 1, -value, value * 10 + 1) if wrong != value]
+        spoiled = [
+            f"So.\nThe answer is: {wrong}"
+            for wrong in (value + 1, -value, value * 10 + 1)
+            if wrong != value
+        ]
         other = next(golds[i - 1] for i in range(index, -len(golds), -1) if values[i - 1] != value)
         asked = f"\n\n### Instruction:\nIs it {gold}? The answer is: {gold}"
         for output in (*spoiled, f"The answer is: {other}", "", f"#### {value - 1}"):

@@ -19,7 +19,9 @@ from test_laws import as_lora
 METHODS = sorted(name for name, method in methods().items() if method.needs == "weight")
 
 
-def pair(rows: int = 20, rank: int = 6, columns: int = 14, dtype: torch.dtype = torch.float64) -> Lora:
+def pair(
+    rows: int = 20, rank: int = 6, columns: int = 14, dtype: torch.dtype = torch.float64
+) -> Lora:
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(rank, columns, generator=generator, dtype=torch.float64)
     B = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
@@ -27,7 +29,9 @@ def pair(rows: int = 20, rank: int = 6, columns: int = 14, dtype: torch.dtype = 
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
-@pytest.mark.parametrize("shape", [(20, 14), (14, 20), (20, 4)], ids=["tall", "wide", "narrower than its rank"])
+@pytest.mark.parametrize(
+    "shape", [(20, 14), (14, 20), (20, 4)], ids=["tall", "wide", "narrower than its rank"]
+)
 def test_truncated_is_the_svd_of_the_dense_change(rank, shape):
     lora = pair(rows=shape[0], columns=shape[1])
     U, S, Vh = torch.linalg.svd(lora.delta(), full_matrices=False)
@@ -78,7 +82,11 @@ def test_a_rank_below_the_possible_is_refused():
 
 
 def test_core_stands_between_the_factors():
-    left, core, right = torch.eye(3)[:, :2], torch.tensor([[0.0, 2.0], [3.0, 0.0]]), torch.eye(4)[:2]
+    left, core, right = (
+        torch.eye(3)[:, :2],
+        torch.tensor([[0.0, 2.0], [3.0, 0.0]]),
+        torch.eye(4)[:2],
+    )
     split = Split(torch.ones(3, 4), left, right, core, scale=0.5)
     # By hand: left core right puts 2 at (0, 1) and 3 at (1, 0); scale halves them.
     expected = torch.zeros(3, 4)
@@ -152,17 +160,22 @@ def test_what_is_no_float_matrix_is_refused_by_name(weight: Tensor, message: str
 
 
 @pytest.mark.parametrize(
-    ("wrong", "meant"), [("pisa", "pissa"), ("PiSSA", "pissa"), ("mi-lora", "milora"), ("olara", "olora")]
+    ("wrong", "meant"),
+    [("pisa", "pissa"), ("PiSSA", "pissa"), ("mi-lora", "milora"), ("olara", "olora")],
 )
 def test_unknown_method_names_the_nearest(wrong, meant):
-    with pytest.raises(InputError, match=f"unknown method '{wrong}'. Did you mean '{meant}'?") as caught:
+    with pytest.raises(
+        InputError, match=f"unknown method '{wrong}'. Did you mean '{meant}'?"
+    ) as caught:
         pissa.split(torch.eye(4), wrong, 2)
     known = str(caught.value).partition("Known: ")[2].split(", ")
     assert known == sorted({*methods(), "qlora", "qpissa"})
 
 
 def test_unknown_svd_is_refused():
-    with pytest.raises(InputError, match="svd is 'quick', expected 'fast', 'exact' or a tolerance from 5e-06 to 1"):
+    with pytest.raises(
+        InputError, match="svd is 'quick', expected 'fast', 'exact' or a tolerance from 5e-06 to 1"
+    ):
         pissa.split(torch.eye(4), "pissa", 2, svd="quick")
 
 
@@ -189,10 +202,18 @@ def test_rank_may_be_the_whole_smaller_side():
 def test_a_decorated_function_is_found_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pissa.registry._METHODS", dict(methods()))
 
-    @method("half", title="Half", paper="none", trains="half of the first column", verdict="for this test")
+    @method(
+        "half",
+        title="Half",
+        paper="none",
+        trains="half of the first column",
+        verdict="for this test",
+    )
     def half(weight: Tensor, rank: int, *, scale: float, svd: str, seed: int, name: str) -> Split:
         left, right = weight[:, :rank] / 2, torch.eye(rank, weight.shape[1])
         return Split(weight, left, right, scale=scale)
 
     assert "half" in methods()
-    assert torch.equal(pissa.split(2 * torch.eye(3), "half", 1).left[:, 0], torch.tensor([1.0, 0.0, 0.0]))
+    assert torch.equal(
+        pissa.split(2 * torch.eye(3), "half", 1).left[:, 0], torch.tensor([1.0, 0.0, 0.0])
+    )

@@ -46,14 +46,20 @@ def factors_of(model: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(part.detach() for part in parts)
 
 
-def corda_by_peft(W: Tensor, samples: list[Tensor], mode: str, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+def corda_by_peft(
+    W: Tensor, samples: list[Tensor], mode: str, alpha: float
+) -> tuple[Tensor, Tensor, Tensor]:
     pytest.importorskip("attr", reason="peft's CorDA needs attrs, which peft does not ask for")
     from peft.tuners.lora.corda import preprocess_corda
 
     model = Layer(W)
     settings = CordaConfig(corda_method=mode)
     config = peft.LoraConfig(
-        r=4, lora_alpha=alpha, target_modules=["linear"], init_lora_weights="corda", corda_config=settings
+        r=4,
+        lora_alpha=alpha,
+        target_modules=["linear"],
+        init_lora_weights="corda",
+        corda_config=settings,
     )
     preprocess_corda(model, config, run_model=lambda: [model(X[None]) for X in samples])
     return factors_of(peft.get_peft_model(model, config))
@@ -67,7 +73,9 @@ def test_corda_in_the_authors_share_is_pefts(shape, mode):
     frozen, left, right = corda_by_peft(W, samples, mode, alpha=8)
     split = start("corda", W, 4, covariance_of(*samples), 2.0, mode=mode, normalised=False)
     # peft decomposes in float32, which rounds the small end of the spectrum more.
-    exact = torch.from_numpy(by_the_equations(W.double(), covariance_of(*samples), 4, mode, "covariance"))
+    exact = torch.from_numpy(
+        by_the_equations(W.double(), covariance_of(*samples), 4, mode, "covariance")
+    )
     assert relative_error(split.product().double(), exact) < 1e-6
     tolerance = 1e-5 if mode == "ipm" else 1e-4
     assert relative_error(split.product(), 2 * left @ right) < tolerance
@@ -82,7 +90,9 @@ def test_peft_lets_a_sample_of_negative_entries_outweigh_all_others():
     negative = rows_of(60, 32, seed=5, dtype=torch.float32).abs().neg()
     negative = negative + 0.02 * negative.abs().max()
     _, left, right = corda_by_peft(W, [ordinary, negative], "ipm", alpha=4)
-    both, alone = (start("corda", W, 4, covariance_of(*given)) for given in ((ordinary, negative), (negative,)))
+    both, alone = (
+        start("corda", W, 4, covariance_of(*given)) for given in ((ordinary, negative), (negative,))
+    )
     assert relative_error(alone.product(), both.product()) > 0.2
     assert relative_error(left @ right, both.product()) > 0.2
     assert relative_error(left @ right, alone.product()) < 0.02
@@ -92,7 +102,9 @@ def test_peft_lets_a_sample_of_negative_entries_outweigh_all_others():
 @pytest.mark.parametrize("alpha", [4, 8])
 def test_olora_is_pefts(shape, alpha):
     W = matrix(*shape, torch.float32)
-    config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["linear"], init_lora_weights="olora")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=alpha, target_modules=["linear"], init_lora_weights="olora"
+    )
     frozen, left, right = factors_of(peft.get_peft_model(Layer(W), config))
     split = start("olora", W, 4, scale=alpha / 4)
     assert relative_error(split.frozen, frozen) < 1e-5
@@ -113,7 +125,10 @@ def lora_ga_by_peft(W: Tensor, loss: Any, rank: int, alpha: float) -> tuple[Tens
 @pytest.mark.parametrize("shape", [(24, 32), (32, 24)])
 def test_lora_ga_has_pefts_directions_and_the_authors_norms(shape):
     W, rank, scale = matrix(*shape, torch.float32), 8, 16 / 8**0.5
-    X, Y = (rows_of(60, width, seed=width, dtype=torch.float32).requires_grad_() for width in reversed(shape))
+    X, Y = (
+        rows_of(60, width, seed=width, dtype=torch.float32).requires_grad_()
+        for width in reversed(shape)
+    )
 
     def loss(model: Any) -> Tensor:
         return (model(X) - Y).square().mean()
@@ -133,9 +148,13 @@ def test_lora_ga_has_pefts_directions_and_the_authors_norms(shape):
     assert relative_error(frozen + scale * left @ right, W) < 1e-5
     # So its first step is that of the right factor alone: the best of rank r where ours is the best of rank 2r.
     energy = np.cumsum(S**2) / (S**2).sum()
-    assert cosine(-first_step(split.left, split.right, G), G) == pytest.approx(energy[2 * rank - 1] ** 0.5, abs=1e-5)
+    assert cosine(-first_step(split.left, split.right, G), G) == pytest.approx(
+        energy[2 * rank - 1] ** 0.5, abs=1e-5
+    )
     assert cosine(-first_step(left, right, G), G) < energy[2 * rank - 1] ** 0.5 - 0.001
-    assert cosine(-first_step(left, right, G), G) == pytest.approx(energy[rank - 1] ** 0.5, abs=1e-3)
+    assert cosine(-first_step(left, right, G), G) == pytest.approx(
+        energy[rank - 1] ** 0.5, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize(("rank", "rho"), [(24, 1.0), (12, 2.0)])
@@ -163,13 +182,17 @@ def test_eva_is_pefts_in_vectors_ranks_and_scales(rank, rho):
     }
     for name, module in targets.items():
         module.register_forward_hook(
-            lambda _, given, __, name=name: seen.update({name: Components.of(given[0].flatten(0, 1), 24)})
+            lambda _, given, __, name=name: seen.update(
+                {name: Components.of(given[0].flatten(0, 1), 24)}
+            )
         )
     with torch.no_grad():
         plain(**batch)
     eva = get("eva")
     assert eva.allotment is not None
-    shares = {name: eva.allotment.score(targets[name].weight, seen[name], rank, rho=rho) for name in seen}
+    shares = {
+        name: eva.allotment.score(targets[name].weight, seen[name], rank, rho=rho) for name in seen
+    }
     ranks = eva.allotment.allot(shares, rank, rho=rho)
     assert {name: count for name, count in ranks.items() if count} == {
         name: m.r["default"] for name, m in theirs.items()

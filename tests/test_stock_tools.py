@@ -48,7 +48,9 @@ print(json.dumps(gaps))
 
 
 @pytest.fixture(scope="module")
-def gaps(shared: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+def gaps(
+    shared: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[float]]:
     """Largest output difference from the base, [residual + start, residual alone], without pissa in the process."""
     out = tmp_path_factory.mktemp("decomposed")
     jobs = []
@@ -57,12 +59,18 @@ def gaps(shared: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -
         kind = "AutoModel" if model == "MiniLM" else "AutoModelForCausalLM"
         for rank in RANKS:
             folder = out / f"{model}-{rank}"
-            pissa.decompose(base, folder, rank=rank, dtype="float32" if model == STORED_BF16 else None)
+            pissa.decompose(
+                base, folder, rank=rank, dtype="float32" if model == STORED_BF16 else None
+            )
             jobs.append((folder.name, kind, str(base), str(folder)))
             if model == STORED_BF16:
                 pissa.decompose(base, out / f"{model}-bf16-{rank}", rank=rank)
-                jobs.append((f"{model}-bf16-{rank}", kind, str(base), str(out / f"{model}-bf16-{rank}")))
-    done = subprocess.run([sys.executable, "-c", STOCK, json.dumps(jobs)], capture_output=True, text=True, check=False)
+                jobs.append(
+                    (f"{model}-bf16-{rank}", kind, str(base), str(out / f"{model}-bf16-{rank}"))
+                )
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, json.dumps(jobs)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     shutil.rmtree(out)
     return json.loads(done.stdout.splitlines()[-1])
@@ -80,13 +88,19 @@ def test_stock_tools_get_the_bases_output_from_a_decomposed_folder(
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_a_residual_stored_in_bf16_is_off_by_its_own_rounding_only(rank: int, gaps: dict[str, list[float]]) -> None:
+def test_a_residual_stored_in_bf16_is_off_by_its_own_rounding_only(
+    rank: int, gaps: dict[str, list[float]]
+) -> None:
     both, alone = gaps[f"{STORED_BF16}-bf16-{rank}"]
-    print(f"{STORED_BF16} stored in bf16, rank {rank}: {both:.1e} from the base (residual alone {alone:.1e})")
+    print(
+        f"{STORED_BF16} stored in bf16, rank {rank}: {both:.1e} from the base (residual alone {alone:.1e})"
+    )
     assert 1e-4 < both < 0.1 * alone
 
 
-def test_auto_peft_model_loads_the_right_model(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_auto_peft_model_loads_the_right_model(
+    pico_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     from peft import AutoPeftModelForCausalLM
 
     base = pico_folder()

@@ -11,7 +11,9 @@ from pissa.linalg import LowRank, product_singular_values, relative_error, trunc
 both = pytest.mark.parametrize("accuracy", ["exact", "fast"])
 
 
-def with_spectrum(rows: int, columns: int, power: float, dtype: torch.dtype = torch.float64) -> Tensor:
+def with_spectrum(
+    rows: int, columns: int, power: float, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Singular values k^power between random orthonormal bases."""
     generator = torch.Generator().manual_seed(0)
     small = min(rows, columns)
@@ -43,7 +45,9 @@ def test_fast_captures_nearly_all_of_the_best_energy(shape, power, share, rank):
     weight = with_spectrum(*shape, power, torch.float32)
     best = torch.linalg.svdvals(weight.double())[:rank].square().sum()
     found = truncated_svd(weight, rank, "fast", name="w")
-    captured = weight.double().square().sum() - (weight.double() - product(found).double()).square().sum()
+    captured = (
+        weight.double().square().sum() - (weight.double() - product(found).double()).square().sum()
+    )
     assert share * best <= captured <= (1 + 1e-6) * best
     assert orthonormal(found.U, 1e-5)
     assert orthonormal(found.Vh.T, 1e-5)

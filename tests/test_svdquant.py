@@ -20,7 +20,9 @@ from pissa.w4a4 import W4A4Linear
 OUTLIERS = 6
 
 
-def layer(rows: int = 96, columns: int = 256, outliers: int = OUTLIERS, seed: int = 0) -> tuple[Tensor, Tensor]:
+def layer(
+    rows: int = 96, columns: int = 256, outliers: int = OUTLIERS, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """A weight and inputs of which a few channels are forty times as large as the others."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) / columns**0.5
@@ -32,7 +34,9 @@ def layer(rows: int = 96, columns: int = 256, outliers: int = OUTLIERS, seed: in
 WEIGHT, INPUTS = layer()
 
 
-def split(rank: int, *, smoothing: bool = True, rounds: int = 1, weight=WEIGHT, inputs=INPUTS, scale=1.0) -> Split:
+def split(
+    rank: int, *, smoothing: bool = True, rounds: int = 1, weight=WEIGHT, inputs=INPUTS, scale=1.0
+) -> Split:
     how = {"scale": scale, "svd": "exact", "seed": 0, "name": "w", "inputs": inputs}
     return svdquant(weight, rank, **how, smoothing=smoothing, rounds=rounds)
 
@@ -61,13 +65,17 @@ def missed_singular_values(found: Split, rank: int) -> Tensor:
 def test_without_rounding_the_output_is_the_layers_own_for_every_smoothing(smooth):
     factors = list(smoothings(INPUTS, WEIGHT))[smooth].double()
     weight, inputs = WEIGHT.double(), INPUTS.double()
-    torch.testing.assert_close((inputs / factors) @ (weight * factors).T, inputs @ weight.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        (inputs / factors) @ (weight * factors).T, inputs @ weight.T, rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 16])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("rounds", [1, 5])
-def test_the_codes_are_those_of_what_the_stored_branch_leaves_of_the_smoothed_weight(rank, scale, rounds):
+def test_the_codes_are_those_of_what_the_stored_branch_leaves_of_the_smoothed_weight(
+    rank, scale, rounds
+):
     found = split(rank, scale=scale, rounds=rounds)
     for factor in (found.left, found.right):
         assert torch.equal(factor, factor.half().float())
@@ -109,7 +117,10 @@ def test_the_error_falls_with_the_rank_and_steeply_once_it_reaches_the_number_of
 @pytest.mark.parametrize("outliers", [0, OUTLIERS])
 def test_more_rounds_are_never_further_on_the_rows_they_were_judged_by(seed, outliers):
     weight, inputs = layer(48, 64, outliers, seed)
-    errors = [error(split(2, rounds=rounds, weight=weight, inputs=inputs), inputs) for rounds in range(1, 13)]
+    errors = [
+        error(split(2, rounds=rounds, weight=weight, inputs=inputs), inputs)
+        for rounds in range(1, 13)
+    ]
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(errors))
     assert errors[-1] < 0.99 * errors[0]
 
@@ -139,7 +150,10 @@ def test_the_smoothing_is_the_best_of_the_grid_by_output_error_with_the_branch(s
         smooth = factors.float()
         left = torch.linalg.svd(weight * smooth, full_matrices=False)
         B, A = (left.U * left.S)[:, :4], left.Vh[:4] / smooth
-        y = product(quantise(inputs / smooth), quantise((weight - B @ A) * smooth)) + inputs @ A.T @ B.T
+        y = (
+            product(quantise(inputs / smooth), quantise((weight - B @ A) * smooth))
+            + inputs @ A.T @ B.T
+        )
         each.append(relative_error(y, inputs @ weight.T))
     assert best == pytest.approx(min(each) if smoothing else each[0], rel=0.02)
     assert min(each) < 0.5 * each[0]
@@ -201,8 +215,13 @@ def test_a_weight_beyond_float16_scales_is_refused_by_name():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_layer_is_the_integer_product_of_the_stored_parts_and_the_branch_of_unrounded_inputs(dtype):
-    found, bias = split(8, rounds=3), torch.randn(96, generator=torch.Generator().manual_seed(1)).to(dtype)
+def test_the_layer_is_the_integer_product_of_the_stored_parts_and_the_branch_of_unrounded_inputs(
+    dtype,
+):
+    found, bias = (
+        split(8, rounds=3),
+        torch.randn(96, generator=torch.Generator().manual_seed(1)).to(dtype),
+    )
     x = INPUTS[:12].to(dtype).reshape(3, 4, 256)
     got = W4A4Linear.from_split(found, bias)(x)
     assert got.dtype == dtype and got.shape == (3, 4, 96)
@@ -211,7 +230,9 @@ def test_the_layer_is_the_integer_product_of_the_stored_parts_and_the_branch_of_
     acts = quantise(rows / smooth)
     exact = acts.dense().double() @ (codes * steps).double().T
     exact += rows.double() @ found.right.double().T @ found.left.double().T + bias.double()
-    torch.testing.assert_close(got.reshape(12, 96).double(), exact, rtol=3 * torch.finfo(dtype).eps, atol=2e-4)
+    torch.testing.assert_close(
+        got.reshape(12, 96).double(), exact, rtol=3 * torch.finfo(dtype).eps, atol=2e-4
+    )
 
 
 def test_a_token_does_not_depend_on_its_neighbours():
@@ -221,12 +242,20 @@ def test_a_token_does_not_depend_on_its_neighbours():
 
 def test_the_dense_weight_is_what_the_split_rebuilds():
     found = split(8, rounds=3)
-    torch.testing.assert_close(W4A4Linear.from_split(found).dense(), found.rebuild(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        W4A4Linear.from_split(found).dense(), found.rebuild(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_lora_beside_the_branch_adds_its_own_output():
-    layer_, generator = W4A4Linear.from_split(split(8), torch.ones(96)), torch.Generator().manual_seed(1)
-    lora = Lora(torch.randn(4, 256, generator=generator).half(), torch.randn(96, 4, generator=generator).half())
+    layer_, generator = (
+        W4A4Linear.from_split(split(8), torch.ones(96)),
+        torch.Generator().manual_seed(1),
+    )
+    lora = Lora(
+        torch.randn(4, 256, generator=generator).half(),
+        torch.randn(96, 4, generator=generator).half(),
+    )
     both = layer_.with_lora(lora)
     assert both.rank == 12 and layer_.rank == 8
     expected = layer_(INPUTS) + INPUTS @ lora.A.float().T @ lora.B.float().T
@@ -238,7 +267,8 @@ def test_the_state_dict_is_packed_and_gives_the_same_bits_back():
     state = first.state_dict()
     kinds = {"codes": torch.uint8, "bias": torch.float32}
     assert {name: part.dtype for name, part in state.items()} == {
-        name: kinds.get(name, torch.float16) for name in ("codes", "scales", "smooth", "left", "right", "bias")
+        name: kinds.get(name, torch.float16)
+        for name in ("codes", "scales", "smooth", "left", "right", "bias")
     }
     bits = 8 * (state["codes"].nbytes + state["scales"].nbytes) / WEIGHT.numel()
     assert bits == 4.25

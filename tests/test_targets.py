@@ -27,7 +27,11 @@ def test_all_linear_is_every_linear_but_the_output_head():
 
 def test_all_linear_leaves_a_classification_head_out():
     config = transformers.BertConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=30
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=30,
     )
     model = transformers.BertForSequenceClassification(config)
     assert head_modules(model) == ["classifier"]
@@ -46,7 +50,11 @@ def test_all_linear_leaves_a_classification_head_out():
 
 def test_a_deep_classification_head_is_left_out_whole():
     config = transformers.RobertaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=30
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=30,
     )
     model = transformers.RobertaForSequenceClassification(config)
     assert not any("classifier" in target.module for target in find_targets(model))
@@ -78,7 +86,9 @@ def test_an_ending_matches_whole_names_only():
 
 @pytest.mark.parametrize("targets", ["q_porj", ["v_proj", "q_porj"]])
 def test_a_name_that_matches_nothing_names_the_nearest_and_the_known(targets):
-    with pytest.raises(InputError, match=r"no module matches 'q_porj'\. Did you mean 'q_proj'\?") as caught:
+    with pytest.raises(
+        InputError, match=r"no module matches 'q_porj'\. Did you mean 'q_proj'\?"
+    ) as caught:
         find_targets(build_pico(), targets)
     assert "This model's layers are: down_proj, embed_tokens, gate_proj" in str(caught.value)
 
@@ -106,7 +116,9 @@ def test_linear_reads_as_it_is():
 
 
 def test_gpt2_conv1d_reads_transposed_and_maps_vectors_as_the_layer_does():
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20)
+    )
     targets = {target.module: target for target in find_targets(model)}
     assert list(targets) == [
         f"transformer.h.0.{end}" for end in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -138,10 +150,14 @@ def test_conv2d_reads_as_a_map_from_patches():
     assert torch.equal(target.from_matrix(matrix), model[0].weight)
 
 
-@pytest.mark.parametrize("change", [{"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}], ids=str
+)
 def test_a_convolution_that_adapters_get_wrong_is_refused(change):
     model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, **change))
-    with pytest.raises(InputError, match=f"`0` is a convolution with .*{next(iter(change))}=.*leave it out"):
+    with pytest.raises(
+        InputError, match=f"`0` is a convolution with .*{next(iter(change))}=.*leave it out"
+    ):
         find_targets(model, "0")
 
 
@@ -156,7 +172,10 @@ def tiny_mixtral() -> nn.Module:
 def test_fused_experts_are_refused_by_name_with_what_to_name_instead():
     model = tiny_mixtral()
     for targets in ("all-linear", "experts"):
-        with pytest.raises(InputError, match=r"`model\.layers\.0\.mlp\.experts\.\w+` holds the fused .* q_proj,k_proj"):
+        with pytest.raises(
+            InputError,
+            match=r"`model\.layers\.0\.mlp\.experts\.\w+` holds the fused .* q_proj,k_proj",
+        ):
             find_targets(model, targets)
     assert endings(find_targets(model, ["q_proj", "k_proj"])) == ["q_proj", "k_proj"]
 
@@ -178,7 +197,10 @@ def test_integer_weights_are_refused_as_quantised():
 def test_torch_attention_is_left_out_of_all_linear_and_refused_by_name():
     layer = nn.TransformerEncoderLayer(8, 2, 16)
     assert endings(find_targets(layer)) == ["linear1", "linear2"]
-    for target, message in (("out_proj", "bypasses adapters"), ("self_attn", "is a MultiheadAttention")):
+    for target, message in (
+        ("out_proj", "bypasses adapters"),
+        ("self_attn", "is a MultiheadAttention"),
+    ):
         with pytest.raises(InputError, match=f"target `self_attn.*{message}"):
             find_targets(layer, target)
 
@@ -188,7 +210,9 @@ def test_what_is_no_matrix_is_refused_with_its_type():
         find_targets(build_pico(), ["model.norm"])
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["layers.1.mlp.up_proj", "layers.0.mlp.up_proj"]])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj"], ["layers.1.mlp.up_proj", "layers.0.mlp.up_proj"]]
+)
 def test_short_names_shorten_to_endings_where_those_say_the_same(targets):
     model = build_pico()
     found = find_targets(model, targets)

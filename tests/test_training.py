@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 
 import pissa
 from pissa.config import load_settings
-from pissa.errors import BusyError, CheckpointError, ConfigError, DataError, OutputError, PissaError, WrongBaseError
+from pissa.errors import (
+    BusyError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    OutputError,
+    PissaError,
+    WrongBaseError,
+)
 from pissa.reports import plot_losses
 from pissa.training import callbacks, folder, run, train
 from pissa.training.folder import checkpoints, newest_checkpoint, read_metrics
@@ -34,7 +42,9 @@ def train_up_to(step: int, settings: Any, monkeypatch: pytest.MonkeyPatch) -> No
     """Train, and break off when `step` is logged, as a full disk or a person would break it off."""
     plain = callbacks.Metrics.on_log
 
-    def on_log(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self: Any, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
         plain(self, args, state, control, logs, **kwargs)
         if state.global_step == step:
             raise Stopped
@@ -45,7 +55,9 @@ def train_up_to(step: int, settings: Any, monkeypatch: pytest.MonkeyPatch) -> No
             train(settings)
 
 
-def test_a_run_leaves_a_lora_that_stock_peft_loads(settings: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_a_lora_that_stock_peft_loads(
+    settings: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
     record = train(settings())
     out = tmp_path / "out"
     plain = transformers.AutoModelForCausalLM.from_pretrained(base)
@@ -55,7 +67,11 @@ def test_a_run_leaves_a_lora_that_stock_peft_loads(settings: Callable[..., Any],
     assert (tuned(ids).logits - before).abs().max() > 1e-2
     assert transformers.AutoTokenizer.from_pretrained(out / "adapter").eos_token == "</s>"
     assert record == json.loads((out / "run.json").read_text())
-    assert (record["status"], record["steps"], record["data"]["train_rows"]) == ("finished", STEPS, 16)
+    assert (record["status"], record["steps"], record["data"]["train_rows"]) == (
+        "finished",
+        STEPS,
+        16,
+    )
     assert load_settings(out / "settings.yaml", {}) == settings()
     assert plot_losses({"pissa": out}, out / "losses.png").read_bytes().startswith(b"\x89PNG")
 
@@ -78,12 +94,24 @@ def test_first_loss_is_the_bases(settings: Callable[..., Any], tmp_path: Path) -
     assert first[0] == first[1] == first[2]
 
 
-def test_adapters_train_in_float32_on_a_bfloat16_base(settings: Callable[..., Any], tmp_path: Path) -> None:
+def test_adapters_train_in_float32_on_a_bfloat16_base(
+    settings: Callable[..., Any], tmp_path: Path
+) -> None:
     losses = []
     for recompute in (False, True):
         output = f"recompute-{recompute}"
-        train(settings(output, dtype="bfloat16", gradient_checkpointing=recompute, eval_size=0, eval_steps=0))
-        assert {tensor.dtype for tensor in weights_of(tmp_path / output).values()} == {torch.float32}
+        train(
+            settings(
+                output,
+                dtype="bfloat16",
+                gradient_checkpointing=recompute,
+                eval_size=0,
+                eval_steps=0,
+            )
+        )
+        assert {tensor.dtype for tensor in weights_of(tmp_path / output).values()} == {
+            torch.float32
+        }
         losses.append([line["loss"] for line in read_metrics(tmp_path / output / "metrics.jsonl")])
     assert losses[0] == losses[1]
 
@@ -98,10 +126,21 @@ def test_adapters_train_in_float32_on_a_bfloat16_base(settings: Callable[..., An
         ({"method": "full"}, 5),
         ({"base": "residual"}, 3),
     ],
-    ids=["mid-epoch", "second epoch", "before any checkpoint", "lora with dropout", "full", "residual"],
+    ids=[
+        "mid-epoch",
+        "second epoch",
+        "before any checkpoint",
+        "lora with dropout",
+        "full",
+        "residual",
+    ],
 )
 def test_a_broken_off_run_resumes_to_the_same_bits(
-    settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], stop: int
+    settings: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    stop: int,
 ) -> None:
     train(settings("whole", **change))
     train_up_to(stop, settings("broken", **change), monkeypatch)
@@ -121,7 +160,9 @@ def test_a_run_broken_off_while_saving_ends_without_another_step(
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_sigkill_and_resume_give_the_same_bits(settings: Callable[..., Any], tmp_path: Path) -> None:
+def test_sigkill_and_resume_give_the_same_bits(
+    settings: Callable[..., Any], tmp_path: Path
+) -> None:
     train(settings("whole"))
     killed = settings("killed")
     kill_training(killed, once=tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "whole")
@@ -140,7 +181,9 @@ def test_a_checkpoint_without_its_mark_is_not_used(tmp_path: Path) -> None:
 
 def test_old_checkpoints_are_deleted(settings: Callable[..., Any], tmp_path: Path) -> None:
     train(settings(save_total_limit=1))
-    assert [path.name for path in checkpoints(tmp_path / "out" / "checkpoints")] == [f"checkpoint-{STEPS}"]
+    assert [path.name for path in checkpoints(tmp_path / "out" / "checkpoints")] == [
+        f"checkpoint-{STEPS}"
+    ]
 
 
 @pytest.fixture
@@ -166,7 +209,10 @@ def test_resuming_with_other_data_is_refused(broken: Callable[..., Any], words: 
 
 @pytest.mark.parametrize("method", ["pissa", "full"])
 def test_resuming_on_another_base_names_the_tensor(
-    settings: Callable[..., Any], pico_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: str
+    settings: Callable[..., Any],
+    pico_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
 ) -> None:
     train_up_to(1, settings(method=method), monkeypatch)
     other = pico_folder("other", seed=1, vocab_size=260)
@@ -185,7 +231,9 @@ def test_resuming_a_finished_run_does_nothing(
     assert "is finished" in caplog.text
 
 
-def test_output_is_only_replaced_by_force_and_only_a_run(settings: Callable[..., Any], tmp_path: Path) -> None:
+def test_output_is_only_replaced_by_force_and_only_a_run(
+    settings: Callable[..., Any], tmp_path: Path
+) -> None:
     train(settings(max_steps=1))
     with pytest.raises(OutputError, match="--resume"):
         train(settings(max_steps=1))
@@ -221,8 +269,15 @@ def test_a_mistake_is_one_clear_error(
     assert claim in str(caught.value)
 
 
-def test_nothing_is_written_before_all_is_checked(settings: Callable[..., Any], tmp_path: Path) -> None:
-    for change in ({"rank": 999}, {"targets": ["lm_head"]}, {"fields": {"text": "absent"}}, {"method": "pisa"}):
+def test_nothing_is_written_before_all_is_checked(
+    settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    for change in (
+        {"rank": 999},
+        {"targets": ["lm_head"]},
+        {"fields": {"text": "absent"}},
+        {"method": "pisa"},
+    ):
         with pytest.raises(PissaError):
             train(settings(**change))
         assert not (tmp_path / "out").exists()
@@ -236,7 +291,9 @@ def test_pickled_weights_are_refused(settings: Callable[..., Any], base: Path) -
         train(settings())
 
 
-def test_a_base_with_missing_weights_is_no_language_model(settings: Callable[..., Any], base: Path) -> None:
+def test_a_base_with_missing_weights_is_no_language_model(
+    settings: Callable[..., Any], base: Path
+) -> None:
     from safetensors.torch import save_file
 
     tensors = load_file(base / "model.safetensors")
@@ -255,16 +312,24 @@ def moods(tmp_path: Path) -> Path:
 
 
 def reloaded_classifier(base: Path, out: Path, record: dict[str, Any]) -> Any:
-    plain = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(record["labels"]))
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=len(record["labels"])
+    )
     return peft.PeftModel.from_pretrained(plain, out / "adapter").eval()
 
 
 def test_the_trained_head_survives_save_and_stock_reload(
-    settings: Callable[..., Any], base: Path, moods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Any],
+    base: Path,
+    moods: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kept = []
     save = run._save
-    monkeypatch.setattr(run, "_save", lambda trainer, *rest: (kept.append(trainer.model), save(trainer, *rest)))
+    monkeypatch.setattr(
+        run, "_save", lambda trainer, *rest: (kept.append(trainer.model), save(trainer, *rest))
+    )
     record = train(settings(task="classification", data=str(moods), epochs=1))
     assert record["labels"] == ["bad", "good"]
     assert record.keys() >= {"eval_accuracy", "eval_f1"}
@@ -277,7 +342,11 @@ def test_the_trained_head_survives_save_and_stock_reload(
 
 @pytest.mark.parametrize("method", ["pissa", "lora"])
 def test_a_broken_off_classification_resumes_to_the_same_bits(
-    settings: Callable[..., Any], moods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    settings: Callable[..., Any],
+    moods: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
 ) -> None:
     change = {"task": "classification", "data": str(moods), "method": method}
     train(settings("whole", **change))
@@ -287,7 +356,9 @@ def test_a_broken_off_classification_resumes_to_the_same_bits(
     assert any("score" in name for name in weights_of(tmp_path / "broken"))
 
 
-def test_minilm_learns_scores_on_stsb(settings: Callable[..., Any], minilm: Path, shared: Path, tmp_path: Path) -> None:
+def test_minilm_learns_scores_on_stsb(
+    settings: Callable[..., Any], minilm: Path, shared: Path, tmp_path: Path
+) -> None:
     change = {
         "model": str(minilm), "task": "regression", "data": str(shared / "data/glue/STS-B/train.tsv"), "max_steps": 4,
         "fields": {"label": "score"}, "data_limit": 40, "eval_size": 16, "eval_steps": 0, "learning_rate": 3e-3,
@@ -303,10 +374,17 @@ def test_minilm_learns_scores_on_stsb(settings: Callable[..., Any], minilm: Path
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a", "label": "3.5"}\n{"text": "b", "label": "high"}\n')
     with pytest.raises(DataError, match=r"line 2: .*expected a number in label, got 'high'"):
-        train(settings("other", **{**change, "data": str(broken), "fields": {}, "data_limit": 0, "eval_size": 0}))
+        train(
+            settings(
+                "other",
+                **{**change, "data": str(broken), "fields": {}, "data_limit": 0, "eval_size": 0},
+            )
+        )
 
 
-def test_minilm_learns_on_mrpc(settings: Callable[..., Any], minilm: Path, shared: Path, tmp_path: Path) -> None:
+def test_minilm_learns_on_mrpc(
+    settings: Callable[..., Any], minilm: Path, shared: Path, tmp_path: Path
+) -> None:
     record = train(
         settings(
             model=str(minilm),
@@ -343,17 +421,29 @@ def test_what_an_unfinished_training_left_is_no_adapter(
     assert pissa.inspect(out / "adapter").safe_to_serve.startswith("no: ")
     train(settings("cut"), resume=True)
     pissa.convert(out, tmp_path / "lora")
-    assert pissa.inspect(out).safe_to_serve.startswith("yes") or "adapter/" in pissa.inspect(out).safe_to_serve
+    assert (
+        pissa.inspect(out).safe_to_serve.startswith("yes")
+        or "adapter/" in pissa.inspect(out).safe_to_serve
+    )
 
 
-def test_files_of_an_adapter_may_be_read_by_others(settings: Callable[..., Any], tmp_path: Path) -> None:
+def test_files_of_an_adapter_may_be_read_by_others(
+    settings: Callable[..., Any], tmp_path: Path
+) -> None:
     train(settings("out", max_steps=1, eval_size=0, eval_steps=0))
-    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out/adapter").iterdir()}
+    modes = {
+        file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out/adapter").iterdir()
+    }
     assert modes["adapter_model.safetensors"] == modes["adapter_config.json"]
 
 
-def test_two_processes_never_train_into_one_folder(settings: Callable[..., Any], tmp_path: Path) -> None:
-    with folder.held(tmp_path / "out"), pytest.raises(BusyError, match="another process is training"):
+def test_two_processes_never_train_into_one_folder(
+    settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    with (
+        folder.held(tmp_path / "out"),
+        pytest.raises(BusyError, match="another process is training"),
+    ):
         train(settings("out"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError):

@@ -48,7 +48,11 @@ def test_every_method_begins_at_the_base_and_learns(settings: Settings, tmp_path
     ],
 )
 def test_a_broken_off_run_resumes_to_the_same_bits(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, Any]
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    options: dict[str, Any],
 ) -> None:
     change = {"method": method, "options": options, "weight_decay": 0.1, "calibration_rows": 8}
     train(settings("whole", **change))
@@ -86,10 +90,20 @@ def test_a_closed_column_keeps_its_bits_under_momentum_and_decay(
     train(settings(method="lamda", options={"eta": 0.5}, weight_decay=0.5, warmup_ratio=0))
     assert len(seen) == STEPS
     moving = []
-    for (step, before), (_, now) in zip([(-1, [torch.zeros_like(t) for t in seen[0][1]]), *seen], seen, strict=False):
+    for (step, before), (_, now) in zip(
+        [(-1, [torch.zeros_like(t) for t in seen[0][1]]), *seen], seen, strict=False
+    ):
         count = closed(4, step + 1, STEPS, 0.5)
-        assert all(torch.equal(old[:, :count], new[:, :count]) for old, new in zip(before, now, strict=True))
-        moving.append(all((old[:, count:] != new[:, count:]).any() for old, new in zip(before, now, strict=True)))
+        assert all(
+            torch.equal(old[:, :count], new[:, :count])
+            for old, new in zip(before, now, strict=True)
+        )
+        moving.append(
+            all(
+                (old[:, count:] != new[:, count:]).any()
+                for old, new in zip(before, now, strict=True)
+            )
+        )
     assert moving[:3] == [True] * 3 and not any(moving[3:])
     state = load_file(tmp_path / "out" / "state" / "state.safetensors")
     assert all(tensor.any() for name, tensor in state.items() if name.endswith("drift_core"))
@@ -100,7 +114,9 @@ def test_a_model_without_a_left_factor_to_close_is_refused(pico: torch.nn.Module
         CloseLeft(pissa.attach(pico, "lora_xs", 4))
 
 
-def test_a_run_says_what_it_was_calibrated_on(settings: Settings, words: Path, tmp_path: Path) -> None:
+def test_a_run_says_what_it_was_calibrated_on(
+    settings: Settings, words: Path, tmp_path: Path
+) -> None:
     train(settings(method="corda", calibration_rows=8))
     facts = read_json(tmp_path / "out" / "state" / "pissa.json")["notes"]["observed"]
     assert facts["data"]["rows_read"] == 8
@@ -109,18 +125,24 @@ def test_a_run_says_what_it_was_calibrated_on(settings: Settings, words: Path, t
     train(settings("other", method="corda", calibration_rows=8, calibration=str(other)))
     there = read_json(tmp_path / "other" / "state" / "pissa.json")["notes"]["observed"]
     assert there["data"]["sha256"] != facts["data"].get("sha256")
-    one, two = (load_file(tmp_path / name / "state" / "state.safetensors") for name in ("out", "other"))
+    one, two = (
+        load_file(tmp_path / name / "state" / "state.safetensors") for name in ("out", "other")
+    )
     assert any(not torch.equal(one[name], two[name]) for name in one if name.endswith("start_left"))
 
 
-def test_one_pass_serves_many_methods(settings: Settings, base: Path, words: Path, tmp_path: Path) -> None:
+def test_one_pass_serves_many_methods(
+    settings: Settings, base: Path, words: Path, tmp_path: Path
+) -> None:
     saved = tmp_path / "seen.safetensors"
     rows = {"fields": {}, "max_length": 32, "rank": 4}
     calibrate(str(base), str(words), 8, ["covariance", "gradient"], **rows).save(saved)
     for method in ("corda", "lora_ga"):
         train(settings(f"{method}-saved", method=method, calibration=str(saved)))
         train(settings(method, method=method, calibration_rows=8, eval_size=0, eval_steps=0))
-        folders = (tmp_path / name / "state" / "state.safetensors" for name in (f"{method}-saved", method))
+        folders = (
+            tmp_path / name / "state" / "state.safetensors" for name in (f"{method}-saved", method)
+        )
         one, two = map(load_file, folders)
         starts = [name for name in one if ".start_" in name]
         assert starts and all(torch.allclose(one[name], two[name], atol=1e-4) for name in starts)
@@ -128,12 +150,16 @@ def test_one_pass_serves_many_methods(settings: Settings, base: Path, words: Pat
         train(settings("eva", method="eva", calibration=str(saved)))
 
 
-def test_calibration_is_refused_where_weights_suffice(settings: Settings, words: Path, base: Path) -> None:
+def test_calibration_is_refused_where_weights_suffice(
+    settings: Settings, words: Path, base: Path
+) -> None:
     with pytest.raises(ConfigError, match="calibration: got .* expected null with pissa"):
         train(settings(calibration=str(words)))
     with pytest.raises(InputError, match="pissa needs the weights alone"):
         for_method(str(base), "pissa", str(words), 8)
-    with pytest.raises(InputError, match="corda needs the covariance of each layer: give --calibration"):
+    with pytest.raises(
+        InputError, match="corda needs the covariance of each layer: give --calibration"
+    ):
         for_method(str(base), "corda", None, 8)
 
 
@@ -150,7 +176,15 @@ def test_a_quantised_base_is_observed_before_it_is_quantised(
 
 def test_wrong_options_are_told_with_all_other_mistakes(settings: Settings) -> None:
     with pytest.raises(ConfigError, match="2 mistakes(.|\n)*no option 'modus'(.|\n)*old_data: got"):
-        train(settings(method="corda", options={"modus": "kpm"}, old_data="x", task="classification", eval_size=4))
+        train(
+            settings(
+                method="corda",
+                options={"modus": "kpm"},
+                old_data="x",
+                task="classification",
+                eval_size=4,
+            )
+        )
 
 
 def test_dropout_is_refused_around_a_core(settings: Settings) -> None:
@@ -161,7 +195,9 @@ def test_dropout_is_refused_around_a_core(settings: Settings) -> None:
 def test_parameters_of_cores_are_found_by_name(pico: torch.nn.Module) -> None:
     model = pissa.attach(pico, "lamda", 4)
     found = exact.parameters(model)
-    assert len(found) == 2 * 14 and {tuple(part.shape) for name, part in found.items() if ".core." in name} == {(4, 4)}
+    assert len(found) == 2 * 14 and {
+        tuple(part.shape) for name, part in found.items() if ".core." in name
+    } == {(4, 4)}
 
 
 @pytest.mark.parametrize("method", ["lora_xs", "lamda"])

@@ -40,13 +40,22 @@ def test_a_16_bit_base_and_its_decomposed_folder_train_to_the_same_bits(
     assert_same_run(tmp_path / "one", tmp_path / "two")
     out = tmp_path / "one"
     assert torch.equal(
-        stock_logits(out / "residual", out / "adapter"), logits(pissa.load(language_model(out / "residual"), out))
+        stock_logits(out / "residual", out / "adapter"),
+        logits(pissa.load(language_model(out / "residual"), out)),
     )
     pissa.merge(out / "residual", out, tmp_path / "merged")
-    assert gap(logits(language_model(tmp_path / "merged")), stock_logits(out / "residual", out / "adapter")) < 1e-5
+    assert (
+        gap(
+            logits(language_model(tmp_path / "merged")),
+            stock_logits(out / "residual", out / "adapter"),
+        )
+        < 1e-5
+    )
 
 
-def test_the_first_loss_is_the_starts_and_it_falls(settings: Settings, base: Path, tmp_path: Path) -> None:
+def test_the_first_loss_is_the_starts_and_it_falls(
+    settings: Settings, base: Path, tmp_path: Path
+) -> None:
     for method in ("lora", "qlora", "qpissa"):
         train(settings(method, method=method))
     losses = {m: [line["eval_loss"] for line in read_metrics(tmp_path / m / "metrics.jsonl") if "eval_loss" in line]
@@ -57,19 +66,29 @@ def test_the_first_loss_is_the_starts_and_it_falls(settings: Settings, base: Pat
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_adapters_train_in_float32_on_few_bits(recompute: bool, settings: Settings, tmp_path: Path) -> None:
-    train(settings(method="qpissa", dtype="bfloat16", gradient_checkpointing=recompute, learning_rate=1e-4))
+def test_adapters_train_in_float32_on_few_bits(
+    recompute: bool, settings: Settings, tmp_path: Path
+) -> None:
+    train(
+        settings(
+            method="qpissa", dtype="bfloat16", gradient_checkpointing=recompute, learning_rate=1e-4
+        )
+    )
     trained = weights_of(tmp_path / "out")
     start = load_file(tmp_path / "out" / "residual" / "pissa_init" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     # Not float32 by name alone: neither the start nor what was added to it lies on bf16's grid.
     moved = [trained[name] - start[name] for name in trained]
     assert all(0 < float(change.abs().max()) < 6e-4 for change in moved)
-    assert all((trained[name].bfloat16().float() != trained[name]).float().mean() > 0.9 for name in trained)
+    assert all(
+        (trained[name].bfloat16().float() != trained[name]).float().mean() > 0.9 for name in trained
+    )
 
 
 @pytest.mark.parametrize("method", ["qpissa", "qlora"])
-def test_sigkill_and_resume_give_the_same_bits(method: str, settings: Settings, tmp_path: Path) -> None:
+def test_sigkill_and_resume_give_the_same_bits(
+    method: str, settings: Settings, tmp_path: Path
+) -> None:
     train(settings("whole", method=method))
     killed = settings("killed", method=method)
     kill_training(killed, once=tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "whole")
@@ -77,7 +96,9 @@ def test_sigkill_and_resume_give_the_same_bits(method: str, settings: Settings, 
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_run_killed_while_it_quantises_resumes_to_the_same_bits(settings: Settings, tmp_path: Path) -> None:
+def test_a_run_killed_while_it_quantises_resumes_to_the_same_bits(
+    settings: Settings, tmp_path: Path
+) -> None:
     train(settings("whole", method="qpissa"))
     killed = settings("killed", method="qpissa")
     kill_training(killed, once=tmp_path / "killed" / "residual" / "pissa.json")
@@ -140,13 +161,17 @@ def test_another_run_in_the_folder_takes_nothing_of_the_old_residual(
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_further_modules_train_whole_beside_few_bits(settings: Settings, base: Path, tmp_path: Path) -> None:
+def test_further_modules_train_whole_beside_few_bits(
+    settings: Settings, base: Path, tmp_path: Path
+) -> None:
     train(settings(method="qpissa", modules_to_save=["norm"]))
     trained = weights_of(tmp_path / "out")["base_model.model.model.norm.weight"]
     assert not torch.equal(trained, load_file(base / "model.safetensors")["model.norm.weight"])
 
 
-def test_full_training_is_not_for_a_residual_nor_for_few_bits(settings: Settings, base: Path, tmp_path: Path) -> None:
+def test_full_training_is_not_for_a_residual_nor_for_few_bits(
+    settings: Settings, base: Path, tmp_path: Path
+) -> None:
     pissa.decompose(base, tmp_path / "residual", "pissa", 4)
     with pytest.raises(ConfigError, match="a residual, expected a whole model with full") as caught:
         train(settings(method="full", model=str(tmp_path / "residual"), iterations=3, dropout=0.1))
@@ -199,7 +224,10 @@ def test_a_quantiser_without_a_meaning_is_a_mistake_in_one_line(
 def test_the_names_that_other_tools_use_are_understood(settings: Settings) -> None:
     for names, expected in (
         ({"load_in_4bit": True}, ("nf4", False)),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True}, ("fp4", True)),
+        (
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+            ("fp4", True),
+        ),
         ({"load_in_8bit": True}, ("int8", False)),
         ({"load_in_4bit": "True"}, ("nf4", False)),
         ({"load_in_4bit": False}, (None, False)),

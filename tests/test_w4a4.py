@@ -75,13 +75,17 @@ def test_a_model_is_left_as_it_was_where_a_target_cannot_be(targets, rank, messa
 
 def test_an_embedding_does_not_compute_in_4_bits(pico_folder):
     model = original(pico_folder(tie_word_embeddings=False))
-    with pytest.raises(InputError, match=r"embed_tokens.weight` is of kind embedding, expected linear or conv1d"):
+    with pytest.raises(
+        InputError, match=r"embed_tokens.weight` is of kind embedding, expected linear or conv1d"
+    ):
         quantise_model(model, seen(model), 4, targets="embed_tokens")
 
 
 def test_observations_of_another_model_are_refused_by_name(pico, pico_folder, tmp_path):
     other = pico_folder(seed=1)
-    with pytest.raises(WrongBaseError, match=r"another base: `layers\.0\..*Observe the model at hand"):
+    with pytest.raises(
+        WrongBaseError, match=r"another base: `layers\.0\..*Observe the model at hand"
+    ):
         svdquant(other, tmp_path / "out", seen(pico), rank=4)
     assert not (tmp_path / "out").exists()
     with pytest.raises(WrongBaseError, match="Observe the model at hand"):
@@ -105,9 +109,14 @@ def test_a_folder_loads_to_the_very_model_that_was_quantised_in_memory(source, t
 
 def test_the_workers_and_shards_change_no_bit(source, tmp_path):
     observations = seen(original(source))
-    for name, options in {"one": {"workers": 1}, "two": {"workers": 2, "max_shard_bytes": 4096}}.items():
+    for name, options in {
+        "one": {"workers": 1},
+        "two": {"workers": 2, "max_shard_bytes": 4096},
+    }.items():
         svdquant(source, tmp_path / name, observations, rank=4, options={"rounds": 1}, **options)
-    one, two = (Checkpoint.open(tmp_path / name / "weights", need_config=False) for name in ("one", "two"))
+    one, two = (
+        Checkpoint.open(tmp_path / name / "weights", need_config=False) for name in ("one", "two")
+    )
     assert len(list((tmp_path / "two" / "weights").glob("*.safetensors"))) > 2
     assert one.tensors.keys() == two.tensors.keys()
     assert all(torch.equal(one.read(name), two.read(name)) for name in one.tensors)
@@ -119,7 +128,8 @@ def test_the_weights_take_half_a_byte_an_entry_and_a_scale_a_group(pico_folder, 
     svdquant(source, tmp_path / "out", seen(original(source)), rank=4, options=FAST)
     with safe_open(tmp_path / "out" / "weights" / "model.safetensors", "pt") as file:
         codes, scales, left = (
-            file.get_slice(f"model.layers.0.mlp.up_proj.{part}") for part in ("codes", "scales", "left")
+            file.get_slice(f"model.layers.0.mlp.up_proj.{part}")
+            for part in ("codes", "scales", "left")
         )
         assert (codes.get_shape(), codes.get_dtype()) == ([256, 64], "U8")
         assert (scales.get_shape(), scales.get_dtype()) == ([256, 2], "F16")
@@ -130,7 +140,9 @@ def test_the_weights_take_half_a_byte_an_entry_and_a_scale_a_group(pico_folder, 
 def test_stock_transformers_refuses_the_folder_and_its_weights(source, tmp_path):
     svdquant(source, tmp_path / "out", seen(original(source)), rank=4, options=FAST)
     for folder in (tmp_path / "out", tmp_path / "out" / "weights"):
-        with pytest.raises((OSError, ValueError), match=r"no file named model.safetensors|model_type"):
+        with pytest.raises(
+            (OSError, ValueError), match=r"no file named model.safetensors|model_type"
+        ):
             transformers.AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(InputError, match="random weights in their place"):
         load_w4a4(tmp_path / "out").save_pretrained(tmp_path / "again")
@@ -151,7 +163,11 @@ def test_the_dense_export_is_an_ordinary_model_of_what_the_layers_stand_for(sour
             assert layer.bias is None or torch.equal(layer.bias, module.bias)
     assert "pissa" not in read_json(tmp_path / "dense" / "config.json")
     assert record.kind == "merged" and record.base.tensors
-    assert 0 < relative_error(logits(dense), logits(model)) < relative_error(logits(loaded), logits(model))
+    assert (
+        0
+        < relative_error(logits(dense), logits(model))
+        < relative_error(logits(loaded), logits(model))
+    )
 
 
 def test_the_dense_export_is_written_in_the_dtype_asked_for(pico_folder, tmp_path):
@@ -172,7 +188,9 @@ def test_what_is_no_4_bit_folder_is_refused(pico_folder, tmp_path):
             reader(source)
     svdquant(source, tmp_path / "out", seen(original(source)), rank=4, options=FAST)
     config = read_json(tmp_path / "out" / "config.json")
-    write_json(tmp_path / "out" / "config.json", config | {"pissa": config["pissa"] | {"group": 32}})
+    write_json(
+        tmp_path / "out" / "config.json", config | {"pissa": config["pissa"] | {"group": 32}}
+    )
     with pytest.raises(CheckpointError, match="groups of 32, expected 64"):
         load_w4a4(tmp_path / "out")
 
@@ -186,7 +204,9 @@ def test_a_folder_that_lacks_a_tensor_is_refused_by_its_name(pico_folder, tmp_pa
         load_w4a4(tmp_path / "out")
 
 
-def test_an_output_is_replaced_only_when_asked_and_a_quantised_source_refused(pico_folder, tmp_path):
+def test_an_output_is_replaced_only_when_asked_and_a_quantised_source_refused(
+    pico_folder, tmp_path
+):
     source = pico_folder()
     observations = seen(original(source))
     svdquant(source, tmp_path / "out", observations, rank=4, options=FAST)
@@ -194,6 +214,8 @@ def test_an_output_is_replaced_only_when_asked_and_a_quantised_source_refused(pi
         svdquant(source, tmp_path / "out", observations, rank=4, options=FAST)
     svdquant(source, tmp_path / "out", observations, rank=4, options=FAST, force=True)
     config = read_json(source / "config.json")
-    write_json(source / "config.json", config | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    write_json(
+        source / "config.json", config | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    )
     with pytest.raises(InputError, match="start from the original model in 16 bits"):
         svdquant(source, tmp_path / "other", observations, rank=4)

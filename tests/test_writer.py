@@ -32,7 +32,8 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
         one.dtype == other.dtype
         and one.shape == other.shape
         and torch.equal(
-            one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8)
+            one.contiguous().reshape(-1).view(torch.uint8),
+            other.contiguous().reshape(-1).view(torch.uint8),
         )
     )
 
@@ -97,7 +98,9 @@ def test_writing_does_not_copy_a_contiguous_tensor(tmp_path: Path, monkeypatch: 
     with TensorFile(tmp_path / "one.safetensors", {"one": (torch.float32, (64, 64))}) as file:
         sent = []
         write = file._file.write
-        monkeypatch.setattr(file, "_file", Spy(file._file, lambda data: (sent.append(data), write(data))))
+        monkeypatch.setattr(
+            file, "_file", Spy(file._file, lambda data: (sent.append(data), write(data)))
+        )
         file.write("one", tensor)
         assert torch.frombuffer(sent[0], dtype=torch.uint8).data_ptr() == tensor.data_ptr()
 
@@ -118,7 +121,9 @@ class Spy:
         return self._file.__exit__(*error)
 
 
-def test_file_without_all_tensors_is_an_error_and_unreadable(tmp_path: Path, three: dict[str, torch.Tensor]):
+def test_file_without_all_tensors_is_an_error_and_unreadable(
+    tmp_path: Path, three: dict[str, torch.Tensor]
+):
     path = tmp_path / "three.safetensors"
     file = TensorFile(path, plan_of(three))
     file.write("c", three["c"])  # the last one, so that the file has its full length
@@ -128,7 +133,9 @@ def test_file_without_all_tensors_is_an_error_and_unreadable(tmp_path: Path, thr
         load_file(path)
 
 
-def test_interrupted_file_is_unreadable_even_with_all_bytes_written(tmp_path: Path, three: dict[str, torch.Tensor]):
+def test_interrupted_file_is_unreadable_even_with_all_bytes_written(
+    tmp_path: Path, three: dict[str, torch.Tensor]
+):
     path = tmp_path / "three.safetensors"
     with pytest.raises(KeyboardInterrupt):
         write_all_and_raise(TensorFile(path, plan_of(three)), three, KeyboardInterrupt())
@@ -138,7 +145,9 @@ def test_interrupted_file_is_unreadable_even_with_all_bytes_written(tmp_path: Pa
 
 def test_wrong_tensors_are_refused_by_name(tmp_path: Path, three: dict[str, torch.Tensor]):
     file = TensorFile(tmp_path / "three.safetensors", plan_of(three))
-    with pytest.raises(InputError, match=r"'a' is torch\.bfloat16 .* says torch\.float32 \[16, 16\]"):
+    with pytest.raises(
+        InputError, match=r"'a' is torch\.bfloat16 .* says torch\.float32 \[16, 16\]"
+    ):
         file.write("a", three["a"].bfloat16())
     with pytest.raises(InputError, match=r"'a' is torch\.float32 \[8, 32\]"):
         file.write("a", three["a"].reshape(8, 32))
@@ -193,7 +202,12 @@ def test_shards_and_index_read_back_bit_for_bit(tmp_path: Path, mixed: dict[str,
 
 
 def test_large_tensor_gets_a_shard_of_its_own(tmp_path: Path):
-    tensors = {"a": torch.ones(10), "large": torch.ones(1000), "b": torch.ones(10), "c": torch.ones(10)}
+    tensors = {
+        "a": torch.ones(10),
+        "large": torch.ones(1000),
+        "b": torch.ones(10),
+        "c": torch.ones(10),
+    }
     with CheckpointWriter(tmp_path, plan_of(tensors), max_shard_bytes=100) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
@@ -204,7 +218,9 @@ def test_large_tensor_gets_a_shard_of_its_own(tmp_path: Path):
     ]
 
 
-def test_shards_are_opened_late_and_closed_with_their_last_tensor(tmp_path: Path, three: dict[str, torch.Tensor]):
+def test_shards_are_opened_late_and_closed_with_their_last_tensor(
+    tmp_path: Path, three: dict[str, torch.Tensor]
+):
     writer = CheckpointWriter(tmp_path, plan_of(three), max_shard_bytes=2048)
     assert list(tmp_path.iterdir()) == []
     writer.write("a", three["a"])
@@ -218,13 +234,17 @@ def test_shards_are_opened_late_and_closed_with_their_last_tensor(tmp_path: Path
 
 def test_writer_leaves_no_index_when_interrupted(tmp_path: Path, three: dict[str, torch.Tensor]):
     with pytest.raises(RuntimeError, match="stop"):
-        write_all_and_raise(CheckpointWriter(tmp_path, plan_of(three), 1024), three, RuntimeError("stop"))
+        write_all_and_raise(
+            CheckpointWriter(tmp_path, plan_of(three), 1024), three, RuntimeError("stop")
+        )
     assert not (tmp_path / INDEX_NAME).exists()
     with pytest.raises(CheckpointError, match=INDEX_NAME):
         Checkpoint.open(tmp_path, need_config=False)
 
 
-def test_writer_leaves_no_index_when_a_tensor_is_missing(tmp_path: Path, three: dict[str, torch.Tensor]):
+def test_writer_leaves_no_index_when_a_tensor_is_missing(
+    tmp_path: Path, three: dict[str, torch.Tensor]
+):
     writer = CheckpointWriter(tmp_path, plan_of(three), 1024)
     writer.write("a", three["a"])
     writer.write("c", three["c"])
@@ -235,12 +255,18 @@ def test_writer_leaves_no_index_when_a_tensor_is_missing(tmp_path: Path, three: 
 
 def test_unplanned_tensor_is_refused_with_a_hint(tmp_path: Path):
     writer = CheckpointWriter(tmp_path, {"model.embed": (torch.float32, (2,))}, 1024)
-    with pytest.raises(InputError, match=r"'model\.embeds' is not in the plan .* Did you mean 'model\.embed'"):
+    with pytest.raises(
+        InputError, match=r"'model\.embeds' is not in the plan .* Did you mean 'model\.embed'"
+    ):
         writer.write("model.embeds", torch.ones(2))
 
 
-@pytest.mark.parametrize("stale", ["model.safetensors", INDEX_NAME, "model-00001-of-00009.safetensors"])
-def test_weights_of_an_older_model_are_not_mixed_in(tmp_path: Path, three: dict[str, torch.Tensor], stale: str):
+@pytest.mark.parametrize(
+    "stale", ["model.safetensors", INDEX_NAME, "model-00001-of-00009.safetensors"]
+)
+def test_weights_of_an_older_model_are_not_mixed_in(
+    tmp_path: Path, three: dict[str, torch.Tensor], stale: str
+):
     (tmp_path / stale).write_text("older")
     with pytest.raises(OutputError, match=f"holds {stale} already"):
         CheckpointWriter(tmp_path, plan_of(three), 1024)
@@ -273,7 +299,8 @@ def test_sizes_are_read_with_their_units(text: str | int, expected: int):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MB", "-5MB", "5 XB", "1e9", "five", "0", "0.1KiBB", "nan", "5GB5", 0, -1, "0.5", "٥"]
+    "text",
+    ["", "MB", "-5MB", "5 XB", "1e9", "five", "0", "0.1KiBB", "nan", "5GB5", 0, -1, "0.5", "٥"],
 )
 def test_sizes_that_are_none_are_refused(text: str | int):
     with pytest.raises(InputError, match="is not a size in bytes"):

@@ -38,11 +38,16 @@ def tensors() -> dict[str, Tensor]:
 
 
 def plan_of(tensors: dict[str, Tensor], late: Sequence[str] = LATE) -> Plan:
-    return {name: (t.dtype, (ROOM,) if name in late else tuple(t.shape)) for name, t in tensors.items()}
+    return {
+        name: (t.dtype, (ROOM,) if name in late else tuple(t.shape)) for name, t in tensors.items()
+    }
 
 
 def write(
-    path: Path, tensors: dict[str, Tensor], done: Sequence[str] | None = None, order: Sequence[str] = ()
+    path: Path,
+    tensors: dict[str, Tensor],
+    done: Sequence[str] | None = None,
+    order: Sequence[str] = (),
 ) -> bytes:
     with TensorFile(path, plan_of(tensors), {"note": "ja"}, LATE, done) as file:
         for name in order or tensors:
@@ -74,7 +79,9 @@ def killed_file(path: Path, tensors: dict[str, Tensor], names: Sequence[str]) ->
     killed(work)
 
 
-def test_stock_safetensors_reads_late_tensors_whatever_the_order(tmp_path: Path, tensors: dict[str, Tensor]):
+def test_stock_safetensors_reads_late_tensors_whatever_the_order(
+    tmp_path: Path, tensors: dict[str, Tensor]
+):
     path = tmp_path / "a.safetensors"
     expected = write(path, tensors)
     loaded = load_file(path)
@@ -87,14 +94,20 @@ def test_stock_safetensors_reads_late_tensors_whatever_the_order(tmp_path: Path,
             assert write(tmp_path / f"{number}.safetensors", tensors, order=order) == expected
 
 
-def test_data_has_no_gap_and_late_tensors_lie_behind_all_others(tmp_path: Path, tensors: dict[str, Tensor]):
+def test_data_has_no_gap_and_late_tensors_lie_behind_all_others(
+    tmp_path: Path, tensors: dict[str, Tensor]
+):
     raw = write(tmp_path / "a.safetensors", tensors)
     header_bytes = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + header_bytes])
-    found = sorted((entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
+    found = sorted(
+        (entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__"
+    )
     ends = [0, *(offsets[1] for offsets, _ in found)]
     assert [offsets[0] for offsets, _ in found] == ends[:-1]
-    assert ends[-1] == len(raw) - 8 - header_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert (
+        ends[-1] == len(raw) - 8 - header_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    )
     assert [name for _, name in found][-2:] == ["one.state", "two.state"]
     assert header_bytes % 8 == 0
     assert all(offsets[0] % tensors[name].dtype.itemsize == 0 for offsets, name in found)
@@ -112,10 +125,14 @@ def test_a_late_tensor_may_have_any_length_up_to_the_planned_one(
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
-def test_a_late_tensor_that_the_plan_does_not_bound_is_refused(tmp_path: Path, tensors: dict[str, Tensor]):
+def test_a_late_tensor_that_the_plan_does_not_bound_is_refused(
+    tmp_path: Path, tensors: dict[str, Tensor]
+):
     file = TensorFile(tmp_path / "a.safetensors", plan_of(tensors), late=LATE)
     state = tensors["one.state"]
-    with pytest.raises(InputError, match=rf"'one\.state' is torch\.uint8 \[257\].* says torch\.uint8 \[{ROOM}\]"):
+    with pytest.raises(
+        InputError, match=rf"'one\.state' is torch\.uint8 \[257\].* says torch\.uint8 \[{ROOM}\]"
+    ):
         file.write("one.state", torch.zeros(ROOM + 1, dtype=torch.uint8))
     with pytest.raises(InputError, match=r"'one\.state' is torch\.uint8 \[17, 1\]"):
         file.write("one.state", state[:, None])
@@ -181,7 +198,9 @@ def test_a_file_that_must_be_new_is_not_gone_on_with(tmp_path: Path, tensors: di
         write(tmp_path / "killed.safetensors", tensors)
 
 
-def test_what_is_done_is_neither_missing_nor_written_again(tmp_path: Path, tensors: dict[str, Tensor]):
+def test_what_is_done_is_neither_missing_nor_written_again(
+    tmp_path: Path, tensors: dict[str, Tensor]
+):
     path = tmp_path / "killed.safetensors"
     killed_file(path, tensors, ("norm", "wide"))
     file = TensorFile(path, plan_of(tensors), late=LATE, done=("norm", "wide"))

@@ -28,24 +28,42 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = root / "base"
     build_pico().save_pretrained(base)
     build_pico(seed=1).save_pretrained(root / "other seed")
-    copy(base, root / "one ulp", lambda name, tensor: one_ulp(tensor) if name.endswith(LAST) else tensor)
+    copy(
+        base,
+        root / "one ulp",
+        lambda name, tensor: one_ulp(tensor) if name.endswith(LAST) else tensor,
+    )
     copy(base, root / "another revision", lambda name, tensor: tensor * (1 + 1e-3))
-    copy(base, root / "changed norm", lambda name, tensor: tensor + 1e-3 if name == f"model.{NORM}" else tensor)
+    copy(
+        base,
+        root / "changed norm",
+        lambda name, tensor: tensor + 1e-3 if name == f"model.{NORM}" else tensor,
+    )
     make_run(base, root / "run", method="pissa")
     make_run(base, root / "lora_run", method="lora")
     pissa.convert(root / "run", root / "lora")
     for name in ("base", "other seed", "another revision"):
-        pissa.decompose(root / name, root / ("residual" if name == "base" else f"start of {name}"), rank=4)
+        pissa.decompose(
+            root / name, root / ("residual" if name == "base" else f"start of {name}"), rank=4
+        )
     residual = language_model(root / "residual")
-    pair = peft.PeftModel.from_pretrained(residual, root / "residual", subfolder="pissa_init", is_trainable=True)
+    pair = peft.PeftModel.from_pretrained(
+        residual, root / "residual", subfolder="pissa_init", is_trainable=True
+    )
     train(pair).save_pretrained(root / "pair")
-    pissa.save(train(pissa.load(language_model(root / "residual"), root / "residual")), root / "residual_run")
+    pissa.save(
+        train(pissa.load(language_model(root / "residual"), root / "residual")),
+        root / "residual_run",
+    )
     return root
 
 
 def copy(source: Path, folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
     shutil.copytree(source, folder)
-    tensors = {name: change(name, tensor) for name, tensor in load_file(source / "model.safetensors").items()}
+    tensors = {
+        name: change(name, tensor)
+        for name, tensor in load_file(source / "model.safetensors").items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -125,7 +143,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(
-    ("use", "made", "base", "tensor"), WRONG, ids=[f"{use.__name__}-{made}-{base}" for use, made, base, _ in WRONG]
+    ("use", "made", "base", "tensor"),
+    WRONG,
+    ids=[f"{use.__name__}-{made}-{base}" for use, made, base, _ in WRONG],
 )
 def test_a_wrong_pairing_is_an_error_that_names_the_tensor(
     use: Callable[[Path, str, str], None], made: str, base: str, tensor: str, folders: Path
@@ -152,5 +172,7 @@ def test_the_right_pairing_is_none(use: Callable[[Path, str, str], None], folder
 
 
 def test_the_error_shows_both_digests_and_the_way_out(folders: Path) -> None:
-    with pytest.raises(WrongBaseError, match=r"digest \w{16} here, expected \w{16} \(float32\).*Use .*base"):
+    with pytest.raises(
+        WrongBaseError, match=r"digest \w{16} here, expected \w{16} \(float32\).*Use .*base"
+    ):
         load(folders, "run", "one ulp")

@@ -36,7 +36,9 @@ def save_tokenizer(folder: Path) -> None:
     plain = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.decoder = tokenizers.decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", pad_token="</s>")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, eos_token="</s>", pad_token="</s>"
+    )
     fast.save_pretrained(folder)
 
 
@@ -44,7 +46,9 @@ def kill_training(settings: Any, once: Path) -> None:
     """Train in another process and kill it as soon as a file is there."""
     file = Path(f"{settings.output}.yaml")
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(file)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(file)], stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not once.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -65,7 +69,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     lines = [
-        [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(out / "metrics.jsonl")]
+        [
+            {k: v for k, v in line.items() if k != "seconds"}
+            for line in read_metrics(out / "metrics.jsonl")
+        ]
         for out in (one, other)
     ]
     assert lines[0] == lines[1]

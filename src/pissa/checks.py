@@ -23,7 +23,9 @@ def scale_of(alpha: float | None, rank: int) -> float:
     if alpha is None:
         return 1.0
     if not (alpha > 0 and math.isfinite(alpha)):
-        raise InputError(f"alpha is {alpha}, expected a number above 0: use --alpha {rank} for a scale of 1")
+        raise InputError(
+            f"alpha is {alpha}, expected a number above 0: use --alpha {rank} for a scale of 1"
+        )
     return alpha / rank
 
 
@@ -46,14 +48,18 @@ def tolerance_of(svd: str | float) -> float | None:
     except (TypeError, ValueError):
         tolerance = math.nan
     if not LEAST_TOLERANCE <= tolerance <= 1:
-        raise InputError(f"svd is {svd!r}, expected 'fast', 'exact' or a tolerance from {LEAST_TOLERANCE:g} to 1")
+        raise InputError(
+            f"svd is {svd!r}, expected 'fast', 'exact' or a tolerance from {LEAST_TOLERANCE:g} to 1"
+        )
     return tolerance
 
 
 def check_weight(weight: Tensor, name: str) -> None:
     """Refuse what cannot be split: wrong dimensions, dtype, device or values."""
     if weight.is_meta:
-        raise InputError(f"`{name}` is on the meta device and has no values: load the model's weights first")
+        raise InputError(
+            f"`{name}` is on the meta device and has no values: load the model's weights first"
+        )
     if weight.dtype not in FLOATS:
         raise InputError(
             f"`{name}` has dtype {weight.dtype}, expected float32, bfloat16, float16 or float64. "
@@ -63,7 +69,9 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise InputError(f"`{name}` has shape {list(weight.shape)}, expected a matrix [out, in]")
     if not is_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
-        raise InputError(f"`{name}` has {bad} non-finite values (NaN or Inf): the checkpoint is damaged")
+        raise InputError(
+            f"`{name}` has {bad} non-finite values (NaN or Inf): the checkpoint is damaged"
+        )
 
 
 def check_rank(rank: int, shape: torch.Size | tuple[int, ...], name: str) -> None:
@@ -92,7 +100,9 @@ def chosen_device(device: str | None) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {device!r}, and torch sees no CUDA device here: use cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device is {device!r}, expected one of the {torch.cuda.device_count()} that are here")
+        raise InputError(
+            f"device is {device!r}, expected one of the {torch.cuda.device_count()} that are here"
+        )
     return found
 
 
@@ -119,4 +129,6 @@ def typed(kind: Any, value: Any, what: str) -> Any:
             raise ValueError
         return found
     except (TypeError, ValueError) as error:
-        raise InputError(f"{what} is {value!r}, expected {_KINDS.get(kind, kind.__name__)}") from error
+        raise InputError(
+            f"{what} is {value!r}, expected {_KINDS.get(kind, kind.__name__)}"
+        ) from error

@@ -73,4 +73,6 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(f"{module} is needed for this: pip install 'pissa[{extra}]' ({error})") from error
+        raise MissingExtraError(
+            f"{module} is needed for this: pip install 'pissa[{extra}]' ({error})"
+        ) from error

@@ -42,8 +42,12 @@ class StreamSettings(WriteSettings):
 class DecomposeSettings(StreamSettings):
     """What `pissa decompose` is told."""
 
-    method: Annotated[str, Doc("How to split; see `pissa methods`. Presets: qlora, loftq, qpissa.")] = "pissa"
-    rank: Annotated[int, Doc("Rank of the trainable part, 1 to the smaller side of the narrowest target.")] = 16
+    method: Annotated[
+        str, Doc("How to split; see `pissa methods`. Presets: qlora, loftq, qpissa.")
+    ] = "pissa"
+    rank: Annotated[
+        int, Doc("Rank of the trainable part, 1 to the smaller side of the narrowest target.")
+    ] = 16
     _: KW_ONLY
     alpha: Annotated[
         float | None,
@@ -75,9 +79,10 @@ class DecomposeSettings(StreamSettings):
         Mapping[str, Any] | None,  # each method's own settings, checked by the method
         Doc("A setting of the method's own, NAME=VALUE; may be given several times."),
     ] = None
-    store: Annotated[str, Doc("packed (few bits, for bitsandbytes) or 16bit (what they stand for, for any tool).")] = (
-        "packed"
-    )
+    store: Annotated[
+        str,
+        Doc("packed (few bits, for bitsandbytes) or 16bit (what they stand for, for any tool)."),
+    ] = "packed"
     device: Annotated[str, Doc("Where the algebra runs: cpu, cuda, cuda:1.")] = "cpu"
     observations: Any = None  # pissa.Observations, which needs torch, its file, or None
     """What was seen of this model, for the methods that need it."""
@@ -91,17 +96,25 @@ class MergeSettings(StreamSettings):
         str | None,
         Doc("float32, bfloat16 or float16 for what is written. Default: as stored."),
     ] = None
-    quant: Annotated[str | None, Doc("nf4, fp4 or int8 for the merged weights. Default: 16 bits.")] = None
+    quant: Annotated[
+        str | None, Doc("nf4, fp4 or int8 for the merged weights. Default: 16 bits.")
+    ] = None
 
 
 @dataclass(frozen=True)
 class ConvertSettings:
     """What `pissa convert` is told."""
 
-    rank: Annotated[int | None, Doc("Best approximation of this rank. Default: exact (rank 2r).")] = None
+    rank: Annotated[
+        int | None, Doc("Best approximation of this rank. Default: exact (rank 2r).")
+    ] = None
     _: KW_ONLY
-    start: Annotated[str | Path | None, Doc("The pissa_init/ folder that the adapter was trained from.")] = None
-    base: Annotated[str | Path | None, Doc("The original base, to check against and to write down.")] = None
+    start: Annotated[
+        str | Path | None, Doc("The pissa_init/ folder that the adapter was trained from.")
+    ] = None
+    base: Annotated[
+        str | Path | None, Doc("The original base, to check against and to write down.")
+    ] = None
     force: Annotated[bool, Doc("Replace the output folder if it is there.")] = False
 
 
@@ -111,7 +124,9 @@ class FourBitSettings(StreamSettings):
 
     observations: Any  # pissa.Observations, which needs torch
     """What entered the targets while this model read calibration rows."""
-    rank: Annotated[int, Doc("Rank of the branches, 1 to the smaller side of the narrowest target.")] = 32
+    rank: Annotated[
+        int, Doc("Rank of the branches, 1 to the smaller side of the narrowest target.")
+    ] = 32
     _: KW_ONLY
     targets: Annotated[
         str | Iterable[str],

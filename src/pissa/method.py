@@ -95,14 +95,20 @@ class Method:
             return "plain LoRA of rank r for its own residual"
         if self.full_rank:
             return "merged weights, or the best LoRA of a rank"
-        return f"plain LoRA of rank {'r' if self.zero_start or 'core' in self.parts else '2r'}, exact"
+        return (
+            f"plain LoRA of rank {'r' if self.zero_start or 'core' in self.parts else '2r'}, exact"
+        )
 
     @property
     def options(self) -> dict[str, Any]:
         """The method's own settings with their defaults: what its function takes beyond what all take."""
         common = {"scale", "svd", "seed", "name", "quantisation", *OBSERVED}
         parameters = inspect.signature(self.start).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common}
+        return {
+            p.name: p.default
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY and p.name not in common
+        }
 
     def checked(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
         """All options, the given ones in their types (also from a command line's words), the others by default.
@@ -112,16 +118,23 @@ class Method:
         """
         own, hints = self.options, typing.get_type_hints(self.start)
         if options is not None and not isinstance(options, Mapping):
-            raise InputError(f"options are {options!r}, expected names with values, as {{'mode': 'kpm'}}")
+            raise InputError(
+                f"options are {options!r}, expected names with values, as {{'mode': 'kpm'}}"
+            )
         for name in options or {}:
             if name not in own:
                 known = ", ".join(own) or "none"
-                raise InputError(f"{self.name} has no option {name!r}.{did_you_mean(name, list(own))} Known: {known}")
+                raise InputError(
+                    f"{self.name} has no option {name!r}.{did_you_mean(name, list(own))} Known: {known}"
+                )
         return own | {
-            name: typed(hints[name], value, f"{self.name}: {name}") for name, value in (options or {}).items()
+            name: typed(hints[name], value, f"{self.name}: {name}")
+            for name, value in (options or {}).items()
         }
 
-    def start_shapes(self, rank: int, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def start_shapes(
+        self, rank: int, shape: tuple[int, int], options: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
         """The shapes of what a start consists of, by part, for a weight [out, in] of `shape`."""
         shapes: dict[str, tuple[int, ...]] = {"left": (shape[0], rank), "right": (rank, shape[1])}
         if "core" in self.parts and not self.zero_start:
@@ -189,13 +202,19 @@ class Method:
             else:
                 split = self.start(weight, rank, **settings)
                 if quantisation:
-                    split = dataclasses.replace(split, quantised=quantisation.quantise(split.frozen))
-        if not all(is_finite(part) for part in (split.left, split.core, split.right) if part is not None):
+                    split = dataclasses.replace(
+                        split, quantised=quantisation.quantise(split.frozen)
+                    )
+        if not all(
+            is_finite(part) for part in (split.left, split.core, split.right) if part is not None
+        ):
             raise InputError(
                 f"splitting `{name}` overflows {str(split.left.dtype).removeprefix('torch.')}: its largest value is "
                 f"{float(weight.abs().max()):.3g} and alpha / rank is {scale:.3g}; look for a damaged checkpoint"
             )
-        if self.zero_start and all(part is None or part.any() for part in (split.left, split.core, split.right)):
+        if self.zero_start and all(
+            part is None or part.any() for part in (split.left, split.core, split.right)
+        ):
             raise InputError(
                 f"{self.name} says zero_start=True, but its start of `{name}` is not zero: return a "
                 "left factor, a core or a right factor of zeros, or leave zero_start out"

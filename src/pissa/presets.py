@@ -58,11 +58,15 @@ def choose(
             f"quant is {quant} with {name}, whose bases are larger in 32 bits than the weight in 16: leave it out"
         )
     if quant and not chosen.parts:
-        raise InputError(f"quant is {quant} with {name}, which has a format of its own: leave it out")
+        raise InputError(
+            f"quant is {quant} with {name}, which has a format of its own: leave it out"
+        )
     if quant is None and double_quant:
         raise InputError("double_quant has a meaning only with a quantiser: add --quant nf4")
     if quant is None and iterations is not None:
-        raise InputError(f"iterations is {iterations}, which has a meaning only with a quantiser: add --quant nf4")
+        raise InputError(
+            f"iterations is {iterations}, which has a meaning only with a quantiser: add --quant nf4"
+        )
     if iterations is not None and iterations < 1:
         raise InputError(f"iterations is {iterations}, expected 1 or more")
     if not chosen.alternates and iterations not in (None, 1):

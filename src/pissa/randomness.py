@@ -29,7 +29,9 @@ def noise_beside_zero(weight: Tensor, rank: int, scale: float, seed: int) -> Spl
     rows, columns = weight.shape
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(rank, columns, generator=generator, dtype=torch.float64)
-    right = ((2 * uniform - 1) / columns**0.5).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    right = ((2 * uniform - 1) / columns**0.5).to(
+        weight.device, torch.promote_types(weight.dtype, torch.float32)
+    )
     return Split(weight, right.new_zeros(rows, rank), right, scale=scale)
 
 
@@ -52,4 +54,6 @@ def random_control(split: Split, seed: int) -> Split:
         norms: Tensor = factor.norm(dim=0)
         return basis.to(factor) * norms
 
-    return dataclasses.replace(split, left=directions(split.left), right=directions(split.right.T).T.contiguous())
+    return dataclasses.replace(
+        split, left=directions(split.left), right=directions(split.right.T).T.contiguous()
+    )

@@ -103,7 +103,9 @@ class Record:
         """The model that a plain adapter made from this is right on: the base, or the residual beside which it is."""
         if self.base is None or self.beside is None:
             return self.base
-        return Base(str(self.notes.get("residual", "")), None, "", {**self.base.tensors, **self.residual})
+        return Base(
+            str(self.notes.get("residual", "")), None, "", {**self.base.tensors, **self.residual}
+        )
 
     def made_of(self, what: str) -> Base:
         """The base, which all but adapters of unknown origin have.
@@ -115,7 +117,9 @@ class Record:
             CheckpointError: none is on record.
         """
         if self.base is None:
-            raise CheckpointError(f"{what} says nothing of its base in {RECORD}: make the folder again")
+            raise CheckpointError(
+                f"{what} says nothing of its base in {RECORD}: make the folder again"
+            )
         return self.base
 
     def split_by(self, where: str | Path) -> Recipe:
@@ -128,7 +132,9 @@ class Record:
             CheckpointError: none is on record.
         """
         if self.recipe is None:
-            raise CheckpointError(f"{where} says nothing of how it was split in {RECORD}: make the folder again")
+            raise CheckpointError(
+                f"{where} says nothing of how it was split in {RECORD}: make the folder again"
+            )
         return self.recipe
 
     def to_json(self) -> dict[str, Any]:
@@ -164,4 +170,8 @@ class Record:
 def versions(*more: str) -> dict[str, str]:
     """The versions that decide what was computed, those of `more` packages too."""
     packages = ("pissa", "torch", "transformers", "peft", "safetensors", "bitsandbytes", *more)
-    return {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
+    return {
+        name: importlib.metadata.version(name)
+        for name in packages
+        if importlib.util.find_spec(name)
+    }

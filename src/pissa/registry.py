@@ -88,14 +88,18 @@ def get(name: str) -> Method:
         return _control(known[name.removesuffix(CONTROL)])
     if name not in known:
         names = sorted({*known, *PRESETS})
-        raise InputError(f"unknown method {name!r}.{did_you_mean(name.lower(), names)} Known: {', '.join(names)}")
+        raise InputError(
+            f"unknown method {name!r}.{did_you_mean(name.lower(), names)} Known: {', '.join(names)}"
+        )
     return known[name]
 
 
 def _control(studied: Method) -> Method:
     """The method whose start is `studied`'s along random directions, see `pissa.randomness.random_control`."""
     if studied.needs == QUANTISER or not studied.parts:
-        raise InputError(f"{studied.name} starts from the error of a quantised weight and has no random control")
+        raise InputError(
+            f"{studied.name} starts from the error of a quantised weight and has no random control"
+        )
 
     @functools.wraps(studied.start)
     def start(weight: Tensor, rank: int, *, seed: int, name: str, **settings: Any) -> Split:

@@ -44,7 +44,9 @@ class Lora:
         """The same change at a larger nominal rank (zero rows and columns), for engines that want one rank."""
         extra = rank - self.rank
         if extra < 0:
-            raise InputError(f"cannot pad a rank-{self.rank} LoRA to rank {rank}: choose at least {self.rank}")
+            raise InputError(
+                f"cannot pad a rank-{self.rank} LoRA to rank {rank}: choose at least {self.rank}"
+            )
         return Lora(
             torch.cat([self.A, self.A.new_zeros(extra, self.A.shape[1])]),
             torch.cat([self.B, self.B.new_zeros(self.B.shape[0], extra)], dim=1),
@@ -98,7 +100,9 @@ class Factors:
             ValueError: one of them is not there, as in the drift of a core.
         """
         if self.left is None or self.right is None:
-            raise ValueError(f"these factors have no pair, only {', '.join(self.named()) or 'nothing'}")
+            raise ValueError(
+                f"these factors have no pair, only {', '.join(self.named()) or 'nothing'}"
+            )
         return self.left, self.right
 
     def named(self) -> dict[str, Tensor]:
@@ -108,7 +112,12 @@ class Factors:
 
     def to(self, dtype: torch.dtype) -> Factors:
         """All parts but the pattern in another dtype."""
-        return Factors(**{name: part if name == "pattern" else part.to(dtype) for name, part in self.named().items()})
+        return Factors(
+            **{
+                name: part if name == "pattern" else part.to(dtype)
+                for name, part in self.named().items()
+            }
+        )
 
     def on(self, device: torch.device) -> Factors:
         """All parts on a device."""
@@ -238,7 +247,9 @@ class Split:
         """What does not train, [out, in]: quantised, or by difference (right whatever the accuracy of the factors)."""
         if self.quantised is not None:
             return self.quantised.dense.to(self.left.dtype)
-        return torch.addmm(self.weight.to(self.left.dtype), self.left_core, self.right, alpha=-self.scale)
+        return torch.addmm(
+            self.weight.to(self.left.dtype), self.left_core, self.right, alpha=-self.scale
+        )
 
     def product(self) -> Tensor:
         """The trainable part, ``scale * left @ core @ right``, [out, in]."""

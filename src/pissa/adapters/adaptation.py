@@ -77,7 +77,9 @@ class Adaptation:
         how = self.recipe, self.method, self.quantizer
         return split_by(*how, weight, name, dtype, rank=rank, observed=observed)
 
-    def allotted(self, weights: Iterable[tuple[Target, Tensor]], seen: Callable[[Target], Any]) -> Adaptation:
+    def allotted(
+        self, weights: Iterable[tuple[Target, Tensor]], seen: Callable[[Target], Any]
+    ) -> Adaptation:
         """With a rank for each target where the method gives layers ranks of their own.
 
         Args:
@@ -97,7 +99,9 @@ class Adaptation:
         modules, scores = {}, {}
         for target, weight in weights:
             modules[target.weight] = target.module
-            scores[target.weight] = allotment.score(weight, seen(target), recipe.rank, **recipe.options)
+            scores[target.weight] = allotment.score(
+                weight, seen(target), recipe.rank, **recipe.options
+            )
         given = allotment.allot(scores, recipe.rank, **recipe.options)
         ranks = {modules[name]: rank for name, rank in given.items() if rank}
         if not ranks:

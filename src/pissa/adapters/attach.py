@@ -162,7 +162,11 @@ def split_model(
         split = settled.split(weight, name, weight.dtype, rank=rank, observed=seen(target))
         starts[target.module] = split.start.on(modules[target.module].weight.device)
         kept = settled.recipe.base_form == "keep"
-        layers.append(describe(name, split) if kept else store(name, split, split.left.dtype, weight.dtype).layer)
+        layers.append(
+            describe(name, split)
+            if kept
+            else store(name, split, split.left.dtype, weight.dtype).layer
+        )
     return settled, starts, layers
 
 
@@ -251,7 +255,9 @@ def _refuse_neighbours(model: nn.Module, adapter: str, base_form: str) -> None:
     """What the adapters that a model has already do not bear."""
     present = list(model.peft_config) if isinstance(model, PeftModel) else []
     if adapter in present:
-        raise InputError(f"adapter {adapter!r} exists on this model: choose another adapter_name, or delete it first")
+        raise InputError(
+            f"adapter {adapter!r} exists on this model: choose another adapter_name, or delete it first"
+        )
     if present and base_form == "residual":
         raise InputError(
             f"base='residual' would change the weights under the adapters that the model has ({', '.join(present)}): "

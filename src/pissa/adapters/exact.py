@@ -44,7 +44,9 @@ def read(model: nn.Module, checkpoint: Path) -> None:
                 value = stored[name].to(parameter.dtype)
                 parameter.copy_(sharding.spread(value, parameter))
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): go on from another checkpoint") from error
+        raise CheckpointError(
+            f"{file} cannot be read ({error}): go on from another checkpoint"
+        ) from error
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:

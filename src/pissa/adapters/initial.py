@@ -68,8 +68,12 @@ def read_starts(folder: Path, targets: dict[str, Target], form: Form) -> dict[st
         for name_there, target in targets.items():
             parts = [part for part in form.beside_pair if f"{name_there}.{part}" in names]
             if not {"left", "right"} <= set(parts):
-                raise CheckpointError(f"{folder / plain.START} lacks a factor of `{name_there}`: decompose again")
-            found[target.module] = Factors(**{part: file.get_tensor(f"{name_there}.{part}") for part in parts})
+                raise CheckpointError(
+                    f"{folder / plain.START} lacks a factor of `{name_there}`: decompose again"
+                )
+            found[target.module] = Factors(
+                **{part: file.get_tensor(f"{name_there}.{part}") for part in parts}
+            )
     return found
 
 
@@ -127,9 +131,13 @@ def _names_here(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
     known, prefix = plain_modules(model), f"{getattr(model, 'base_model_prefix', '')}."
     found = {}
     for module in modules:
-        here = next((n for n in (module, prefix + module, module.removeprefix(prefix)) if n in known), None)
+        here = next(
+            (n for n in (module, prefix + module, module.removeprefix(prefix)) if n in known), None
+        )
         if here is None:
-            raise CheckpointError(f"this model has no `{module}`, which the start is for: load the folder's own model")
+            raise CheckpointError(
+                f"this model has no `{module}`, which the start is for: load the folder's own model"
+            )
         found[module] = here
     return found
 

@@ -54,7 +54,9 @@ def adapter_config(
         "use_rslora": False,
         "use_dora": False,
         "rank_pattern": ranks or {},
-        "alpha_pattern": {module: whole(alpha / rank * own) for module, own in (ranks or {}).items()},
+        "alpha_pattern": {
+            module: whole(alpha / rank * own) for module, own in (ranks or {}).items()
+        },
     }
 
 

@@ -45,7 +45,9 @@ def _restore(layer: Any) -> None:
     layer.get_base_layer().weight.data.copy_(layer.original_weight)
 
 
-def _unload(layer: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+def _unload(
+    layer: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+) -> nn.Module:
     if merge:
         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
     else:
@@ -75,7 +77,9 @@ def _take_original(layer: Any, state: dict[str, Any], prefix: str, *args: Any) -
     key = f"{prefix}base_layer.weight"
     if hasattr(layer, "original_weight") and key in state:
         if not torch.equal(state[key].to(layer.original_weight), layer.original_weight):
-            raise WrongBaseError(f"`{key}` is not the weight that this residual was made from: load its own base")
+            raise WrongBaseError(
+                f"`{key}` is not the weight that this residual was made from: load its own base"
+            )
         state[key] = layer.get_base_layer().weight.data
 
 

@@ -64,7 +64,9 @@ def state_of(model: PeftModel, *, adapter_name: str | None = None) -> State:
     form, started, trained = attachment.adaptation.form, {}, {}
     for module, layer in adapter_layers(model, attachment.targets).items():
         own = form.trained(layer, name).named()
-        trained[module] = Factors(**{part: sharding.whole(tensor).detach().clone() for part, tensor in own.items()})
+        trained[module] = Factors(
+            **{part: sharding.whole(tensor).detach().clone() for part, tensor in own.items()}
+        )
         started[module] = form.start(layer, name, trained[module])
     # Without "False" peft adds the whole weight of an embedding that is a target.
     saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -195,12 +197,16 @@ def _load_plain(model: nn.Module, folder: Path, adapter: str, trainable: bool) -
         )
     record = Record.from_json(read_json(folder / RECORD), str(folder / RECORD))
     if record.kind != "lora":
-        raise CheckpointError(f"{folder} is a {record.kind!r} folder, not a plain LoRA: load the folder above it")
+        raise CheckpointError(
+            f"{folder} is a {record.kind!r} folder, not a plain LoRA: load the folder above it"
+        )
     check_base(record, model, f"the adapter in {folder}")
     if isinstance(model, PeftModel):
         model.load_adapter(str(folder), adapter, is_trainable=trainable)
         return model
-    return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter, is_trainable=trainable)
+    return PeftModel.from_pretrained(
+        model, str(folder), adapter_name=adapter, is_trainable=trainable
+    )
 
 
 def _model_config(model: nn.Module) -> dict[str, Any]:
@@ -222,4 +228,7 @@ def _attachment(model: PeftModel, adapter_name: str | None) -> tuple[str, Attach
 
 
 def _looks_like_run(run: Path) -> bool:
-    return any((run / name).exists() for name in ("state", "adapter", "run.json", "metrics.jsonl", "settings.yaml"))
+    return any(
+        (run / name).exists()
+        for name in ("state", "adapter", "run.json", "metrics.jsonl", "settings.yaml")
+    )

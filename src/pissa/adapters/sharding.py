@@ -28,13 +28,17 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, the same on every process, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(
+        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """What trains, whole in its own place to be read, where ZeRO-3 spread it."""
-    parameters = [part for part in model.parameters() if part.requires_grad and hasattr(part, "ds_id")]
+    parameters = [
+        part for part in model.parameters() if part.requires_grad and hasattr(part, "ds_id")
+    ]
     if not parameters:
         yield
         return

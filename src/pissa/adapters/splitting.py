@@ -136,14 +136,18 @@ def quantizer_of(recipe: Recipe) -> Quantiser | None:
     return quantiser(recipe.quant, double=recipe.double_quant) if recipe.quant else None
 
 
-def given_observations(method: Method, observations: Observations | str | Path | None) -> Observations | None:
+def given_observations(
+    method: Method, observations: Observations | str | Path | None
+) -> Observations | None:
     """What was given, from its file if it is one.
 
     Raises:
         InputError: given to a method that needs none.
     """
     if observations is not None and method.observes is None:
-        raise InputError(f"observations were given, but {method.name} needs the weights alone: leave them out")
+        raise InputError(
+            f"observations were given, but {method.name} needs the weights alone: leave them out"
+        )
     if isinstance(observations, str | Path):
         return Observations.load(observations)
     return observations

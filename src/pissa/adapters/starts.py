@@ -81,7 +81,9 @@ def give_back_principal(layer: Any, args: Any, output: Tensor) -> Tensor:
     if layer.merged or active == 1:
         return output
     adapter, start = next(iter(there.items()))
-    return (output + (1 - active) * product(layer, args[0], *taken(start), layer.scaling[adapter])).to(output.dtype)
+    return (
+        output + (1 - active) * product(layer, args[0], *taken(start), layer.scaling[adapter])
+    ).to(output.dtype)
 
 
 def refuse_second_adapter(*args: Any, **kwargs: Any) -> None:

@@ -116,14 +116,20 @@ def read_state(folder: Path) -> State:
     """
     record = Record.from_json(read_json(folder / RECORD), str(folder / RECORD))
     if record.kind != "state" or record.recipe is None or record.base is None:
-        raise CheckpointError(f"{folder} is a {record.kind!r} folder, expected the state/ folder of a run")
+        raise CheckpointError(
+            f"{folder} is a {record.kind!r} folder, expected the state/ folder of a run"
+        )
     absent = {"modules_to_save", "task_type", "target_modules", "shapes"} - record.notes.keys()
     if absent:
-        raise CheckpointError(f"{folder / RECORD} lacks the notes {sorted(absent)}: the file is damaged")
+        raise CheckpointError(
+            f"{folder / RECORD} lacks the notes {sorted(absent)}: the file is damaged"
+        )
     try:
         tensors = load_file(folder / STATE)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / STATE} cannot be read ({error}): go on from an earlier save") from error
+        raise CheckpointError(
+            f"{folder / STATE} cannot be read ({error}): go on from an earlier save"
+        ) from error
     adaptation = Adaptation.of(record.recipe)
     by_module: dict[str, dict[str, Tensor]] = {module: {} for module in record.recipe.targets}
     extras: dict[str, Tensor] = {}
@@ -147,11 +153,19 @@ def _check_shapes(state: State, file: Path) -> None:
     for target in state.targets:
         rows, columns = target.matrix_shape
         rank = state.adaptation.recipe.rank_of(target.module)
-        expected: dict[str, tuple[int, ...]] = {"left": (rows, rank), "right": (rank, columns), "core": (rank, rank)}
+        expected: dict[str, tuple[int, ...]] = {
+            "left": (rows, rank),
+            "right": (rank, columns),
+            "core": (rank, rank),
+        }
         for factors in (state.starts[target.module], state.trained[target.module]):
             for part, tensor in factors.named().items():
                 along = state.starts[target.module].pattern
-                shape = (1, along.shape[1]) if part == "core" and along is not None else expected.get(part)
+                shape = (
+                    (1, along.shape[1])
+                    if part == "core" and along is not None
+                    else expected.get(part)
+                )
                 if shape and tuple(tensor.shape) != shape:
                     raise CheckpointError(
                         f"{file} holds a {part} factor {list(tensor.shape)} for `{target.module}`, expected "

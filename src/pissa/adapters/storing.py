@@ -47,7 +47,11 @@ def store(name: str, split: Split, factor_dtype: torch.dtype, frozen_dtype: torc
     """
     split = split.rounded(factor_dtype)
     quantised = split.quantised
-    frozen = quantised.dense.to(frozen_dtype) if quantised else torch.empty_like(split.weight, dtype=frozen_dtype)
+    frozen = (
+        quantised.dense.to(frozen_dtype)
+        if quantised
+        else torch.empty_like(split.weight, dtype=frozen_dtype)
+    )
     lost = 0.0
     parts = (torch.split(part, ROWS) for part in (split.weight, split.left_core, frozen))
     for weight, left, rows in zip(*parts, strict=True):

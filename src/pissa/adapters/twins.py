@@ -24,7 +24,9 @@ def offer(model: PeftModel) -> None:
     model.add_adapter = MethodType(_add_adapter, model)  # type: ignore[method-assign]
 
 
-def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: Any, **options: Any) -> None:
+def _add_adapter(
+    model: PeftModel, adapter_name: str, peft_config: Any, *args: Any, **options: Any
+) -> None:
     """peft's `add_adapter`, which also knows a config that is the very one of an attached adapter."""
     source = next((name for name, config in model.peft_config.items() if config is peft_config), "")
     layers: list[Any] = [layer for layer in model.modules() if source in starts.of(layer)]
@@ -34,9 +36,16 @@ def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: A
         return
     rank = starts.of(layers[0])[source].pair[1].shape[0]
     config = copy.deepcopy(peft_config)
-    config.rank_pattern, config.alpha_pattern = {}, {}  # every layer is given its start below, whatever its rank
+    config.rank_pattern, config.alpha_pattern = (
+        {},
+        {},
+    )  # every layer is given its start below, whatever its rank
     config.r, config.lora_alpha = rank, whole(layers[0].scaling[source] * rank)
-    refusals = {layer: layer.__dict__.pop("update_layer") for layer in layers if "update_layer" in layer.__dict__}
+    refusals = {
+        layer: layer.__dict__.pop("update_layer")
+        for layer in layers
+        if "update_layer" in layer.__dict__
+    }
     try:
         with torch.random.fork_rng(devices=[]):  # peft draws a start that is overwritten
             add(model, adapter_name, config, *args, **options)
@@ -44,6 +53,9 @@ def _add_adapter(model: PeftModel, adapter_name: str, peft_config: Any, *args: A
         for layer, refusal in refusals.items():
             layer.update_layer = refusal
     config.r, config.lora_alpha = peft_config.r, peft_config.lora_alpha
-    config.rank_pattern, config.alpha_pattern = dict(peft_config.rank_pattern), dict(peft_config.alpha_pattern)
+    config.rank_pattern, config.alpha_pattern = (
+        dict(peft_config.rank_pattern),
+        dict(peft_config.alpha_pattern),
+    )
     for layer in layers:
         on_layer(layer)[source].begin(layer, adapter_name, starts.of(layer)[source])

@@ -33,7 +33,9 @@ def tensor_digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     """SHA-256 of shape and bytes, as if the tensor were of `dtype`; a piece of it is copied at a time."""
     digest = hashlib.sha256(str(list(tensor.shape)).encode())
     for piece in torch.split(tensor.detach().reshape(-1), PIECE):
-        digest.update(piece.to("cpu", dtype or tensor.dtype).contiguous().view(torch.uint8).numpy().data)
+        digest.update(
+            piece.to("cpu", dtype or tensor.dtype).contiguous().view(torch.uint8).numpy().data
+        )
     return digest.hexdigest()
 
 
@@ -112,7 +114,9 @@ def check_same(
     for name, digests in recorded.items():
         tensor = read(name)
         if tensor is None:
-            raise WrongBaseError(f"{what} was made for another base: tensor `{name}` is absent from this one. {advice}")
+            raise WrongBaseError(
+                f"{what} was made for another base: tensor `{name}` is absent from this one. {advice}"
+            )
         check_tensor(name, digests, tensor, what=what, advice=advice)
 
 
@@ -140,7 +144,8 @@ def _is_widened(tensor: Tensor, recorded: Digests) -> bool:
     """Whether it is the recorded tensor rounded to a narrower dtype and widened again, as before k-bit training."""
     narrower = (tensor.detach().to(dtype) for dtype in NARROWER.get(tensor.dtype, ()))
     return any(
-        torch.equal(narrow.to(tensor.dtype), tensor) and tensor_digest(narrow) == recorded.get(_name(narrow.dtype))
+        torch.equal(narrow.to(tensor.dtype), tensor)
+        and tensor_digest(narrow) == recorded.get(_name(narrow.dtype))
         for narrow in narrower
     )
 

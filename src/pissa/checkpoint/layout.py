@@ -62,7 +62,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     try:
         header, data_bytes = _read_json_header(path)
-        entries = [(name, *_check_entry(name, entry)) for name, entry in header.items() if name != "__metadata__"]
+        entries = [
+            (name, *_check_entry(name, entry))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
         entries.sort(key=lambda entry: entry[3:])
         end = 0
         for name, _, _, begin, stop in entries:
@@ -75,8 +79,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             cause = "it was cut off" if end > data_bytes else "something was added"
             raise ValueError(f"{data_bytes} bytes of data, expected {end}: {cause}")
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or not safetensors ({error}): download or write it again") from error
-    return {name: TensorInfo(dtype, shape, stop - begin, path.name) for name, dtype, shape, begin, stop in entries}
+        raise CheckpointError(
+            f"{path} is damaged or not safetensors ({error}): download or write it again"
+        ) from error
+    return {
+        name: TensorInfo(dtype, shape, stop - begin, path.name)
+        for name, dtype, shape, begin, stop in entries
+    }
 
 
 def make_header(
@@ -97,11 +106,19 @@ def make_header(
     begins: dict[str, int] = {}
     end = 0
     # Wide dtypes first: every tensor then begins at a multiple of its item size, which a memory map wants.
-    for name, (dtype, shape) in sorted(plan.items(), key=lambda item: (item[0] in last, -item[1][0].itemsize)):
+    for name, (dtype, shape) in sorted(
+        plan.items(), key=lambda item: (item[0] in last, -item[1][0].itemsize)
+    ):
         if name == "__metadata__" or dtype not in _NAME_OF:
-            raise InputError(f"{name!r} of {dtype} does not fit safetensors: use a plain name, and float32 or the like")
+            raise InputError(
+                f"{name!r} of {dtype} does not fit safetensors: use a plain name, and float32 or the like"
+            )
         begins[name], end = end, end + count_bytes(dtype, shape)
-        entries[name] = {"dtype": _NAME_OF[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+        entries[name] = {
+            "dtype": _NAME_OF[dtype],
+            "shape": list(shape),
+            "data_offsets": [begins[name], end],
+        }
     header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     header = header.ljust(room - 8)
     header += b" " * (-len(header) % 8)
@@ -129,8 +146,12 @@ def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
         # Checked before the read, so that a lying length cannot make us allocate it.
         limit = min(MAX_HEADER_BYTES, file_bytes - 8)
         if not 0 < header_bytes <= limit:
-            raise ValueError(f"header length {header_bytes}, expected 1 to {limit} in a file of {file_bytes} bytes")
-        header = json.loads(file.read(header_bytes).decode("utf-8"), object_pairs_hook=_without_duplicates)
+            raise ValueError(
+                f"header length {header_bytes}, expected 1 to {limit} in a file of {file_bytes} bytes"
+            )
+        header = json.loads(
+            file.read(header_bytes).decode("utf-8"), object_pairs_hook=_without_duplicates
+        )
     if not isinstance(header, dict):
         raise ValueError(f"the header is a JSON {type(header).__name__}, expected an object")
     return header, file_bytes - 8 - header_bytes
@@ -151,12 +172,16 @@ def _check_entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], i
         raise ValueError(f"{name!r} is {entry!r:.60}, expected dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise ValueError(f"{name!r} has dtype {entry['dtype']!r:.60}, expected one of {', '.join(DTYPES)}")
+        raise ValueError(
+            f"{name!r} has dtype {entry['dtype']!r:.60}, expected one of {', '.join(DTYPES)}"
+        )
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape):
         raise ValueError(f"{name!r} has shape {shape!r:.60}, expected whole numbers of at least 0")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name!r} has data_offsets {offsets!r:.60}, expected two whole numbers of at least 0")
+        raise ValueError(
+            f"{name!r} has data_offsets {offsets!r:.60}, expected two whole numbers of at least 0"
+        )
     needed = count_bytes(dtype, shape)
     if offsets[1] - offsets[0] != needed:
         raise ValueError(
@@ -167,4 +192,6 @@ def _check_entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], i
 
 def _are_sizes(numbers: Any) -> bool:
     # No bool, which Python counts as int, and nothing past 63 bits, which torch cannot hold.
-    return isinstance(numbers, list) and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    return isinstance(numbers, list) and all(
+        type(number) is int and 0 <= number < 2**63 for number in numbers
+    )

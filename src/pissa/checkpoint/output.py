@@ -106,11 +106,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): check that it is there and readable") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): check that it is there and readable"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): download or write it again") from error
+        raise CheckpointError(
+            f"{path} is not JSON ({error}): download or write it again"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object: fetch it again")
+        raise CheckpointError(
+            f"{path} holds a JSON {type(content).__name__}, expected an object: fetch it again"
+        )
     return content
 
 
@@ -127,8 +133,12 @@ def _refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
     for source in inputs:
         resolved = Path(source).resolve()
         if path == resolved or path in resolved.parents or resolved in path.parents:
-            relation = "is" if path == resolved else "holds" if path in resolved.parents else "lies inside"
-            raise OutputError(f"the output {path} {relation} the input {resolved}: choose a folder apart from it")
+            relation = (
+                "is" if path == resolved else "holds" if path in resolved.parents else "lies inside"
+            )
+            raise OutputError(
+                f"the output {path} {relation} the input {resolved}: choose a folder apart from it"
+            )
 
 
 def _refuse_target(path: Path, force: bool) -> None:
@@ -136,14 +146,18 @@ def _refuse_target(path: Path, force: bool) -> None:
         return
     for name, precious in (("working", Path.cwd().resolve()), ("home", Path.home().resolve())):
         if path == precious or path in precious.parents:
-            raise OutputError(f"{path} is or holds the {name} folder and is never replaced: choose another folder")
+            raise OutputError(
+                f"{path} is or holds the {name} folder and is never replaced: choose another folder"
+            )
     if path.is_dir() and not any(path.iterdir()):
         return
     if not force:
         kind = "is a folder with files in it" if path.is_dir() else "is a file"
         raise OutputError(f"{path} {kind}: use --force to replace it, or choose another folder")
     if (path / ".git").exists():
-        raise OutputError(f"{path} is a git repository and is never replaced: choose another folder")
+        raise OutputError(
+            f"{path} is a git repository and is never replaced: choose another folder"
+        )
 
 
 def _refuse_full_disk(path: Path, needs_bytes: int) -> None:
@@ -159,7 +173,9 @@ def _refuse_full_disk(path: Path, needs_bytes: int) -> None:
 def _sibling(path: Path, state: str) -> Path:
     # The owner is in the name, so that a later run can tell a dead run's leftovers from a live run's work. The host
     # is too: on a shared disk a process id means nothing elsewhere.
-    return path.with_name(f".{path.name}.{state}-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
+    return path.with_name(
+        f".{path.name}.{state}-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
+    )
 
 
 def _sweep_leftovers(path: Path, job: str | None) -> Path | None:
@@ -171,14 +187,21 @@ def _sweep_leftovers(path: Path, job: str | None) -> Path | None:
     if not path.parent.is_dir():
         return None
     left: Path | None = None
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(partial|replaced)-{re.escape(platform.node())}-(\d+)-\w+")
+    pattern = re.compile(
+        rf"\.{re.escape(path.name)}\.(partial|replaced)-{re.escape(platform.node())}-(\d+)-\w+"
+    )
     for leftover in list(path.parent.iterdir()):
         found = pattern.fullmatch(leftover.name)
         if found is None or _is_alive(int(found[2])):
             continue
         if found[1] == "replaced" and not path.exists():
             os.replace(leftover, path)
-        elif job and left is None and (leftover / JOB).is_file() and (leftover / JOB).read_text() == job:
+        elif (
+            job
+            and left is None
+            and (leftover / JOB).is_file()
+            and (leftover / JOB).read_text() == job
+        ):
             left = leftover
         else:
             _remove(leftover)
@@ -201,7 +224,9 @@ def _publish(staging: Path, path: Path, force: bool) -> None:
         try:
             os.replace(staging, path)
         except OSError as error:
-            raise OutputError(f"{path} appeared while it was being made ({error}): choose another folder") from error
+            raise OutputError(
+                f"{path} appeared while it was being made ({error}): choose another folder"
+            ) from error
         return
     replaced = _sibling(path, "replaced")
     os.replace(path, replaced)
@@ -210,7 +235,9 @@ def _publish(staging: Path, path: Path, force: bool) -> None:
     except BaseException:
         os.replace(replaced, path)
         raise
-    os.replace(replaced, staging)  # from here on it is rubbish, and named so: never to be given back half removed
+    os.replace(
+        replaced, staging
+    )  # from here on it is rubbish, and named so: never to be given back half removed
     _remove(staging)
 
 

@@ -39,7 +39,9 @@ class Checkpoint:
     _latest: tuple[str, Any] = field(default=("", None), init=False, repr=False)
 
     @classmethod
-    def open(cls, source: str | Path, revision: str | None = None, *, need_config: bool = True) -> Checkpoint:
+    def open(
+        cls, source: str | Path, revision: str | None = None, *, need_config: bool = True
+    ) -> Checkpoint:
         """Open a folder, or download a model of the Hub; no tensor is read and nothing is ever unpickled.
 
         The weights are the shards that `model.safetensors.index.json` names, else `model.safetensors`, else the only
@@ -73,7 +75,9 @@ class Checkpoint:
         """
         info = self.tensors.get(name)
         if info is None:
-            raise CheckpointError(f"no tensor {name!r} in {self.folder}.{did_you_mean(name, self.tensors)}")
+            raise CheckpointError(
+                f"no tensor {name!r} in {self.folder}.{did_you_mean(name, self.tensors)}"
+            )
         try:
             shard, file = self._latest  # taken once: another thread may put another shard there
             if shard != info.shard:
@@ -106,12 +110,18 @@ class Checkpoint:
 def _download(source: str, revision: str | None) -> Path:
     """Fetch the plain files of a Hub model; no pickles, no code, no subfolders."""
     if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"{source} is not a folder, nor a Hub id like org/name: check the path")
+        raise CheckpointError(
+            f"{source} is not a folder, nor a Hub id like org/name: check the path"
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", *(f"*{ending}" for ending in _CARRIED)]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        )
     except Exception as error:  # the Hub client raises its own errors, those of httpx and OSError
         raise CheckpointError(
             f"{source} is not a folder here and could not be fetched from the Hub ({error}): check the name, "
@@ -127,7 +137,9 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(shard_of.values())):
         if not (folder / shard).is_file():
-            raise CheckpointError(f"{index_path} names the shard {shard}, which is absent: finish the download")
+            raise CheckpointError(
+                f"{index_path} names the shard {shard}, which is absent: finish the download"
+            )
         for name, info in read_header(folder / shard).items():
             if name not in shard_of:
                 continue
@@ -138,15 +150,21 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
             tensors[name] = info
     for name, shard in shard_of.items():
         if name not in tensors:
-            raise CheckpointError(f"{index_path} puts {name!r} into {shard}, which lacks it: fetch both again")
+            raise CheckpointError(
+                f"{index_path} puts {name!r} into {shard}, which lacks it: fetch both again"
+            )
     return tensors
 
 
 def _read_index(path: Path) -> dict[str, str]:
     """The shard of each tensor. A shard must be a plain file name; links are fine, the Hub's cache is made of them."""
     shard_of = read_json(path).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise CheckpointError(f"{path}: weight_map must be an object of tensor names and file names: fetch it again")
+    if not isinstance(shard_of, dict) or not all(
+        isinstance(shard, str) for shard in shard_of.values()
+    ):
+        raise CheckpointError(
+            f"{path}: weight_map must be an object of tensor names and file names: fetch it again"
+        )
     for name, shard in shard_of.items():
         if not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
             raise CheckpointError(

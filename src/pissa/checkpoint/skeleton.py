@@ -19,7 +19,9 @@ from pissa.checkpoint.targets import Target
 from pissa.errors import CheckpointError
 
 
-def build_skeleton(folder: Path, *, config: dict[str, Any] | None = None, trust_remote_code: bool = False) -> nn.Module:
+def build_skeleton(
+    folder: Path, *, config: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> nn.Module:
     """The transformers model that `config.json` names, on the meta device, tied as when loaded.
 
     Args:
@@ -41,7 +43,9 @@ def build_skeleton(folder: Path, *, config: dict[str, Any] | None = None, trust_
         )
     try:
         if config is None:
-            settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            settings = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
         else:
             settings = transformers.AutoConfig.for_model(**config)
         model_class = getattr(transformers, (content.get("architectures") or [""])[0], None)
@@ -54,8 +58,12 @@ def build_skeleton(folder: Path, *, config: dict[str, Any] | None = None, trust_
             build = transformers.AutoModel.from_config
         with torch.device("meta"):
             model = build(settings)
-    except Exception as error:  # every architecture checks its settings in its own way, or stumbles over them
-        raise CheckpointError(f"{folder}/config.json: transformers cannot build this model ({error})") from error
+    except (
+        Exception
+    ) as error:  # every architecture checks its settings in its own way, or stumbles over them
+        raise CheckpointError(
+            f"{folder}/config.json: transformers cannot build this model ({error})"
+        ) from error
     model.tie_weights()
     skeleton: nn.Module = model  # whose own `eval` has no types
     return skeleton.eval()
@@ -66,7 +74,9 @@ def parameter_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
 
     A checkpoint may carry the base model's prefix (`model.layers...`) or not (`layers...`), whichever class wrote it.
     """
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {
+        n for n, _ in model.named_buffers()
+    }
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found: dict[str, str] = {}
     for name in stored:
@@ -77,7 +87,9 @@ def parameter_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def stored_targets(targets: list[Target], parameters: dict[str, str], folder: Path) -> dict[str, Target]:
+def stored_targets(
+    targets: list[Target], parameters: dict[str, str], folder: Path
+) -> dict[str, Target]:
     """The targets by the name of their tensor in the checkpoint.
 
     Raises:

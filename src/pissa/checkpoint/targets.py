@@ -95,7 +95,10 @@ def kind_of(module: nn.Module) -> str | None:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a layer holds its weight in few bits."""
-    return type(module).__name__ in QUANTISED or type(getattr(module, "weight", None)).__name__ in QUANTISED
+    return (
+        type(module).__name__ in QUANTISED
+        or type(getattr(module, "weight", None)).__name__ in QUANTISED
+    )
 
 
 def target_of(name: str, module: nn.Module) -> Target:
@@ -129,14 +132,20 @@ def find_targets(
     everything = targets == ALL_LINEAR
     modules = plain_modules(model)
     heads = _heads(model, modules)
-    attention_outputs = {f"{name}.out_proj" for name, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
+    attention_outputs = {
+        f"{name}.out_proj" for name, m in modules.items() if isinstance(m, nn.MultiheadAttention)
+    }
     asked = [targets] if isinstance(targets, str) else list(targets)
     found: list[Target] = []
     hit: set[str] = set()
     for name, module in modules.items():
         if everything:
             _refuse_experts(name, module)
-            chosen = kind_of(module) in ("linear", "conv1d") and name not in heads and name not in attention_outputs
+            chosen = (
+                kind_of(module) in ("linear", "conv1d")
+                and name not in heads
+                and name not in attention_outputs
+            )
         else:
             matches = {pattern for pattern in asked if _matches(pattern, name)}
             chosen = bool(matches)
@@ -145,7 +154,9 @@ def find_targets(
             continue
         kind = _target_kind(name, module)
         if name in attention_outputs:
-            raise InputError(f"target `{name}` belongs to nn.MultiheadAttention, which bypasses adapters: leave it out")
+            raise InputError(
+                f"target `{name}` belongs to nn.MultiheadAttention, which bypasses adapters: leave it out"
+            )
         _refuse_unsupported(name, module, quantised)
         found.append(Target(name, kind, _stored_shape(module)))
     missing = [pattern for pattern in asked if pattern not in hit] if not everything else []
@@ -175,7 +186,11 @@ def head_modules(model: nn.Module) -> list[str]:
     if not type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
         return []
     prefix = getattr(model, "base_model_prefix", "")
-    return [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+    return [
+        name
+        for name, child in model.named_children()
+        if name != prefix and any(True for _ in child.parameters())
+    ]
 
 
 def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
@@ -219,7 +234,9 @@ def _refuse_unsupported(name: str, module: nn.Module, quantised: bool) -> None:
             "from the 16-bit model, which `pissa decompose --quant nf4` splits and quantises in one go"
         )
     plain = {"groups": 1, "dilation": (1, 1), "padding_mode": "zeros"}
-    if isinstance(module, nn.Conv2d) and any(getattr(module, key) != value for key, value in plain.items()):
+    if isinstance(module, nn.Conv2d) and any(
+        getattr(module, key) != value for key, value in plain.items()
+    ):
         got = ", ".join(f"{key}={getattr(module, key)}" for key in plain)
         raise InputError(
             f"`{name}` is a convolution with {got}; peft's adapters need groups 1, dilation 1 and zero padding: "
@@ -228,8 +245,14 @@ def _refuse_unsupported(name: str, module: nn.Module, quantised: bool) -> None:
 
 
 def _refuse_experts(name: str, module: nn.Module) -> None:
-    fused = [f"{name}.{key}" for key, value in module.named_parameters(recurse=False) if value.ndim == 3]
-    if fused and kind_of(module) is None and not isinstance(module, (nn.Conv1d, nn.MultiheadAttention)):
+    fused = [
+        f"{name}.{key}" for key, value in module.named_parameters(recurse=False) if value.ndim == 3
+    ]
+    if (
+        fused
+        and kind_of(module) is None
+        and not isinstance(module, (nn.Conv1d, nn.MultiheadAttention))
+    ):
         raise InputError(
             f"`{fused[0]}` holds the fused weights of several experts (3-D), which cannot be split yet: "
             "name the other layers in --targets, for example q_proj,k_proj,v_proj,o_proj"
@@ -252,7 +275,9 @@ def _refuse_tied(modules: dict[str, nn.Module], targets: list[Target]) -> None:
 
 
 def _no_match(missing: list[str], modules: dict[str, nn.Module]) -> str:
-    known = sorted({name.rpartition(".")[2] for name, module in modules.items() if kind_of(module)} - {""})
+    known = sorted(
+        {name.rpartition(".")[2] for name, module in modules.items() if kind_of(module)} - {""}
+    )
     return (
         f"no module matches {', '.join(map(repr, missing))}.{did_you_mean(missing[0], known)} "
         f"This model's layers are: {', '.join(known) or 'none that can be split'}"

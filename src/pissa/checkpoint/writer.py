@@ -11,7 +11,15 @@ from typing import Self
 
 import torch
 
-from pissa.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Plan, Spec, count_bytes, make_header, plan_bytes
+from pissa.checkpoint.layout import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Plan,
+    Spec,
+    count_bytes,
+    make_header,
+    plan_bytes,
+)
 from pissa.checkpoint.output import write_json
 from pissa.errors import InputError, OutputError, did_you_mean
 
@@ -28,7 +36,9 @@ def parse_bytes(text: str | int) -> int:
     unit = _UNITS.get(found[2].upper()) if found else None
     size = int(Decimal(found[1]) * unit) if found and unit else 0
     if size < 1:
-        raise InputError(f"{text!r} is not a size in bytes: write it like 500MB, 1.5GiB or 4096, at least one byte")
+        raise InputError(
+            f"{text!r} is not a size in bytes: write it like 500MB, 1.5GiB or 4096, at least one byte"
+        )
     return size
 
 
@@ -73,7 +83,9 @@ class TensorFile:
         except FileExistsError as error:
             raise OutputError(f"{self.path} exists already: choose another folder") from error
         except FileNotFoundError as error:
-            raise OutputError(f"{self.path} is gone, but a run was to go on with it: start again") from error
+            raise OutputError(
+                f"{self.path} is gone, but a run was to go on with it: start again"
+            ) from error
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one planned tensor, in any order, straight from its memory.
@@ -83,7 +95,9 @@ class TensorFile:
         """
         planned = self._plan.get(name)
         if planned is None:
-            raise InputError(f"{name!r} is not in the plan of {self.path}.{did_you_mean(name, self._plan)}")
+            raise InputError(
+                f"{name!r} is not in the plan of {self.path}.{did_you_mean(name, self._plan)}"
+            )
         if name not in self.missing:
             raise InputError(f"{name!r} was written to {self.path} before: write each tensor once")
         dtype, shape = planned
@@ -111,7 +125,9 @@ class TensorFile:
             if self.missing:
                 raise _unfinished(self.path, [name for name in self._plan if name in self.missing])
             # The same length as at first, so the data lies where the offsets say.
-            self._header, self._offsets = make_header(self._plan, self._metadata, self._late, len(self._header))
+            self._header, self._offsets = make_header(
+                self._plan, self._metadata, self._late, len(self._header)
+            )
             for name, tensor in self._waiting.items():
                 self._put(name, tensor)
             self._file.seek(0)
@@ -131,7 +147,9 @@ class TensorFile:
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         self._file.seek(self._offsets[name])
         # As bytes, for numpy knows no bfloat16 or float8. On a contiguous tensor of the CPU nothing is copied.
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._file.write(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
         self._file.flush()  # so that it outlives a kill
 
     def __enter__(self) -> Self:
@@ -171,7 +189,9 @@ class CheckpointWriter:
         make_header(plan, {})  # refuses what safetensors cannot hold now, not at the last shard
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if done is None and (stale := sorted(path.name for path in self.folder.glob("model*.safetensors*"))):
+        if done is None and (
+            stale := sorted(path.name for path in self.folder.glob("model*.safetensors*"))
+        ):
             raise OutputError(f"{self.folder} holds {stale[0]} already: choose another folder")
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         self._plans = dict(zip(names if len(names) > 1 else [SINGLE_NAME], shards, strict=True))
@@ -191,7 +211,9 @@ class CheckpointWriter:
         """
         shard = self._shard_of.get(name)
         if shard is None:
-            raise InputError(f"{name!r} is not in the plan of {self.folder}.{did_you_mean(name, self._shard_of)}")
+            raise InputError(
+                f"{name!r} is not in the plan of {self.folder}.{did_you_mean(name, self._shard_of)}"
+            )
         if shard not in self._files:
             self._open(shard)
         self._files[shard].write(name, tensor)
@@ -205,7 +227,11 @@ class CheckpointWriter:
             OutputError: A planned tensor was not written; there is no index then.
         """
         files = self._files
-        missing = [name for name, shard in self._shard_of.items() if shard not in files or name in files[shard].missing]
+        missing = [
+            name
+            for name, shard in self._shard_of.items()
+            if shard not in files or name in files[shard].missing
+        ]
         if missing:
             self.abandon()
             raise _unfinished(self.folder, missing)
@@ -235,7 +261,9 @@ class CheckpointWriter:
 
 def _assign_shards(plan: Plan, max_shard_bytes: int) -> list[dict[str, Spec]]:
     if not plan or max_shard_bytes < 1:
-        raise InputError(f"{len(plan)} tensors in shards of {max_shard_bytes} bytes: give at least 1 of both")
+        raise InputError(
+            f"{len(plan)} tensors in shards of {max_shard_bytes} bytes: give at least 1 of both"
+        )
     shards: list[dict[str, Spec]] = [{}]
     filled = 0
     for name, (dtype, shape) in plan.items():
@@ -248,4 +276,6 @@ def _assign_shards(plan: Plan, max_shard_bytes: int) -> list[dict[str, Spec]]:
 
 
 def _unfinished(path: Path, missing: list[str]) -> OutputError:
-    return OutputError(f"{path} lacks {len(missing)} planned tensors, {missing[0]!r} first: write all before closing")
+    return OutputError(
+        f"{path} lacks {len(missing)} planned tensors, {missing[0]!r} first: write all before closing"
+    )

@@ -15,14 +15,21 @@ if TYPE_CHECKING:
 
 
 def chat(
-    path: Annotated[Path, Argument(help="A finished run, a plain LoRA made here, or a model folder.")],
-    prompt: Annotated[str | None, Option(help="Answer this on stdout, and stop. Default: a conversation.")] = None,
+    path: Annotated[
+        Path, Argument(help="A finished run, a plain LoRA made here, or a model folder.")
+    ],
+    prompt: Annotated[
+        str | None, Option(help="Answer this on stdout, and stop. Default: a conversation.")
+    ] = None,
     base: Annotated[str | None, Option(help="The base, if it lies elsewhere by now.")] = None,
     template: Annotated[
-        str | None, Option(help="alpaca, chat, plain, none or raw. Default: as the run was trained.")
+        str | None,
+        Option(help="alpaca, chat, plain, none or raw. Default: as the run was trained."),
     ] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens of an answer at most.")] = 256,
-    temperature: Annotated[float, Option(min=0, help="0: always the likeliest token; 1: as the model says.")] = 0.0,
+    temperature: Annotated[
+        float, Option(min=0, help="0: always the likeliest token; 1: as the model says.")
+    ] = 0.0,
     trust_remote_code: options.RemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -39,8 +46,16 @@ def chat(
         talk = open_chat(path, base=base, template=template, trust_remote_code=trust_remote_code)
         if not as_json:
             show.say(f"template: {talk.template}")
-        streamer = None if as_json else TextStreamer(talk.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        how: dict[str, Any] = {"most": max_new_tokens, "temperature": temperature, "streamer": streamer}
+        streamer = (
+            None
+            if as_json
+            else TextStreamer(talk.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        )
+        how: dict[str, Any] = {
+            "most": max_new_tokens,
+            "temperature": temperature,
+            "streamer": streamer,
+        }
         if prompt is None:
             _converse(talk, how)
             return
@@ -53,7 +68,8 @@ def _converse(talk: Chat, how: dict[str, Any]) -> None:
     """Question and answer until Ctrl-C, Ctrl-D or the end of the input."""
     person = sys.stdin.isatty()
     show.say(
-        "end with Ctrl-D" + ("; prompts are used as they are, \\n is a new line" if talk.template == "raw" else "")
+        "end with Ctrl-D"
+        + ("; prompts are used as they are, \\n is a new line" if talk.template == "raw" else "")
     )
     prompts: list[str] = []
     answers: list[str] = []

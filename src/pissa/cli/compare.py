@@ -14,17 +14,29 @@ from pissa.cli.train import split_words
 def compare(
     words: Annotated[
         list[str] | None,
-        Argument(metavar="[CONFIG.yaml] [--KEY VALUE]...", help="As for train: what all runs share."),
+        Argument(
+            metavar="[CONFIG.yaml] [--KEY VALUE]...", help="As for train: what all runs share."
+        ),
     ] = None,
     methods: Annotated[
         str,
-        Option(help="Names with commas; options as corda[mode=kpm]; NAME-control is the random control."),
+        Option(
+            help="Names with commas; options as corda[mode=kpm]; NAME-control is the random control."
+        ),
     ] = ("full,lora,pissa,pissa-control"),
-    lr: Annotated[str, Option(help="Learning rates separated by commas, for every method.")] = "1e-4,3e-4,1e-3",
+    lr: Annotated[
+        str, Option(help="Learning rates separated by commas, for every method.")
+    ] = "1e-4,3e-4,1e-3",
     seeds: Annotated[str, Option(help="How many, counted from 0, or a list such as 3,4,5,.")] = "3",
-    jobs: Annotated[int, Option(help="Runs side by side, 1 or more, sharing the cores or the GPUs.")] = 1,
-    part: Annotated[str | None, Option(help="i/n: only the i-th of n parts, for machines that share OUT.")] = None,
-    landscape: Annotated[bool, Option("--landscape", help="Also the loss around the start, see landscape.")] = False,
+    jobs: Annotated[
+        int, Option(help="Runs side by side, 1 or more, sharing the cores or the GPUs.")
+    ] = 1,
+    part: Annotated[
+        str | None, Option(help="i/n: only the i-th of n parts, for machines that share OUT.")
+    ] = None,
+    landscape: Annotated[
+        bool, Option("--landscape", help="Also the loss around the start, see landscape.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Train several methods at several learning rates and seeds, and say what the numbers support.
@@ -42,7 +54,9 @@ def compare(
     from pissa.comparison.findings import supported, unsupported
     from pissa.comparison.grid import cells, names, numbers
 
-    count = range(int(seeds)) if seeds.isdecimal() else numbers(seeds.rstrip(","), int, "seeds")  # a count, or a list
+    count = (
+        range(int(seeds)) if seeds.isdecimal() else numbers(seeds.rstrip(","), int, "seeds")
+    )  # a count, or a list
     out = Path(settings.output)
     grid = names(methods), numbers(lr, float, "lr"), [int(seed) for seed in count]
     comparison = run_comparison(
@@ -61,5 +75,7 @@ def compare(
     for line in (*supported(comparison), "", *unsupported(comparison)):
         print(line)
     if left := missing(cells(*grid), out):
-        show.say(f"{left} of {len(cells(*grid))} runs are missing: type the other parts, or the same without --part")
+        show.say(
+            f"{left} of {len(cells(*grid))} runs are missing: type the other parts, or the same without --part"
+        )
     show.say(f"{out / PAGE}: the page; {out / RESULT}: the numbers")

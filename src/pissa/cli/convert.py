@@ -13,7 +13,10 @@ from pissa.jobs import ConvertSettings
 
 @options.flags(ConvertSettings)
 def convert(
-    run: Annotated[Path, Argument(help="A run, a plain LoRA, or with --start an adapter trained by stock peft.")],
+    run: Annotated[
+        Path,
+        Argument(help="A run, a plain LoRA, or with --start an adapter trained by stock peft."),
+    ],
     out: Annotated[Path, Argument(help="The folder to write.")],
     settings: ConvertSettings,
     as_json: options.Json = False,
@@ -30,7 +33,10 @@ def convert(
         return
     base = record.made_of(str(out)).name
     error, width = record.notes["error"], record.notes["rank"]
-    show.say(f"{out}: plain LoRA of rank {width}, " + ("exact" if error == 0 else f"error {error:.1%} of the change"))
+    show.say(
+        f"{out}: plain LoRA of rank {width}, "
+        + ("exact" if error == 0 else f"error {error:.1%} of the change")
+    )
     if "beside" in record.notes:
         show.say(
             "the change includes what quantisation moved in every weight; for what was trained, whole, use pissa merge "

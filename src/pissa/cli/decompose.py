@@ -60,7 +60,9 @@ def decompose(
         )
     energy = sum(layer.energy for layer in record.layers) / len(record.layers)
     worst = max(record.layers, key=lambda layer: layer.error)
-    show.say(f"energy in the trainable part {energy:.1%} (mean); largest error {worst.error:.1e} in {worst.name}")
+    show.say(
+        f"energy in the trainable part {energy:.1%} (mean); largest error {worst.error:.1e} in {worst.name}"
+    )
     show.say_next(f"pissa inspect {out}", f"pissa train CONFIG.yaml --model {out} --output run")
 
 
@@ -90,15 +92,21 @@ def _refuse_unused(settings: DecomposeSettings) -> None:
     given = {key: getattr(settings, key) for key in UNUSED_BY_FOUR_BITS}
     unused = [f"--{key} {value}" for key, value in given.items() if value != getattr(default, key)]
     if unused:
-        raise InputError(f"got {', '.join(unused)} with {settings.method}, which has no use for it: leave it out")
+        raise InputError(
+            f"got {', '.join(unused)} with {settings.method}, which has no use for it: leave it out"
+        )
 
 
-def _four_bits(model: str, out: Path, settings: DecomposeSettings, seen: Observations, as_json: bool) -> None:
+def _four_bits(
+    model: str, out: Path, settings: DecomposeSettings, seen: Observations, as_json: bool
+) -> None:
     """A method that trains nothing: a model that computes in 4 bits."""
     from pissa.jobs import FourBitSettings
     from pissa.w4a4 import svdquant
 
-    shared = {key: getattr(settings, key) for key in vars(FourBitSettings(seen)) if key != "observations"}
+    shared = {
+        key: getattr(settings, key) for key in vars(FourBitSettings(seen)) if key != "observations"
+    }
     with show.bytes_progress("quantising") as progress:
         record = svdquant(model, out, seen, **{**shared, "progress": progress})
     if as_json:
@@ -111,5 +119,7 @@ def _four_bits(model: str, out: Path, settings: DecomposeSettings, seen: Observa
         f"{len(errors)} weights"
     )
     mean = sum(errors.values()) / len(errors)
-    show.say(f"error of a layer's output on the calibration rows {mean:.1%} (mean), {errors[worst]:.1%} in {worst}")
+    show.say(
+        f"error of a layer's output on the calibration rows {mean:.1%} (mean), {errors[worst]:.1%} in {worst}"
+    )
     show.say_next(f"pissa inspect {out}", f"pissa merge {model} {out} MERGED")

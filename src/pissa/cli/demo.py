@@ -23,7 +23,8 @@ def demo(
         show.print_json(result)
         return
     rows = [
-        [row["method"], row["trainable"], row["start_loss"], row["end_loss"], row["seconds"]] for row in result["rows"]
+        [row["method"], row["trainable"], row["start_loss"], row["end_loss"], row["seconds"]]
+        for row in result["rows"]
     ]
     show.print_table(["method", "trainable", "loss before", "loss after", "seconds"], rows)
     proof = result["proof"]
@@ -32,4 +33,7 @@ def demo(
         f"from the trained model's, which training moved by {proof['moved']:.2f}"
     )
     show.say(f"curves: {out / 'loss.png'}")
-    show.say_next(f"pissa inspect {out / 'plain-lora'}", "pissa train CONFIG.yaml, with your own model and data")
+    show.say_next(
+        f"pissa inspect {out / 'plain-lora'}",
+        "pissa train CONFIG.yaml, with your own model and data",
+    )

@@ -15,57 +15,96 @@ if TYPE_CHECKING:
     from pissa.evaluation.judge import Judge
     from pissa.evaluation.result import TaskResult
 
-OF_BOTH = frozenset({"models", "output", "batch_size", "base", "device", "dtype", "trust_remote_code", "as_json"})
+OF_BOTH = frozenset(
+    {"models", "output", "batch_size", "base", "device", "dtype", "trust_remote_code", "as_json"}
+)
 """Parameters that questions and --fidelity share; each refuses the other's."""
 OF_FIDELITY = frozenset({"fidelity", "text", "tokens", "max_length"})
 
 
 def evaluate(
     context: Context,
-    models: Annotated[list[str], Argument(help="Runs, adapters or models: folders, or Hub ids of whole models.")],
+    models: Annotated[
+        list[str], Argument(help="Runs, adapters or models: folders, or Hub ids of whole models.")
+    ],
     tasks: Annotated[
-        str, Option(help="gsm8k, math, humaneval, mbpp, mt_bench, with commas; on the standard track any of lm-eval's.")
+        str,
+        Option(
+            help="gsm8k, math, humaneval, mbpp, mt_bench, with commas; on the standard track any of lm-eval's."
+        ),
     ] = "gsm8k",
     output: Annotated[
-        str | None, Option("--output", "-o", help="Folder of the results, where the same command goes on.")
+        str | None,
+        Option("--output", "-o", help="Folder of the results, where the same command goes on."),
     ] = None,
     track: Annotated[
         str, Option(help="paper: as the PiSSA paper asks; standard: lm-evaluation-harness's own.")
     ] = "paper",
-    data: Annotated[str | None, Option(help="Folder with the questions as files. Default: the Hub.")] = None,
-    limit: Annotated[int | None, Option(min=1, help="Ask the first so many questions only. Default: all.")] = None,
+    data: Annotated[
+        str | None, Option(help="Folder with the questions as files. Default: the Hub.")
+    ] = None,
+    limit: Annotated[
+        int | None, Option(min=1, help="Ask the first so many questions only. Default: all.")
+    ] = None,
     batch_size: Annotated[
         int | None,
-        Option(min=1, help="Questions at a time, sorted by length; windows of a text. Default: 16; 4 windows."),
+        Option(
+            min=1,
+            help="Questions at a time, sorted by length; windows of a text. Default: 16; 4 windows.",
+        ),
     ] = None,
     backend: Annotated[str, Option(help="hf or vllm.")] = "hf",
     base: Annotated[str | None, Option(help="The base, if it lies elsewhere by now.")] = None,
-    no_base_row: Annotated[bool, Option("--no-base-row", help="Do not evaluate the base of a run beside it.")] = False,
-    device: Annotated[str | None, Option(help="cpu, cuda, cuda:1. Default: cuda where there is one.")] = None,
-    dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16. Default: as trained, or stored.")] = None,
+    no_base_row: Annotated[
+        bool, Option("--no-base-row", help="Do not evaluate the base of a run beside it.")
+    ] = False,
+    device: Annotated[
+        str | None, Option(help="cpu, cuda, cuda:1. Default: cuda where there is one.")
+    ] = None,
+    dtype: Annotated[
+        str | None, Option(help="float32, bfloat16 or float16. Default: as trained, or stored.")
+    ] = None,
     allow_code_execution: options.RunCode = False,
     no_isolation: options.NoIsolation = False,
     judge: Annotated[
-        str | None, Option(help="OpenAI-compatible address that marks MT-Bench, as https://api.openai.com/v1.")
+        str | None,
+        Option(help="OpenAI-compatible address that marks MT-Bench, as https://api.openai.com/v1."),
     ] = None,
     judge_model: Annotated[str, Option(help="The judge's name at that address.")] = "",
-    judge_key_env: Annotated[str, Option(help="Environment variable that holds the judge's key.")] = "OPENAI_API_KEY",
+    judge_key_env: Annotated[
+        str, Option(help="Environment variable that holds the judge's key.")
+    ] = "OPENAI_API_KEY",
     judge_jobs: Annotated[int, Option(min=1, help="Requests to the judge at a time.")] = 4,
     fidelity: Annotated[
-        bool, Option("--fidelity", help="Instead: perplexity, KL and agreement with the base on --text.")
+        bool,
+        Option("--fidelity", help="Instead: perplexity, KL and agreement with the base on --text."),
     ] = False,
-    text: Annotated[str | None, Option(help="For --fidelity: a text file, or rows with `text`.")] = None,
-    tokens: Annotated[int | None, Option(min=2, help="For --fidelity: read the first so many. Default: all.")] = None,
-    max_length: Annotated[
-        int | None, Option(min=2, help="For --fidelity: tokens in a window. Default: 512, or the base's positions.")
+    text: Annotated[
+        str | None, Option(help="For --fidelity: a text file, or rows with `text`.")
     ] = None,
-    force: Annotated[bool, Option("--force", help="Drop answers to another evaluation that are in the way.")] = False,
+    tokens: Annotated[
+        int | None, Option(min=2, help="For --fidelity: read the first so many. Default: all.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        Option(
+            min=2, help="For --fidelity: tokens in a window. Default: 512, or the base's positions."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, Option("--force", help="Drop answers to another evaluation that are in the way.")
+    ] = False,
     trust_remote_code: options.RemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a run on its own base, which is checked, or any model; its base gets a row too."""
     given = _given(context, fidelity)
-    settings: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    settings: dict[str, Any] = {
+        "base": base,
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+    }
     settings |= {"batch_size": batch_size} if batch_size else {}
     if fidelity:
         settings |= {"max_length": max_length} if max_length else {}
@@ -82,7 +121,9 @@ def evaluate(
     judging = [flag for name, flag in given.items() if name.startswith("judge")]
     if judging and (judge is None or MT_BENCH not in names(tasks)):
         lacks = "mt_bench is not among --tasks" if judge else "no --judge says where the judge is"
-        raise InputError(f"got {', '.join(judging)}, but {lacks}: add it, or leave {', '.join(judging)} out")
+        raise InputError(
+            f"got {', '.join(judging)}, but {lacks}: add it, or leave {', '.join(judging)} out"
+        )
     out = Path(output or "results")
     with quiet(), show.steps_progress() as say:
         found = run(
@@ -127,9 +168,19 @@ def print_results(found: list[TaskResult]) -> None:
                 str(head.count if head else one.data["rows"]),
             ]
         )
-    columns = ["task", "model", "score", "95 % interval", "authors' scorer", "perplexity of right answers", "questions"]
+    columns = [
+        "task",
+        "model",
+        "score",
+        "95 % interval",
+        "authors' scorer",
+        "perplexity of right answers",
+        "questions",
+    ]
     show.print_table(columns, rows)
-    for note in dict.fromkeys(f"{one.model} {one.task}: {note}" for one in found for note in one.notes):
+    for note in dict.fromkeys(
+        f"{one.model} {one.task}: {note}" for one in found for note in one.notes
+    ):
         show.say(note)
 
 
@@ -140,12 +191,20 @@ def _given(context: Context, fidelity: bool) -> dict[str, str]:
         InputError: one that would be ignored.
     """
     spelt = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    typed = [name for name in context.params if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"]
+    typed = [
+        name
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"
+    ]
     given = {name: spelt[name] for name in typed}
     if fidelity and (odd := [given[name] for name in typed if name not in OF_BOTH | OF_FIDELITY]):
-        raise InputError(f"--fidelity compares models on a text and takes no {', '.join(odd)}: leave it out")
+        raise InputError(
+            f"--fidelity compares models on a text and takes no {', '.join(odd)}: leave it out"
+        )
     if not fidelity and (odd := [given[name] for name in typed if name in OF_FIDELITY]):
-        raise InputError(f"got {', '.join(odd)}, which only --fidelity takes: add --fidelity, or leave it out")
+        raise InputError(
+            f"got {', '.join(odd)}, which only --fidelity takes: add --fidelity, or leave it out"
+        )
     return given
 
 
@@ -155,7 +214,9 @@ def _judge(url: str | None, model: str, key_env: str, jobs: int) -> Judge | None
     return Judge(url, model, key_env, jobs=jobs) if url else None
 
 
-def _fidelity(models: list[str], text: str | None, output: str | None, settings: dict[str, Any], as_json: bool) -> None:
+def _fidelity(
+    models: list[str], text: str | None, output: str | None, settings: dict[str, Any], as_json: bool
+) -> None:
     from pissa.evaluation.fidelity import FILE, fidelity
     from pissa.training.quiet import quiet
 

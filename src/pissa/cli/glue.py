@@ -13,7 +13,9 @@ from pissa.errors import ConfigError
 
 
 def glue(
-    output: Annotated[Path, Option(help="Folder for everything; one that an earlier call made is added to.")],
+    output: Annotated[
+        Path, Option(help="Folder for everything; one that an earlier call made is added to.")
+    ],
     words: Annotated[
         list[str] | None,
         Argument(
@@ -23,7 +25,9 @@ def glue(
     ] = None,
     data: Annotated[
         str | None,
-        Option(help="Folder of GLUE's official files, CoLA/train.tsv and so on. Default: nyu-mll/glue on the Hub."),
+        Option(
+            help="Folder of GLUE's official files, CoLA/train.tsv and so on. Default: nyu-mll/glue on the Hub."
+        ),
     ] = None,
     tasks: Annotated[str, Option(help="Names with commas; wnli is the ninth.")] = (
         "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"
@@ -37,7 +41,9 @@ def glue(
         ),
     ] = "1e-4,3e-4,1e-3",
     seeds: Annotated[str, Option(help="How many, counted from 0, or a list such as 3,4,5,.")] = "3",
-    jobs: Annotated[int, Option(help="Runs side by side, 1 or more, sharing the cores or the GPUs.")] = 1,
+    jobs: Annotated[
+        int, Option(help="Runs side by side, 1 or more, sharing the cores or the GPUs.")
+    ] = 1,
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on GLUE with several methods, and score it on the dev sets.
@@ -47,7 +53,9 @@ def glue(
     """
     model, given = split_words(words or [])
     if model is None:
-        raise ConfigError("got no model, expected a folder or a Hub id first, as in pissa glue MODEL --output OUT")
+        raise ConfigError(
+            "got no model, expected a folder or a Hub id first, as in pissa glue MODEL --output OUT"
+        )
 
     from pissa.checkpoint.output import read_json
     from pissa.comparison.grid import names, numbers
@@ -73,7 +81,9 @@ def glue(
     if as_json:
         show.print_json(read_json(output / RESULT))
         return
-    show.print_table(*results.table(), title="GLUE dev sets, in percent: median (standard deviation) over seeds")
+    show.print_table(
+        *results.table(), title="GLUE dev sets, in percent: median (standard deviation) over seeds"
+    )
     for line in results.notes():
         show.say(line)
     show.say(f"{output / PAGE}: the page, with how to read it; {output / RESULT}: the numbers")

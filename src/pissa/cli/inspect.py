@@ -16,10 +16,17 @@ def inspect(
     path: Annotated[Path, Argument(help="Any model, run or adapter folder.")],
     base: Annotated[Path | None, Option(help="A model folder: does PATH belong to it?")] = None,
     errors: Annotated[
-        bool, Option("--errors", help="How far a quantised residual is from its base, beside nf4 alone and LoftQ.")
+        bool,
+        Option(
+            "--errors",
+            help="How far a quantised residual is from its base, beside nf4 alone and LoftQ.",
+        ),
     ] = False,
     text: Annotated[
-        Path | None, Option(help="A text file: the errors of the layers' outputs on it too. Loads the whole base.")
+        Path | None,
+        Option(
+            help="A text file: the errors of the layers' outputs on it too. Loads the whole base."
+        ),
     ] = None,
     plot: Annotated[Path | None, Option(help="A PNG to draw the errors into.")] = None,
     workers: options.Workers = None,
@@ -38,21 +45,27 @@ def inspect(
         from pissa.training import quiet
 
         with quiet(), show.bytes_progress("comparing") as progress:
-            report = pissa.inspect(path, base, errors=True, text=text, workers=workers, progress=progress)
+            report = pissa.inspect(
+                path, base, errors=True, text=text, workers=workers, progress=progress
+            )
     else:
         report = pissa.inspect(path, base)
     different = base is not None and report.base_check not in ("same", "not checked")
     if plot:
         from pissa.reports import plot_errors
 
-        plot_errors(report.errors, plot, title=f"{path.name}: error relative to the original weights")
+        plot_errors(
+            report.errors, plot, title=f"{path.name}: error relative to the original weights"
+        )
         show.say(f"picture in {plot}")
     if as_json:
         show.print_json(report.to_json())
         raise Exit(1 if different else 0)
     facts = {"this is": report.what, "safe to serve": report.safe_to_serve}
     if report.base:
-        facts["base"] = " ".join(str(value) for value in (report.base["name"], report.base.get("revision")) if value)
+        facts["base"] = " ".join(
+            str(value) for value in (report.base["name"], report.base.get("revision")) if value
+        )
     if report.base.get("fingerprint"):
         facts["fingerprint"] = report.base["fingerprint"][:16]
     if report.recipe:
@@ -89,11 +102,16 @@ def _print_layers(layers: list[dict[str, Any]]) -> None:
             layer["rank"],
             None if layer["energy"] is None else f"{layer['energy']:.1%}",
             None if layer["error"] is None else f"{layer['error']:.1e}",
-            *(f"{value:.3g}" for value in (layer["singular_values"][0], layer["singular_values"][-1])),
+            *(
+                f"{value:.3g}"
+                for value in (layer["singular_values"][0], layer["singular_values"][-1])
+            ),
         ]
         for layer in layers
     ]
-    show.print_table(["weight", "out x in", "rank", "energy", "error", "first sigma", "last sigma"], rows)
+    show.print_table(
+        ["weight", "out x in", "rank", "energy", "error", "first sigma", "last sigma"], rows
+    )
 
 
 def _print_errors(errors: list[dict[str, Any]]) -> None:
@@ -102,5 +120,11 @@ def _print_errors(errors: list[dict[str, Any]]) -> None:
     rows = []
     for row in errors:
         values = [row["errors"][form].get(norm) for norm, form in columns]
-        rows.append([row["type"], row["weights"], *(None if value is None else f"{value:.2%}" for value in values)])
+        rows.append(
+            [
+                row["type"],
+                row["weights"],
+                *(None if value is None else f"{value:.2%}" for value in values),
+            ]
+        )
     show.print_table(["type", "weights", *(f"{norm} {form}" for norm, form in columns)], rows)

@@ -11,9 +11,13 @@ from pissa.cli import options, show
 
 
 def landscape(
-    runs: Annotated[list[Path], Argument(help="Finished language runs from one base on one data set.")],
+    runs: Annotated[
+        list[Path], Argument(help="Finished language runs from one base on one data set.")
+    ],
     output: Annotated[Path, Option(help="The picture.")] = Path("landscape.png"),
-    grid: Annotated[int, Option(help="Points along each direction, 3 or more; the time grows with its square.")] = 21,
+    grid: Annotated[
+        int, Option(help="Points along each direction, 3 or more; the time grows with its square.")
+    ] = 21,
     rows: Annotated[int, Option(help="Evaluation rows to take the loss over, 1 or more.")] = 16,
     force: Annotated[bool, Option("--force", help="Replace the picture if it is there.")] = False,
     as_json: options.Json = False,

@@ -67,7 +67,9 @@ def main() -> NoReturn:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _say_warning
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels at import
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it reports optional kernels at import
     try:
         app()
     except PissaError as error:
@@ -83,6 +85,8 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _say_warning(message: Warning | str, category: type[Warning], *args: object, **kwargs: object) -> None:
+def _say_warning(
+    message: Warning | str, category: type[Warning], *args: object, **kwargs: object
+) -> None:
     if category is UserWarning:
         print(f"pissa: warning: {message}", file=sys.stderr)

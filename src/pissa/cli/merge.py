@@ -13,7 +13,10 @@ from pissa.jobs import MergeSettings
 
 @options.flags(MergeSettings)
 def merge(
-    base: Annotated[str, Argument(help="The original model, or the residual that a quantised run was trained on.")],
+    base: Annotated[
+        str,
+        Argument(help="The original model, or the residual that a quantised run was trained on."),
+    ],
     run: Annotated[Path, Argument(help="A run or a plain LoRA adapter.")],
     out: Annotated[Path, Argument(help="The folder to write.")],
     settings: MergeSettings,
@@ -64,5 +67,7 @@ def _sixteen_bits(base: str, run: Path, out: Path, settings: MergeSettings, as_j
     if as_json:
         show.print_json(record.to_json())
         return
-    show.say(f"{out}: what the 4-bit weights of {run} stand for; its activations are no longer quantised")
+    show.say(
+        f"{out}: what the 4-bit weights of {run} stand for; its activations are no longer quantised"
+    )
     show.say_next(f"pissa inspect {out}", f"vllm serve {out}")

@@ -24,6 +24,10 @@ def methods(as_json: options.Json = False) -> None:
         if one.options
     ]
     print(f"Own settings (--option NAME=VALUE): {'; '.join(own)}.")
-    presets = ", ".join(f"{name} is {method} with {quant}" for name, (method, quant) in registry.PRESETS.items())
+    presets = ", ".join(
+        f"{name} is {method} with {quant}" for name, (method, quant) in registry.PRESETS.items()
+    )
     print(f"In few bits: {presets}; others with --quant {', '.join(QUANTISERS)}.")
-    print("NAME-control is the start of NAME along random directions of the same norms. Papers: --json, docs/methods.")
+    print(
+        "NAME-control is the start of NAME along random directions of the same norms. Papers: --json, docs/methods."
+    )

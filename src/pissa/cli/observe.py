@@ -12,17 +12,23 @@ from pissa.cli import options, show
 
 def observe(
     model: Annotated[str, Argument(help="A folder with safetensors and a tokenizer, or a Hub id.")],
-    data: Annotated[str, Argument(help="Rows as for training: json, jsonl, csv, tsv, parquet, folder, or a Hub id.")],
+    data: Annotated[
+        str,
+        Argument(help="Rows as for training: json, jsonl, csv, tsv, parquet, folder, or a Hub id."),
+    ],
     file: Annotated[Path, Argument(help="The safetensors file to write.")],
     needs: Annotated[
         str, Option(help="What to gather, with commas: covariance, components, gradient, inputs.")
     ] = "covariance,components,gradient,inputs",
     rows: options.CalibrationRows = 64,
     rank: Annotated[
-        int, Option(help="Largest rank that the components must do for (four times as many are kept).")
+        int,
+        Option(help="Largest rank that the components must do for (four times as many are kept)."),
     ] = 16,
     targets: options.Targets = "all-linear",
-    template: Annotated[str, Option(help="Prompt around the rows: auto, alpaca, chat, plain, none.")] = "auto",
+    template: Annotated[
+        str, Option(help="Prompt around the rows: auto, alpaca, chat, plain, none.")
+    ] = "auto",
     max_length: Annotated[int, Option(help="Tokens per row; longer rows lose their end.")] = 512,
     seed: options.Seed = 0,
     revision: options.Revision = None,
@@ -41,7 +47,9 @@ def observe(
     wanted = [need.strip() for need in needs.split(",")]
     unknown = [need for need in wanted if need not in OBSERVED]
     if unknown:
-        raise InputError(f"--needs is {needs!r}, expected some of {', '.join(OBSERVED)}, with commas")
+        raise InputError(
+            f"--needs is {needs!r}, expected some of {', '.join(OBSERVED)}, with commas"
+        )
     if file.suffix != SAVED:
         raise OutputError(f"{file} has the ending {file.suffix!r}, expected {SAVED}")
     if file.exists() and not force:
@@ -62,4 +70,6 @@ def observe(
     seen.save(file, force=force)
     show.say(f"{file}: {needs} of {len(seen.base)} weights, {file.stat().st_size / 1e6:.1f} MB")
     fitting = [one.name for one in methods().values() if one.needs in wanted]
-    show.say_next(*(f"pissa decompose {model} OUT --method {name} --calibration {file}" for name in fitting))
+    show.say_next(
+        *(f"pissa decompose {model} OUT --method {name} --calibration {file}" for name in fitting)
+    )

@@ -24,14 +24,25 @@ Force = Annotated[bool, Option("--force", help=_MEANING["force"])]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 Calibration = Annotated[
     str | None,
-    Option(help="For methods that observe the model: data (as for training), or a file of pissa observe."),
+    Option(
+        help="For methods that observe the model: data (as for training), or a file of pissa observe."
+    ),
 ]
-CalibrationRows = Annotated[int, Option(help="Use the first so many rows of the calibration data, 1 or more.")]
+CalibrationRows = Annotated[
+    int, Option(help="Use the first so many rows of the calibration data, 1 or more.")
+]
 RunCode = Annotated[
-    bool, Option("--allow-code-execution", help="Run programs that a model wrote, without network, files or rights.")
+    bool,
+    Option(
+        "--allow-code-execution",
+        help="Run programs that a model wrote, without network, files or rights.",
+    ),
 ]
 NoIsolation = Annotated[
-    bool, Option("--no-isolation", help="Accept a process with limits only, where the machine has no walls.")
+    bool,
+    Option(
+        "--no-isolation", help="Accept a process with limits only, where the machine has no walls."
+    ),
 ]
 
 
@@ -45,8 +56,12 @@ def flags(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]
         A decorator. The command takes an object of that class as `settings`, and the flags stand in
         its place.
     """
-    fields = {name: _flag(name, kind, meaning) for name, (kind, meaning) in documented(settings).items()}
-    defaults = {name: field.default for name, field in inspect.signature(settings).parameters.items()}
+    fields = {
+        name: _flag(name, kind, meaning) for name, (kind, meaning) in documented(settings).items()
+    }
+    defaults = {
+        name: field.default for name, field in inspect.signature(settings).parameters.items()
+    }
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = typing.get_type_hints(command, include_extras=True)
@@ -57,10 +72,14 @@ def flags(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]
                 parameters.append(own.replace(annotation=hints[name]))
                 continue
             for flag, hint in fields.items():
-                flagged = inspect.Parameter(flag, own.KEYWORD_ONLY, default=defaults[flag], annotation=hint)
+                flagged = inspect.Parameter(
+                    flag, own.KEYWORD_ONLY, default=defaults[flag], annotation=hint
+                )
                 parameters.append(flagged)
         # typer gives everything by name, so the order is that of the help alone.
-        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters
+        ]
 
         def flagged_command(**given: Any) -> None:  # as the signature says
             own = {name: _read(name, given.pop(name)) for name in fields}
@@ -97,7 +116,9 @@ def named(settings: list[str] | None) -> dict[str, str]:
     pairs = [setting.partition("=") for setting in settings or ()]
     for name, equals, _ in pairs:
         if not (name and equals):
-            raise InputError(f"--option is {name + equals!r}, expected NAME=VALUE, as in --option mode=kpm")
+            raise InputError(
+                f"--option is {name + equals!r}, expected NAME=VALUE, as in --option mode=kpm"
+            )
     if len({name for name, _, _ in pairs}) < len(pairs):
         raise InputError(f"--option is given twice for one name: {', '.join(settings or ())}")
     return {name: value for name, _, value in pairs}

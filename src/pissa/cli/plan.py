@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 def plan(
     words: Annotated[
         list[str] | None,
-        Argument(metavar="[CONFIG.yaml] [--KEY VALUE]...", help="Settings, as `pissa train` takes them."),
+        Argument(
+            metavar="[CONFIG.yaml] [--KEY VALUE]...", help="Settings, as `pissa train` takes them."
+        ),
     ] = None,
     measure: Annotated[
-        bool, Option("--measure", help="Train a few real steps in a temporary folder, to know the time.")
+        bool,
+        Option("--measure", help="Train a few real steps in a temporary folder, to know the time."),
     ] = False,
     memory: Annotated[
-        str | None, Option(metavar="SIZE", help="Plan for a GPU of that size, 24GB or 80GB. Default: this machine.")
+        str | None,
+        Option(
+            metavar="SIZE", help="Plan for a GPU of that size, 24GB or 80GB. Default: this machine."
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -64,7 +70,9 @@ def _print_costs(costs: list[Cost]) -> None:
         for key in keys:
             label = part if key == "total" else f"  {key}"
             parts = [getattr(cost, part) for cost in costs]
-            rows.append([label, *("-" if found is None else size(getattr(found, key)) for found in parts)])
+            rows.append(
+                [label, *("-" if found is None else size(getattr(found, key)) for found in parts)]
+            )
     show.print_table(columns, rows)
 
 
@@ -75,7 +83,9 @@ def _sentences(plan: Plan) -> list[str]:
     machine, counts, asked = plan.machine, plan.counts, plan.asked
     share = asked.trainable / max(asked.parameters, 1)
     verdicts = [
-        f"{cost.method}: {cost.problem}" if cost.problem else f"{cost.method} needs {size(cost.needs)}: {cost.fits}"
+        f"{cost.method}: {cost.problem}"
+        if cost.problem
+        else f"{cost.method} needs {size(cost.needs)}: {cost.fits}"
         for cost in plan.costs
     ]
     on_disk = asked.disk.total if asked.disk else 0
@@ -88,7 +98,11 @@ def _sentences(plan: Plan) -> list[str]:
     ]
     known = [
         f"{value:,} {what}"
-        for value, what in ((counts.rows, "rows"), (counts.steps, "steps"), (counts.tokens, "tokens"))
+        for value, what in (
+            (counts.rows, "rows"),
+            (counts.steps, "steps"),
+            (counts.tokens, "tokens"),
+        )
         if value is not None
     ]
     lines.append(f"steps   {', '.join([*known, *([counts.note] if counts.note else [])])}")

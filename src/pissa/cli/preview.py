@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def preview(
     words: Annotated[
         list[str] | None,
-        Argument(metavar="[CONFIG.yaml] [--KEY VALUE]...", help="Settings, as `pissa train` takes them."),
+        Argument(
+            metavar="[CONFIG.yaml] [--KEY VALUE]...", help="Settings, as `pissa train` takes them."
+        ),
     ] = None,
     rows: Annotated[int, Option(help="Rows to show; 0 for the counts alone.")] = 3,
     as_json: options.Json = False,
@@ -58,7 +60,12 @@ def _print_row(number: int, row: Shown) -> None:
     plain = not console.is_terminal or console.no_color or console.color_system is None
     cut = f", {row.cut} more cut off" if row.cut else ""
     title = f"row {number}, {printable(row.where)}: {row.tokens} tokens{cut}"
-    console.print(Text(title + (f", label {printable(row.label)}" if row.label is not None else ""), style="bold"))
+    console.print(
+        Text(
+            title + (f", label {printable(row.label)}" if row.label is not None else ""),
+            style="bold",
+        )
+    )
     body = Text()
     for segment in row.segments:
         text = printable(segment.text)
@@ -86,7 +93,9 @@ def _print_counts(survey: Survey) -> None:
         }
     else:
         facts["empty"] = f"{survey.empty:,} rows have no text"
-        facts["labels"] = ", ".join(f"{printable(name)}: {count:,}" for name, count in survey.labels.items())
+        facts["labels"] = ", ".join(
+            f"{printable(name)}: {count:,}" for name, count in survey.labels.items()
+        )
     facts["duplicates"] = f"{survey.duplicates:,} rows are exactly an earlier one"
     if survey.evaluation:
         facts["leaked"] = f"{survey.leaked:,} evaluation rows are training rows too"

@@ -28,7 +28,9 @@ def recipes(context: typer.Context, as_json: options.Json = False) -> None:
         show.print_json(known)
         return
     show.print_table(list(known[0]), [list(recipe.values()) for recipe in known])
-    show.say_next("pissa recipes show NAME", "pissa recipes copy NAME", f"pissa train math-pissa-small{FLAGS}")
+    show.say_next(
+        "pissa recipes show NAME", "pissa recipes copy NAME", f"pissa train math-pissa-small{FLAGS}"
+    )
 
 
 @app.command("list")
@@ -56,8 +58,12 @@ def show_recipe(name: Name, as_json: options.Json = False) -> None:
 @app.command("copy")
 def copy(
     name: Name,
-    file: Annotated[Path | None, Argument(help="The file to write. Default: NAME.yaml here.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    file: Annotated[
+        Path | None, Argument(help="The file to write. Default: NAME.yaml here.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the file if it is there.")
+    ] = False,
 ) -> None:
     """Write a recipe as one YAML file of its own, to change."""
     from pissa import recipes

@@ -11,8 +11,12 @@ from pissa.cli import options, show
 
 
 def report(
-    run: Annotated[Path, Argument(help="A run's folder; it may be going on still, or have been killed.")],
-    output: Annotated[Path | None, Option(help="The HTML file to write. Default: report.html in the run.")] = None,
+    run: Annotated[
+        Path, Argument(help="A run's folder; it may be going on still, or have been killed.")
+    ],
+    output: Annotated[
+        Path | None, Option(help="The HTML file to write. Default: report.html in the run.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Write a run's page: curves, what changed in each layer, settings, and what to do next.

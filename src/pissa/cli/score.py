@@ -11,8 +11,12 @@ from pissa.cli import options, show
 
 def score(
     task: Annotated[str, Argument(help="gsm8k, math, humaneval or mbpp.")],
-    answers: Annotated[str, Argument(help="JSON lines: `output`, with `answer` (gsm8k, math) or `task_id` (code).")],
-    data: Annotated[str | None, Option(help="Folder with the questions as files, for code. Default: the Hub.")] = None,
+    answers: Annotated[
+        str, Argument(help="JSON lines: `output`, with `answer` (gsm8k, math) or `task_id` (code).")
+    ],
+    data: Annotated[
+        str | None, Option(help="Folder with the questions as files, for code. Default: the Hub.")
+    ] = None,
     allow_code_execution: options.RunCode = False,
     no_isolation: options.NoIsolation = False,
     as_json: options.Json = False,
@@ -36,7 +40,9 @@ def score(
     for name, found in said["summary"].items():
         low, high = found["interval"]
         ends = f"{100 * low:.1f} to {100 * high:.1f}"
-        rows.append([name, f"{100 * found['value']:.2f}", ends, f"{found['correct']} of {found['count']}"])
+        rows.append(
+            [name, f"{100 * found['value']:.2f}", ends, f"{found['correct']} of {found['count']}"]
+        )
     show.print_table(["scorer", "correct, %", "95 % interval", "answers"], rows)
     if (covered := said["coverage"]) and covered["answered"] < covered["questions"]:
         show.say(f"answers to {covered['answered']} of {covered['questions']} questions")

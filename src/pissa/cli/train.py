@@ -14,10 +14,17 @@ from pissa.errors import ConfigError
 def train(
     words: Annotated[
         list[str] | None,
-        Argument(metavar="[CONFIG.yaml] [--KEY VALUE]...", help="Settings: a YAML file, then flags, which win."),
+        Argument(
+            metavar="[CONFIG.yaml] [--KEY VALUE]...",
+            help="Settings: a YAML file, then flags, which win.",
+        ),
     ] = None,
-    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
-    list_keys: Annotated[bool, Option("--list-keys", help="List all settings with their defaults, and stop.")] = False,
+    resume: Annotated[
+        bool, Option("--resume", help="Go on from the newest checkpoint in the output folder.")
+    ] = False,
+    list_keys: Annotated[
+        bool, Option("--list-keys", help="List all settings with their defaults, and stop.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model as a YAML file and flags say.
@@ -55,10 +62,22 @@ def train(
 def _course(record: dict[str, Any]) -> str:
     """The first and the last loss, and why a run stopped early."""
     first, last = record.get("first_loss"), record.get("loss")
-    losses = "no loss logged" if first is None or last is None else f"loss {first:.4f} at first, {last:.4f} at last"
+    losses = (
+        "no loss logged"
+        if first is None or last is None
+        else f"loss {first:.4f} at first, {last:.4f} at last"
+    )
     held = record.get("eval_loss")
-    evaluated = "" if held is None else f"evaluation loss {record['first_eval_loss']:.4f} at first, {held:.4f} at last"
-    return "; ".join(part for part in (f"steps: {record['steps']}", losses, evaluated, record.get("stopped")) if part)
+    evaluated = (
+        ""
+        if held is None
+        else f"evaluation loss {record['first_eval_loss']:.4f} at first, {held:.4f} at last"
+    )
+    return "; ".join(
+        part
+        for part in (f"steps: {record['steps']}", losses, evaluated, record.get("stopped"))
+        if part
+    )
 
 
 def split_words(words: list[str]) -> tuple[Path | None, dict[str, Any]]:
@@ -70,7 +89,9 @@ def split_words(words: list[str]) -> tuple[Path | None, dict[str, Any]]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ConfigError(f"got {word!r}, expected --key value: the YAML file comes first, then flags")
+            raise ConfigError(
+                f"got {word!r}, expected --key value: the YAML file comes first, then flags"
+            )
         key, equals, value = word[2:].partition("=")
         if not equals and rest and not rest[0].startswith("--"):
             value, equals = rest.pop(0), "="
@@ -88,6 +109,12 @@ def _print_keys() -> None:
 
     rows = []
     for key, field in TrainSettings.model_fields.items():
-        default = "required" if field.is_required() else "see right" if field.default_factory else field.default
+        default = (
+            "required"
+            if field.is_required()
+            else "see right"
+            if field.default_factory
+            else field.default
+        )
         rows.append([key, default, field.description])
     show.print_table(["key", "default", "meaning"], rows)

@@ -63,7 +63,9 @@ class Comparison:
     def _table(self) -> dict[tuple[str, float], dict[int, Outcome]]:
         table: dict[tuple[str, float], dict[int, Outcome]] = {}
         for result in self.outcomes:
-            table.setdefault((result.cell.method, result.cell.learning_rate), {})[result.cell.seed] = result
+            table.setdefault((result.cell.method, result.cell.learning_rate), {})[
+                result.cell.seed
+            ] = result
         return table
 
     def runs(self, method: str, rate: float) -> list[Outcome]:
@@ -82,7 +84,11 @@ class Comparison:
         found = {}
         for method in self.methods:
             means = {rate: self.mean(method, rate) for rate in self.rates}
-            finite = {rate: value.mean for rate, value in means.items() if value and math.isfinite(value.mean)}
+            finite = {
+                rate: value.mean
+                for rate, value in means.items()
+                if value and math.isfinite(value.mean)
+            }
             if finite:
                 found[method] = min(finite, key=lambda rate: finite[rate])
         return found
@@ -96,7 +102,9 @@ class Comparison:
         grid = self.grid_of(method)
         return method in self.best and self.best[method] in (grid[0], grid[-1])
 
-    def _against(self, method: str, rate: float, other: str, other_rate: float, family: int = 1) -> Difference:
+    def _against(
+        self, method: str, rate: float, other: str, other_rate: float, family: int = 1
+    ) -> Difference:
         first, second = self.runs(method, rate), self.runs(other, other_rate)
         return paired([run.loss for run in first], [run.loss for run in second], family)
 
@@ -108,7 +116,13 @@ class Comparison:
             return {}
         return holm(
             {
-                method: self._against(method, self.best[method], self.reference, self.best[self.reference], len(others))
+                method: self._against(
+                    method,
+                    self.best[method],
+                    self.reference,
+                    self.best[self.reference],
+                    len(others),
+                )
                 for method in others
             }
         )
@@ -118,9 +132,17 @@ class Comparison:
         """Each method against the reference at each rate that neither diverged at; Holm over the methods of a rate."""
         found: dict[tuple[str, float], Difference] = {}
         for rate in self.rates:
-            whole = [m for m in self.methods if (runs := self.runs(m, rate)) and all(run.finished for run in runs)]
-            others = [method for method in whole if method != self.reference and self.reference in whole]
-            tests = {(m, rate): self._against(m, rate, self.reference, rate, len(others)) for m in others}
+            whole = [
+                m
+                for m in self.methods
+                if (runs := self.runs(m, rate)) and all(run.finished for run in runs)
+            ]
+            others = [
+                method for method in whole if method != self.reference and self.reference in whole
+            ]
+            tests = {
+                (m, rate): self._against(m, rate, self.reference, rate, len(others)) for m in others
+            }
             found |= holm(tests)
         return found
 
@@ -128,7 +150,9 @@ class Comparison:
     def against_control(self) -> dict[str, Difference]:
         """Each method against its own random control, each at its best rate; Holm over the methods."""
         able = [m for m in self.best if m + CONTROL in self.best]
-        return holm({m: self._against(m, self.best[m], m + CONTROL, self.best[m + CONTROL]) for m in able})
+        return holm(
+            {m: self._against(m, self.best[m], m + CONTROL, self.best[m + CONTROL]) for m in able}
+        )
 
     def explained(self, method: str, rate: float) -> float | None:
         """Share of a method's lead over the reference that its random control has too, at one rate.
@@ -139,7 +163,9 @@ class Comparison:
         control = self.at_equal.get((method + CONTROL, rate))
         if lead is None or control is None or not lead.seen or lead.difference >= 0:
             return None
-        return control.difference / lead.difference if control.seen and control.difference < 0 else 0.0
+        return (
+            control.difference / lead.difference if control.seen and control.difference < 0 else 0.0
+        )
 
     def curve(self, method: str, rate: float, of: str = "evaluation") -> Curve:
         """Mean over seeds of `train`, `evaluation` or `old`; empty where a run diverged."""
@@ -186,16 +212,28 @@ class Comparison:
                 "learning_rate": rate,
                 "at_edge_of_grid": self.at_edge(method),
                 **{name: value.to_json() for name, value in known.items() if value},
-                "against_reference": self.at_best[method].to_json() if method in self.at_best else None,
-                "steps_to_reference": self.steps_to_reference(method, rate, reference_rate) if reference_rate else None,
-                "old_at_reference": self.old_at_reference(method, rate, reference_rate) if reference_rate else None,
+                "against_reference": self.at_best[method].to_json()
+                if method in self.at_best
+                else None,
+                "steps_to_reference": self.steps_to_reference(method, rate, reference_rate)
+                if reference_rate
+                else None,
+                "old_at_reference": self.old_at_reference(method, rate, reference_rate)
+                if reference_rate
+                else None,
             }
         equal = [
             {
                 "learning_rate": rate,
                 "method": method,
-                **{name: value.to_json() for name in measures if (value := self.mean(method, rate, name))},
-                "against_reference": self.at_equal[method, rate].to_json() if (method, rate) in self.at_equal else None,
+                **{
+                    name: value.to_json()
+                    for name in measures
+                    if (value := self.mean(method, rate, name))
+                },
+                "against_reference": self.at_equal[method, rate].to_json()
+                if (method, rate) in self.at_equal
+                else None,
                 "steps_to_reference": self.steps_to_reference(method, rate, rate),
                 "explained_by_control": self.explained(method, rate),
             }
@@ -210,6 +248,8 @@ class Comparison:
             "reference": self.reference,
             "best_of_grid": best,
             "equal_settings": equal,
-            "against_control": {method: test.to_json() for method, test in self.against_control.items()},
+            "against_control": {
+                method: test.to_json() for method, test in self.against_control.items()
+            },
             "cells": [result.to_json() for result in self.outcomes],
         }

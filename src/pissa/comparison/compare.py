@@ -103,7 +103,11 @@ def report(out: Path) -> Comparison:
     if not found:
         raise OutputError(f"{out} holds no finished run in {CELLS}/: run pissa compare first")
     for seed in {result.cell.seed for result in found}:
-        rows = {result.tokens: result.cell for result in found if result.cell.seed == seed and result.tokens}
+        rows = {
+            result.tokens: result.cell
+            for result in found
+            if result.cell.seed == seed and result.tokens
+        }
         if len(rows) > 1:
             first, second, *_ = rows.values()
             raise InputError(
@@ -117,7 +121,9 @@ def report(out: Path) -> Comparison:
     return comparison
 
 
-def add_landscape(out: Path, say: Callable[[int, int], None] = lambda done, total: None, **options: int) -> Comparison:
+def add_landscape(
+    out: Path, say: Callable[[int, int], None] = lambda done, total: None, **options: int
+) -> Comparison:
     """Compute the loss around the start for the adapters at their best rates (first seed), and write it into the page.
 
     Args:
@@ -132,26 +138,39 @@ def add_landscape(out: Path, say: Callable[[int, int], None] = lambda done, tota
         if method != "full" and not method.endswith(CONTROL)
     }
     if len(runs) < 2:
-        raise InputError(f"{out} holds {len(runs)} adapters at their best rates, expected two or more for a landscape")
-    write(out, landscape(runs, say=say, **options), {method: comparison.best[method] for method in runs})
+        raise InputError(
+            f"{out} holds {len(runs)} adapters at their best rates, expected two or more for a landscape"
+        )
+    write(
+        out,
+        landscape(runs, say=say, **options),
+        {method: comparison.best[method] for method in runs},
+    )
     return report(out)
 
 
 def _common(settings: TrainSettings) -> TrainSettings:
     if not (settings.eval_data or settings.eval_size):
-        raise config_error(["eval_data: got nothing, expected it, or eval_size, to compare by"], "the settings")
+        raise config_error(
+            ["eval_data: got nothing, expected it, or eval_size, to compare by"], "the settings"
+        )
     if settings.force:
         raise config_error(["force: got true, expected false: name another output"], "the settings")
     if settings.options:
         raise config_error(
-            [f"options: got {settings.options}, expected them behind the method they are for, as corda[mode=kpm]"],
+            [
+                f"options: got {settings.options}, expected them behind the method they are for, as corda[mode=kpm]"
+            ],
             "the settings",
         )
     if settings.early_stopping:
-        raise config_error(["early_stopping: got it, expected 0: all cells have the same budget"], "the settings")
+        raise config_error(
+            ["early_stopping: got it, expected 0: all cells have the same budget"], "the settings"
+        )
     if not (settings.eval_steps or settings.max_steps):
         raise config_error(
-            ["eval_steps: got 0 without max_steps, expected one of them, to see the course"], "the settings"
+            ["eval_steps: got 0 without max_steps, expected one of them, to see the course"],
+            "the settings",
         )
     every = settings.eval_steps or max(settings.max_steps // EVALUATIONS, 1)
     return settings.model_copy(update={"eval_steps": every})
@@ -165,13 +184,19 @@ def _claim(out: Path, common: TrainSettings) -> None:
         return
     if (out / RECORD).exists():
         raise OutputError(f"{out} holds a training run: choose another folder for the comparison")
-    if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
+    if out.exists() and (
+        not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    ):
         raise OutputError(f"{out} is there and holds no comparison: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
-    partial.write_text(yaml.safe_dump(common.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    partial.write_text(
+        yaml.safe_dump(common.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    )
     try:
-        os.link(partial, file)  # unlike a rename it never replaces what another part has just written
+        os.link(
+            partial, file
+        )  # unlike a rename it never replaces what another part has just written
     except FileExistsError:
         check_common(yaml.safe_load(file.read_text(encoding="utf-8")), common, out)
     finally:

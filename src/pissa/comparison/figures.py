@@ -29,8 +29,14 @@ def over_rates(comparison: Comparison) -> Any:
     """Loss at the end over the learning rate, with standard errors; a cross at the upper edge for what diverged."""
     figure, axes = _figure(6.4, 4.4)
     for method in comparison.methods:
-        points = [(rate, found) for rate in comparison.rates if (found := comparison.mean(method, rate))]
-        finite = [(rate, found.mean, found.error or 0.0) for rate, found in points if math.isfinite(found.mean)]
+        points = [
+            (rate, found) for rate in comparison.rates if (found := comparison.mean(method, rate))
+        ]
+        finite = [
+            (rate, found.mean, found.error or 0.0)
+            for rate, found in points
+            if math.isfinite(found.mean)
+        ]
         if finite:
             axes.errorbar(*zip(*[point[:2] for point in finite], strict=True), yerr=[p[2] for p in finite], capsize=3,
                           markersize=6, linewidth=1.6, **style(comparison, method))  # fmt: skip
@@ -69,7 +75,13 @@ def old_against_new(comparison: Comparison) -> Any:
         look = style(comparison, method)
         new, old = dict(comparison.curve(method, best)), dict(comparison.curve(method, best, "old"))
         steps = sorted(new.keys() & old.keys())
-        axes.plot([new[step] for step in steps], [old[step] for step in steps], markersize=3.5, linewidth=1.4, **look)
+        axes.plot(
+            [new[step] for step in steps],
+            [old[step] for step in steps],
+            markersize=3.5,
+            linewidth=1.4,
+            **look,
+        )
         for rate in comparison.rates:
             ends = [comparison.mean(method, rate, measure) for measure in ("loss", "old")]
             if rate != best and all(end is not None and math.isfinite(end.mean) for end in ends):

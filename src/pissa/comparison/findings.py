@@ -22,13 +22,21 @@ def supported(comparison: Comparison) -> list[str]:
             for method, test in comparison.at_best.items()
         ]
     for method in comparison.methods:
-        if method != reference and not method.endswith(CONTROL) and (line := _equal_rates(comparison, method)):
+        if (
+            method != reference
+            and not method.endswith(CONTROL)
+            and (line := _equal_rates(comparison, method))
+        ):
             said.append(line)
     for method, test in comparison.against_control.items():
         said.append(
             f"Against random directions of its size, each at its best rate, {method} {_verdict(test, 'its control')}."
         )
-        shares = {rate: share for rate in comparison.rates if (share := comparison.explained(method, rate)) is not None}
+        shares = {
+            rate: share
+            for rate in comparison.rates
+            if (share := comparison.explained(method, rate)) is not None
+        }
         owed = [f"{_share(share)} at {rate:g}" for rate, share in shares.items() if share]
         own = [f"{rate:g}" for rate, share in shares.items() if not share]
         if owed:
@@ -50,8 +58,15 @@ def unsupported(comparison: Comparison) -> list[str]:
         said.append(
             "Not all methods start at the same loss (a base in few bits, or one that changed): what they gain differs."
         )
-    versions = {name: {run.versions.get(name) for run in comparison.outcomes if run.finished} for name in PACKAGES}
-    mixed = [f"{name} {' and '.join(sorted(map(str, found)))}" for name, found in versions.items() if len(found) > 1]
+    versions = {
+        name: {run.versions.get(name) for run in comparison.outcomes if run.finished}
+        for name in PACKAGES
+    }
+    mixed = [
+        f"{name} {' and '.join(sorted(map(str, found)))}"
+        for name, found in versions.items()
+        if len(found) > 1
+    ]
     if mixed:
         said.append(f"The runs were made with different versions: {', '.join(mixed)}.")
     edges = [method for method in comparison.best if comparison.at_edge(method)]
@@ -61,25 +76,40 @@ def unsupported(comparison: Comparison) -> list[str]:
             f"The best rate lies at the edge of the grid for {listed}: a better one may lie beyond, so nothing here "
             "is the last word on these. Add rates to the same folder."
         )
-    grids = {method: tuple(grid) for method in comparison.methods if (grid := comparison.grid_of(method))}
+    grids = {
+        method: tuple(grid) for method in comparison.methods if (grid := comparison.grid_of(method))
+    }
     if len(set(grids.values())) > 1:
         said.append(
             "The methods have different grids ("
-            + "; ".join(f"{method}: {', '.join(f'{rate:g}' for rate in grid)}" for method, grid in grids.items())
+            + "; ".join(
+                f"{method}: {', '.join(f'{rate:g}' for rate in grid)}"
+                for method, grid in grids.items()
+            )
             + "): a method with more rates has more chances."
         )
     if comparison.left_out:
-        unused = "1 run is" if len(comparison.left_out) == 1 else f"{len(comparison.left_out)} runs are"
+        unused = (
+            "1 run is" if len(comparison.left_out) == 1 else f"{len(comparison.left_out)} runs are"
+        )
         said.append(
             f"{unused} in no mean, since not all methods and rates have that seed or some seed is missing there; the "
             f"means are over seeds {', '.join(map(str, comparison.seeds))}."
         )
     lost = [str(result.cell) for result in comparison.outcomes if not result.finished]
     if lost:
-        count = "1 run diverged and counts" if len(lost) == 1 else f"{len(lost)} runs diverged and count"
+        count = (
+            "1 run diverged and counts"
+            if len(lost) == 1
+            else f"{len(lost)} runs diverged and count"
+        )
         said.append(f"{count} as worst: {'; '.join(lost[:6])}{' ...' if lost[6:] else ''}.")
     seeds = len(comparison.seeds)
-    unseen = {m: test for m, test in comparison.at_best.items() if test.detectable is not None and not test.seen}
+    unseen = {
+        m: test
+        for m, test in comparison.at_best.items()
+        if test.detectable is not None and not test.seen
+    }
     if unseen:
         listed = ", ".join(f"{method} {test.detectable:.2g}" for method, test in unseen.items())
         said.append(
@@ -106,7 +136,9 @@ def _start(comparison: Comparison) -> list[str]:
         return []
     losses = ", ".join(f"{loss:.4f}" for loss in sorted(starts))
     return [
-        f"All runs start at loss {losses}." if len(starts) == 1 else f"With each seed all start alike: loss {losses}."
+        f"All runs start at loss {losses}."
+        if len(starts) == 1
+        else f"With each seed all start alike: loss {losses}."
     ]
 
 
@@ -127,7 +159,11 @@ def _verdict(test: Difference, other: str) -> str:
     size = _plus_minus(abs(test.difference), test.error)
     if test.adjusted is None:
         side = "below" if test.difference < 0 else "above"
-        return f"ends {size} {side} {other} (not tested)" if math.isfinite(test.difference) else "diverged"
+        return (
+            f"ends {size} {side} {other} (not tested)"
+            if math.isfinite(test.difference)
+            else "diverged"
+        )
     p = _p(test.adjusted)
     if not test.seen:
         return f"and {other}: no difference seen ({test.difference:+.3g} ± {test.error:.2g}, {p})"
@@ -142,8 +178,16 @@ def _equal_rates(comparison: Comparison, method: str) -> str:
         if test is not None and test.p is not None:
             lower = "ends lower" if test.difference < 0 else "ends higher"
             found[lower if test.seen else "shows no difference"].append(rate)
-    parts = [f"{verdict} at {', '.join(f'{rate:g}' for rate in rates)}" for verdict, rates in found.items() if rates]
-    return f"At equal learning rates, against {comparison.reference}, {method} {'; '.join(parts)}." if parts else ""
+    parts = [
+        f"{verdict} at {', '.join(f'{rate:g}' for rate in rates)}"
+        for verdict, rates in found.items()
+        if rates
+    ]
+    return (
+        f"At equal learning rates, against {comparison.reference}, {method} {'; '.join(parts)}."
+        if parts
+        else ""
+    )
 
 
 def _forgetting(comparison: Comparison) -> list[str]:
@@ -157,7 +201,9 @@ def _forgetting(comparison: Comparison) -> list[str]:
         if (value := comparison.old_at_reference(method, comparison.best[method], rate)) is not None
     }
     start = next(iter(comparison.curve(reference, rate, "old")), (0, math.nan))[1]
-    listed = ", ".join(f"{method} {value:.3f}" for method, value in sorted(found.items(), key=lambda item: item[1]))
+    listed = ", ".join(
+        f"{method} {value:.3f}" for method, value in sorted(found.items(), key=lambda item: item[1])
+    )
     never = [method for method in comparison.best if method not in found]
     rest = f"; {', '.join(never)} never got there" if never else ""
     return [

@@ -33,7 +33,12 @@ class Cell:
     def settings(self, common: TrainSettings, out: Path) -> TrainSettings:
         """Those of all cells with this cell's own."""
         method, options = variant(self.method)
-        own = {"method": method, "options": options, "learning_rate": self.learning_rate, "seed": self.seed}
+        own = {
+            "method": method,
+            "options": options,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+        }
         if method == "full" or find(method).observes is None:
             own["calibration"] = None
         try:
@@ -60,7 +65,9 @@ def variant(name: str) -> tuple[str, dict[str, str]]:
         return name, {}
     pairs = [setting.partition("=") for setting in rest.removesuffix("]").split(";")]
     if not rest.endswith("]") or not all(key and value for key, _, value in pairs):
-        raise InputError(f"method is {name!r}, expected options as in corda[mode=kpm] or svft[pattern=banded;width=4]")
+        raise InputError(
+            f"method is {name!r}, expected options as in corda[mode=kpm] or svft[pattern=banded;width=4]"
+        )
     return method, {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -70,7 +77,9 @@ def cells(methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) 
     """
     for name, values in (("methods", methods), ("learning rates", rates), ("seeds", seeds)):
         if not values or len(set(values)) != len(values):
-            raise ConfigError(f"{name}: got {', '.join(map(str, values)) or 'none'}, expected one or more, each once")
+            raise ConfigError(
+                f"{name}: got {', '.join(map(str, values)) or 'none'}, expected one or more, each once"
+            )
     return [Cell(method, rate, seed) for seed in seeds for rate in rates for method in methods]
 
 
@@ -114,7 +123,9 @@ def check_common(before: dict[str, object], now: TrainSettings, out: Path) -> No
         if key not in DIFFER and current[key] != before.get(key, default_of(key))
     ]
     if mistakes:
-        raise config_error(mistakes, f"the settings to add to {out} with; another folder takes other settings")
+        raise config_error(
+            mistakes, f"the settings to add to {out} with; another folder takes other settings"
+        )
 
 
 def numbers(text: str, kind: type[int] | type[float], name: str) -> list[float]:

@@ -112,7 +112,10 @@ def read(folder: Path, rates: Mapping[str, float]) -> Landscape | None:
     stored = read_json(folder / FILE)
     if any(rates.get(method) != rate for method, rate in stored.pop("rates").items()):
         return None
-    return Landscape(**stored | {"paths": {name: [tuple(p) for p in path] for name, path in stored["paths"].items()}})
+    return Landscape(
+        **stored
+        | {"paths": {name: [tuple(p) for p in path] for name, path in stored["paths"].items()}}
+    )
 
 
 def draw(found: Landscape) -> Any:
@@ -126,16 +129,38 @@ def draw(found: Landscape) -> Any:
     # Far out the loss explodes; levels are spent where the paths are, a little above the start at most.
     top = min(float(losses.max()), start + 0.25 * max(start - lowest, 0.02 * start))
     levels = torch.linspace(lowest, top, 18).tolist()
-    filled = axes.contourf(found.x, found.y, found.losses, levels=levels, cmap="cividis", extend="max", alpha=0.9)
-    axes.contour(found.x, found.y, found.losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
-    bar = figure.colorbar(filled, ax=axes, label=f"loss on {found.rows} evaluation rows (nats per token)")
+    filled = axes.contourf(
+        found.x, found.y, found.losses, levels=levels, cmap="cividis", extend="max", alpha=0.9
+    )
+    axes.contour(
+        found.x, found.y, found.losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6
+    )
+    bar = figure.colorbar(
+        filled, ax=axes, label=f"loss on {found.rows} evaluation rows (nats per token)"
+    )
     bar.locator = ticker.MaxNLocator(6)
     bar.update_ticks()
-    for (name, path), colour, marker in zip(found.paths.items(), COLOURS[1::2] + COLOURS[::2], MARKERS, strict=False):
+    for (name, path), colour, marker in zip(
+        found.paths.items(), COLOURS[1::2] + COLOURS[::2], MARKERS, strict=False
+    ):
         axes.plot(
-            *zip(*path, strict=True), color=colour, marker=marker, markersize=5, markeredgecolor="white", label=name
+            *zip(*path, strict=True),
+            color=colour,
+            marker=marker,
+            markersize=5,
+            markeredgecolor="white",
+            label=name,
         )
-    axes.plot(0, 0, marker="*", markersize=15, color="white", markeredgecolor="black", linestyle="none", label="start")
+    axes.plot(
+        0,
+        0,
+        marker="*",
+        markersize=15,
+        color="white",
+        markeredgecolor="black",
+        linestyle="none",
+        label="start",
+    )
     axes.set_xlabel("first direction (norm of the change)")
     axes.set_ylabel("second direction")
     axes.legend(loc="upper right", framealpha=0.85, fontsize="small")
@@ -148,7 +173,11 @@ def _shared_settings(runs: Mapping[str, Path]) -> TrainSettings:
         raise InputError("got no run, expected two or more")
     for name, record in records.items():
         settings = record["settings"]
-        if record["status"] != "finished" or settings["task"] != "language" or settings["method"] == "full":
+        if (
+            record["status"] != "finished"
+            or settings["task"] != "language"
+            or settings["method"] == "full"
+        ):
             raise InputError(
                 f"{name} is a run of {settings['method']} for {settings['task']} ({record['status']}), expected a "
                 "finished one of an adapter for language"
@@ -157,7 +186,9 @@ def _shared_settings(runs: Mapping[str, Path]) -> TrainSettings:
     for name in others:
         for key in ("name", "revision"):
             if records[name]["base"][key] != records[first]["base"][key]:
-                raise InputError(f"{first} and {name} have different bases: their paths share no plane")
+                raise InputError(
+                    f"{first} and {name} have different bases: their paths share no plane"
+                )
         if [s["sha256"] for s in records[name]["data"]["sources"]] != [
             s["sha256"] for s in records[first]["data"]["sources"]
         ]:
@@ -169,7 +200,9 @@ def _points(run: Path) -> dict[int, Changes]:
     """The change of all weights at each checkpoint and at the end, by step."""
     found: dict[int, Changes] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of checkpoints, which carry no record: the run above them does
+        warnings.simplefilter(
+            "ignore"
+        )  # of checkpoints, which carry no record: the run above them does
         for checkpoint in checkpoints(run / "checkpoints"):
             found[step_of(checkpoint)] = read_changes(checkpoint).changes
     final = read_changes(run)
@@ -200,9 +233,13 @@ def _plane(points: list[Changes]) -> tuple[Tensor, Tensor, float]:
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if len(points) < 2 or values[1] <= 1e-12 * values[0]:
-        raise InputError("the paths lie on one line: take two runs, or runs with checkpoints between start and end")
+        raise InputError(
+            "the paths lie on one line: take two runs, or runs with checkpoints between start and end"
+        )
     root, leading = values[:2].sqrt(), vectors[:, :2]
-    vectors[:, :2] = leading * leading.sum(0).sign().where(leading.sum(0) != 0, 1.0)  # most paths go right and up
+    vectors[:, :2] = leading * leading.sum(0).sign().where(
+        leading.sum(0) != 0, 1.0
+    )  # most paths go right and up
     return vectors[:, :2] * root, vectors[:, :2] / root, float(values[:2].sum() / values.sum())
 
 
@@ -240,10 +277,17 @@ def _losses(
     examples = language.encode(load_rows(settings), tokenizer, settings)
     held = examples.evaluation[:rows]
     if not held:
-        raise InputError("the runs have no evaluation rows to take the loss over: train with eval_data or eval_size")
-    model = language.load_model(settings.model_copy(update={"dtype": "float32"}), examples, tokenizer).eval()
+        raise InputError(
+            "the runs have no evaluation rows to take the loss over: train with eval_data or eval_size"
+        )
+    model = language.load_model(
+        settings.model_copy(update={"dtype": "float32"}), examples, tokenizer
+    ).eval()
     modules: dict[str, Any] = plain_modules(model)
-    base = {target: modules[target.module].weight.detach().clone() for target in directions[0].keys() | directions[1]}
+    base = {
+        target: modules[target.module].weight.detach().clone()
+        for target in directions[0].keys() | directions[1]
+    }
     losses = []
     for row, second in enumerate(y):
         line = []

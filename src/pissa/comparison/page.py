@@ -25,9 +25,14 @@ def write_comparison(comparison: Comparison, facts: dict[str, Any], path: Path) 
     data = comparison.to_json()
     settings = facts["settings"]
     equal = {
-        rate: svg(figures.over_steps(comparison, runs), f"Evaluation loss over steps, all at learning rate {rate:g}")
+        rate: svg(
+            figures.over_steps(comparison, runs),
+            f"Evaluation loss over steps, all at learning rate {rate:g}",
+        )
         for rate in comparison.rates
-        if (runs := {method: rate for method in comparison.methods if comparison.runs(method, rate)})
+        if (
+            runs := {method: rate for method in comparison.methods if comparison.runs(method, rate)}
+        )
     }
     found = read(path.parent, comparison.best)
     html = render(
@@ -40,13 +45,21 @@ def write_comparison(comparison: Comparison, facts: dict[str, Any], path: Path) 
         supported=supported(comparison),
         unsupported=unsupported(comparison),
         changed={key: value for key, value in set_by_hand(settings).items() if key not in DIFFER},
-        over_rates=svg(figures.over_rates(comparison), "Evaluation loss at the end over the learning rate"),
-        at_best=svg(figures.over_steps(comparison, comparison.best), "Loss over steps, each at its best rate"),
+        over_rates=svg(
+            figures.over_rates(comparison), "Evaluation loss at the end over the learning rate"
+        ),
+        at_best=svg(
+            figures.over_steps(comparison, comparison.best),
+            "Loss over steps, each at its best rate",
+        ),
         equal=equal,
-        forgetting=svg(figures.old_against_new(comparison), "Loss on old data against loss on new data")
+        forgetting=svg(
+            figures.old_against_new(comparison), "Loss on old data against loss on new data"
+        )
         if comparison.has_old
         else None,
-        landscape=found and {"picture": svg(draw(found), "Loss around the start"), "share": found.share},
+        landscape=found
+        and {"picture": svg(draw(found), "Loss around the start"), "share": found.share},
         cost=_cost(comparison),
     )
     return write_page(path, html)

@@ -28,7 +28,11 @@ class Mean:
 
     def to_json(self) -> dict[str, Any]:
         """Infinity, which JSON does not know, is null."""
-        return {"mean": self.mean if math.isfinite(self.mean) else None, "stderr": self.error, "seeds": self.count}
+        return {
+            "mean": self.mean if math.isfinite(self.mean) else None,
+            "stderr": self.error,
+            "seeds": self.count,
+        }
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -66,7 +70,9 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """As it is, with the verdict."""
-        verdict = ("lower" if self.difference < 0 else "higher") if self.seen else "no difference seen"
+        verdict = (
+            ("lower" if self.difference < 0 else "higher") if self.seen else "no difference seen"
+        )
         return {
             "difference": self.difference if math.isfinite(self.difference) else None,
             "stderr": self.error,
@@ -92,14 +98,21 @@ def paired(first: Sequence[float], second: Sequence[float], family: int = 1) -> 
     critical = float(stats.t.ppf(1 - SIGNIFICANT / 2 / family, differences.count - 1))
     if differences.error == 0:
         # Without spread nothing can be tested; seeds that change nothing are one run, not several.
-        return Difference(differences.mean, 0.0, None if differences.mean else 1.0, None if differences.mean else 1.0)
+        return Difference(
+            differences.mean,
+            0.0,
+            None if differences.mean else 1.0,
+            None if differences.mean else 1.0,
+        )
     p = float(stats.ttest_rel(first, second).pvalue)
     return Difference(differences.mean, differences.error, p, p, critical * differences.error)
 
 
 def holm(tests: dict[Any, Difference]) -> dict[Any, Difference]:
     """Holm's step-down correction over one family of tests (Scandinavian Journal of Statistics 6, 1979)."""
-    ordered = sorted((key for key in tests if tests[key].p is not None), key=lambda key: tests[key].p or 0.0)
+    ordered = sorted(
+        (key for key in tests if tests[key].p is not None), key=lambda key: tests[key].p or 0.0
+    )
     corrected, floor = dict(tests), 0.0
     for rank, key in enumerate(ordered):
         test = tests[key]

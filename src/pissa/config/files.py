@@ -49,7 +49,9 @@ def read_chain(path: Path) -> list[ConfigFile]:
         seen.append(path.resolve())
         if circle:
             names = " extends ".join(file.name for file in seen)
-            raise ConfigError(f"{names}: got a circle, expected a file at its end that extends nothing")
+            raise ConfigError(
+                f"{names}: got a circle, expected a file at its end that extends nothing"
+            )
         file = _read(path)
         if EXTENDS in file.values:
             following = _base_of(path, file.values.pop(EXTENDS))
@@ -76,7 +78,9 @@ def _base_of(path: Path, name: Any) -> Path:
         raise ConfigError(f"{where}, expected a file in {folder} or below it, or a recipe's name")
     found = folder / name if (folder / name).is_file() else _recipe(name)
     if found is None:
-        raise ConfigError(f"{where}, which is neither a file in {folder} nor a recipe.{_nearest(name)}")
+        raise ConfigError(
+            f"{where}, which is neither a file in {folder} nor a recipe.{_nearest(name)}"
+        )
     return found
 
 
@@ -96,7 +100,9 @@ def _read(path: Path) -> ConfigFile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: got {type(content).__name__}, expected lines like `model: folder`")
+        raise ConfigError(
+            f"{path}: got {type(content).__name__}, expected lines like `model: folder`"
+        )
     return ConfigFile(path, {str(key): value for key, value in content.items()}, loader.repeated)
 
 
@@ -112,12 +118,17 @@ class _Loader(yaml.SafeLoader):
         self.repeated: list[str] = []
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [(self.construct_object(key, deep=True), key.start_mark.line + 1) for key, _ in node.value]
+        keys = [
+            (self.construct_object(key, deep=True), key.start_mark.line + 1)
+            for key, _ in node.value
+        ]
         first: dict[Any, int] = {}
         for key, line in keys:
             if not isinstance(key, Hashable):
                 continue  # as in {{ placeholder }}: YAML's own error names the line
             if key in first:
-                self.repeated.append(f"{key}: got it in line {first[key]} and again in line {line}, expected it once")
+                self.repeated.append(
+                    f"{key}: got it in line {first[key]} and again in line {line}, expected it once"
+                )
             first.setdefault(key, line)
         return super().construct_mapping(node, deep)

@@ -75,7 +75,8 @@ def _layered(
     """All layers over one another, the flags on top, and the base file that a key came from."""
     chain = read_chain(path) if path else []
     layers: list[tuple[Mapping[str, object], list[str], str | None]] = [
-        (file.values, file.mistakes, None if file is chain[-1] else file.path.name) for file in chain
+        (file.values, file.mistakes, None if file is chain[-1] else file.path.name)
+        for file in chain
     ]
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -92,7 +93,10 @@ def _layered(
         origins = {key: origin for key, origin in origins.items() if key not in ours}
         origins |= dict.fromkeys(ours, name) if name else {}
     if left_out:
-        warnings.warn(f"left out, since they have no bearing here: {', '.join(dict.fromkeys(left_out))}", stacklevel=3)
+        warnings.warn(
+            f"left out, since they have no bearing here: {', '.join(dict.fromkeys(left_out))}",
+            stacklevel=3,
+        )
     return values, origins
 
 
@@ -109,15 +113,25 @@ def _lines(error: ValidationError) -> dict[str, str]:
             continue  # a default that follows from another key, which has a line of its own
         if mistake["type"] == "extra_forbidden":
             hint = did_you_mean(key, (*KEYS, *ALIASES, *MEANINGS, *READERS))
-            lines[key] = f"{key}: got an unknown key, expected one of those in `pissa train --list-keys`.{hint}"
+            lines[key] = (
+                f"{key}: got an unknown key, expected one of those in `pissa train --list-keys`.{hint}"
+            )
             continue
-        expected = re.sub(r"^(Input|String|List|Value)? ?(should (be|have)|error,) ", "", mistake["msg"])
+        expected = re.sub(
+            r"^(Input|String|List|Value)? ?(should (be|have)|error,) ", "", mistake["msg"]
+        )
         if key in lines:
             lines[key] += f", or {expected}"
         elif mistake["type"] == "missing":
-            lines[key] = f"{key}: got nothing, expected {TrainSettings.model_fields[key].description}"
+            lines[key] = (
+                f"{key}: got nothing, expected {TrainSettings.model_fields[key].description}"
+            )
         else:
             got, names = mistake["input"], re.findall(r"'([^']*)'", mistake["msg"])
-            hint = did_you_mean(got, names) if isinstance(got, str) and mistake["type"] == "literal_error" else ""
+            hint = (
+                did_you_mean(got, names)
+                if isinstance(got, str) and mistake["type"] == "literal_error"
+                else ""
+            )
             lines[key] = f"{key}: got {got!r}, expected {expected}{hint}"
     return lines

@@ -41,7 +41,13 @@ ALIASES = {
 """Another name for the same thing."""
 
 VALUES: dict[str, dict[str, Any]] = {
-    "dtype": {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "none": "auto"}
+    "dtype": {
+        "bf16": "bfloat16",
+        "fp16": "float16",
+        "half": "float16",
+        "fp32": "float32",
+        "none": "auto",
+    }
     | {f"torch.{name}": name for name in ("bfloat16", "float16", "float32")},
     "lr_scheduler": {"constant_with_warmup": "constant"},
     "max_steps": {"-1": 0},

@@ -21,7 +21,12 @@ from pissa.config.spellings import (
 )
 
 Mistakes = list[str]
-TYPES = {"": {}, "alpaca": {"template": "alpaca"}, "chat_template": {"template": "chat"}, "completion": {}}
+TYPES = {
+    "": {},
+    "alpaca": {"template": "alpaca"},
+    "chat_template": {"template": "chat"},
+    "completion": {},
+}
 """Types of axolotl's data sets that have a meaning here."""
 ENTRY = ("path", "name", "split", "type", "data_files", "ds_type", "field", "field_messages")
 
@@ -56,7 +61,9 @@ def combine(values: dict[str, Any], mistakes: Mistakes) -> None:
     _set_quant(values, mistakes)
     _set_start(values, mistakes)
     if values.pop(EVERY_STEPS, False) and not values.get("eval_steps"):
-        mistakes.append("eval_strategy: got steps, expected eval_steps beside it: a number of optimiser steps")
+        mistakes.append(
+            "eval_strategy: got steps, expected eval_steps beside it: a number of optimiser steps"
+        )
 
 
 def _meaning(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
@@ -99,7 +106,9 @@ def _warmup(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
         share = 1
     if share < 1:
         return {"warmup_ratio": value}
-    mistakes.append(f"{key}: got {value!r}, expected warmup_ratio: a share of all steps, as in 0.03")
+    mistakes.append(
+        f"{key}: got {value!r}, expected warmup_ratio: a share of all steps, as in 0.03"
+    )
     return {}
 
 
@@ -130,7 +139,9 @@ def _data_set(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
     entry = value[0] if isinstance(value, list) and len(value) == 1 else None
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
         count = f"{len(value)} entries" if isinstance(value, list) else repr(value)
-        mistakes.append(f"{key}: got {count}, expected one entry [{{path: ...}}], or {data}: PATH with all rows in it")
+        mistakes.append(
+            f"{key}: got {count}, expected one entry [{{path: ...}}], or {data}: PATH with all rows in it"
+        )
         return {}
     unknown = [name for name in entry if name not in ENTRY]
     kind = "" if entry.get("type") is None else entry["type"]
@@ -143,8 +154,16 @@ def _data_set(key: str, value: Any, mistakes: Mistakes) -> dict[str, Any]:
         return {}
     path = entry["path"]
     if isinstance(entry.get("data_files"), str):
-        path = entry["data_files"] if path in ("json", "csv", "parquet") else f"{path}/{entry['data_files']}"
-    columns = {ours: entry[name] for name, ours in (("field", "text"), ("field_messages", "messages")) if name in entry}
+        path = (
+            entry["data_files"]
+            if path in ("json", "csv", "parquet")
+            else f"{path}/{entry['data_files']}"
+        )
+    columns = {
+        ours: entry[name]
+        for name, ours in (("field", "text"), ("field_messages", "messages"))
+        if name in entry
+    }
     found = {data: f"{path}:{entry['name']}" if entry.get("name") else path, **TYPES[kind]}
     found |= {split: entry["split"]} if entry.get("split") else {}
     return found | ({"fields": columns} if columns else {})
@@ -197,7 +216,9 @@ def _set_quant(values: dict[str, Any], mistakes: Mistakes) -> None:
         if asked not in ("true", "false", "none"):
             mistakes.append(f"{key}: got {asked!r}, expected true or false")
         elif asked == "true" and values.setdefault("quant", formats[0]) not in formats:
-            mistakes.append(f"{key}: got it beside quant {values['quant']!r}, expected one of the two")
+            mistakes.append(
+                f"{key}: got it beside quant {values['quant']!r}, expected one of the two"
+            )
 
 
 def _set_start(values: dict[str, Any], mistakes: Mistakes) -> None:
@@ -205,9 +226,13 @@ def _set_start(values: dict[str, Any], mistakes: Mistakes) -> None:
     if INIT not in values:
         return
     word, method = _word(values.pop(INIT)), values.get("method", "lora")
-    start = "lora" if word in ("true", "none", "null") else re.sub(r"^pissa_niter_\d+$", "pissa", word)
+    start = (
+        "lora" if word in ("true", "none", "null") else re.sub(r"^pissa_niter_\d+$", "pissa", word)
+    )
     if start not in ("lora", "pissa", "milora", "olora", "loftq"):
-        mistakes.append(f"{INIT}: got {word!r}, expected method: one of those listed by `pissa methods`")
+        mistakes.append(
+            f"{INIT}: got {word!r}, expected method: one of those listed by `pissa methods`"
+        )
     elif method in (start, f"q{start}") or (start == "lora" and method == "qlora"):
         values["method"] = method
     elif method not in ("lora", "qlora"):

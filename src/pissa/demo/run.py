@@ -57,7 +57,9 @@ class Proof:
     moved: float
 
 
-def demo(out: str | Path, *, force: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
+def demo(
+    out: str | Path, *, force: bool = False, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Run the demo into a folder.
 
     Args:
@@ -80,7 +82,9 @@ def demo(out: str | Path, *, force: bool = False, say: Callable[[str], None] = p
     decompose(MODEL, folder / "decomposed", method="pissa", rank=8, dtype="float32")
     rows = []
     for method in METHODS:
-        say(f"2/4 train: {method}, {SETTINGS['max_steps']} steps on documentation, from the same start")
+        say(
+            f"2/4 train: {method}, {SETTINGS['max_steps']} steps on documentation, from the same start"
+        )
         rows.append(_train(method, folder / method))
     say("3/4 convert: the PiSSA run as a plain LoRA")
     convert(folder / "pissa", folder / "plain-lora")
@@ -88,9 +92,13 @@ def demo(out: str | Path, *, force: bool = False, say: Callable[[str], None] = p
     with quiet():
         proof = prove(folder / "pissa", folder / "plain-lora")
     if proof.difference > SAME_LOGITS:
-        raise PissaError(f"stock peft's logits are off by {proof.difference:.1e}, expected at most {SAME_LOGITS:.0e}")
+        raise PissaError(
+            f"stock peft's logits are off by {proof.difference:.1e}, expected at most {SAME_LOGITS:.0e}"
+        )
     runs = {method: folder / method / "metrics.jsonl" for method in METHODS}
-    plot_losses(runs, folder / "loss.png", title="From source code to documentation, equal settings")
+    plot_losses(
+        runs, folder / "loss.png", title="From source code to documentation, equal settings"
+    )
     result = {"settings": SETTINGS, "rows": [asdict(row) for row in rows], "proof": asdict(proof)}
     write_json(folder / "demo.json", result)
     return result
@@ -110,20 +118,32 @@ def prove(run: Path, lora: Path) -> Proof:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     with (DATA / "eval.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(8), strict=False)]
-    batch = tokenizer([row["prompt"] + row["completion"] for row in rows], return_tensors="pt", padding=True)
+    batch = tokenizer(
+        [row["prompt"] + row["completion"] for row in rows], return_tensors="pt", padding=True
+    )
     with torch.no_grad():
         trained = load(base(), run, trainable=False)(**batch).logits
         stock = PeftModel.from_pretrained(base(), str(lora)).eval()(**batch).logits
         start = base()(**batch).logits
     config = json.loads((lora / "adapter_config.json").read_text())
-    return Proof(config["r"], float((stock - trained).abs().max()), float((start - trained).abs().max()))
+    return Proof(
+        config["r"], float((stock - trained).abs().max()), float((start - trained).abs().max())
+    )
 
 
 def _train(method: str, out: Path) -> Row:
-    paths = {"model": str(MODEL), "data": str(DATA / "train.jsonl"), "eval_data": str(DATA / "eval.jsonl")}
+    paths = {
+        "model": str(MODEL),
+        "data": str(DATA / "train.jsonl"),
+        "eval_data": str(DATA / "eval.jsonl"),
+    }
     settings = load_settings(None, {**SETTINGS, **paths, "method": method, "output": str(out)})
     began = time.monotonic()
     record = train(settings)
-    evaluations = [line["eval_loss"] for line in map(json.loads, (out / "metrics.jsonl").open()) if "eval_loss" in line]
+    evaluations = [
+        line["eval_loss"]
+        for line in map(json.loads, (out / "metrics.jsonl").open())
+        if "eval_loss" in line
+    ]
     seconds = time.monotonic() - began
     return Row(method, record["trainable_parameters"], evaluations[0], evaluations[-1], seconds)

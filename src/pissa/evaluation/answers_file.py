@@ -44,13 +44,19 @@ def score_file(
     """
     check_task(task)
     if not Path(answers).is_file():
-        raise DataError(f"{answers} is not a file: give JSON lines with `output` and the right answer")
+        raise DataError(
+            f"{answers} is not a file: give JSON lines with `output` and the right answer"
+        )
     check_permission([task], allow_code_execution)
     rows, source = read(str(answers), "answers")
     asked = questions(task, data, whole=True) if task in CODE else None
     walls = find_isolation(allow_none=not isolation) if task in CODE else None
     items = score_rows(
-        task, [(row.where, row.fields) for row in rows], asked.rows if asked else (), isolation=walls, say=say
+        task,
+        [(row.where, row.fields) for row in rows],
+        asked.rows if asked else (),
+        isolation=walls,
+        say=say,
     )
     return {
         "task": task,

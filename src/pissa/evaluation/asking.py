@@ -40,7 +40,11 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
     """Batches of a fixed make-up, longest first, through the harness's own model, into a log."""
 
     def __init__(
-        self, inner: Any, log: AnswerLog, batch_size: int, say: Callable[[int, int], None] = lambda done, total: None
+        self,
+        inner: Any,
+        log: AnswerLog,
+        batch_size: int,
+        say: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Wrap a model of the harness.
 
@@ -63,7 +67,9 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
         """For the harness's records."""
         return str(self.inner.tokenizer_name)
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """As the inner model has it."""
         return str(self.inner.apply_chat_template(chat_history, add_generation_prompt))
 
@@ -86,7 +92,9 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
 
         def count(batch: Sequence[tuple[str, dict[str, Any]]]) -> None:
             self.asked += len(batch)
-            self.cut += sum(lengths[context] + room(batch) > self.inner.max_length for context, _ in batch)
+            self.cut += sum(
+                lengths[context] + room(batch) > self.inner.max_length for context, _ in batch
+            )
             self.shortened += len(batch) * (room(batch) < self._most(batch[0][1]))
 
         return self._answers("generate", asked, lambda request: lengths[request[0]], run, count)
@@ -95,10 +103,14 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
         """What a reader must know of prompts and answers that did not fit."""
         notes = []
         if self.cut:
-            notes.append(f"{self.cut} of {self.asked} prompts are longer than the model takes and lost their beginning")
+            notes.append(
+                f"{self.cut} of {self.asked} prompts are longer than the model takes and lost their beginning"
+            )
         if self.shortened:
             room = f"the model has {self.inner.max_length} positions"
-            notes.append(f"{self.shortened} of {self.asked} answers had less room than asked for: {room}")
+            notes.append(
+                f"{self.shortened} of {self.asked} answers had less room than asked for: {room}"
+            )
         return notes
 
     def _most(self, settings: dict[str, Any]) -> int:
@@ -108,17 +120,27 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
         """As the harness splits context and continuation; for its own tasks."""
 
         def run(batch: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-            return list(self.inner.loglikelihood([_request(*request) for request in batch], disable_tqdm=True))
+            return list(
+                self.inner.loglikelihood(
+                    [_request(*request) for request in batch], disable_tqdm=True
+                )
+            )
 
         asked = [request.args for request in requests]
-        found = self._answers("loglikelihood", asked, lambda request: len(request[0]) + len(request[1]), run)
+        found = self._answers(
+            "loglikelihood", asked, lambda request: len(request[0]) + len(request[1]), run
+        )
         return [(float(value), bool(greedy)) for value, greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Of whole texts."""
 
         def run(batch: Sequence[tuple[str]]) -> list[float]:
-            return list(self.inner.loglikelihood_rolling([_request(*request) for request in batch], disable_tqdm=True))
+            return list(
+                self.inner.loglikelihood_rolling(
+                    [_request(*request) for request in batch], disable_tqdm=True
+                )
+            )
 
         asked = [request.args for request in requests]
         return self._answers("rolling", asked, lambda request: len(request[0]), run)
@@ -131,7 +153,10 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
         """
         limit = int(self.inner.max_length)
         ids = {
-            pair: (self.inner.tok_encode(pair[0]), self.inner.tok_encode(pair[1], add_special_tokens=False))
+            pair: (
+                self.inner.tok_encode(pair[0]),
+                self.inner.tok_encode(pair[1], add_special_tokens=False),
+            )
             for pair in pairs
         }
 
@@ -145,7 +170,10 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
             ]
 
         return [
-            Gold(*found) for found in self._answers("gold", list(pairs), lambda pair: sum(map(len, ids[pair])), run)
+            Gold(*found)
+            for found in self._answers(
+                "gold", list(pairs), lambda pair: sum(map(len, ids[pair])), run
+            )
         ]
 
     def _answers(
@@ -176,8 +204,15 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
         for key, request in once.items():
             settings = request[1] if len(request) > 1 and isinstance(request[1], dict) else None
             kinds.setdefault(json.dumps(settings, sort_keys=True), []).append(key)
-        ordered = [sorted(keys, key=lambda key: (-length(once[key]), key)) for _, keys in sorted(kinds.items())]
-        return [keys[at : at + self.batch_size] for keys in ordered for at in range(0, len(keys), self.batch_size)]
+        ordered = [
+            sorted(keys, key=lambda key: (-length(once[key]), key))
+            for _, keys in sorted(kinds.items())
+        ]
+        return [
+            keys[at : at + self.batch_size]
+            for keys in ordered
+            for at in range(0, len(keys), self.batch_size)
+        ]
 
 
 def _request(*args: Any) -> Instance:

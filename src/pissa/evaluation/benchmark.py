@@ -11,7 +11,15 @@ from typing import Any
 from pissa.checkpoint.output import write_json
 from pissa.checks import chosen_device
 from pissa.errors import require
-from pissa.evaluation.harness import SEED, Asked, Sample, loaded_task, quiet, run_task, write_samples
+from pissa.evaluation.harness import (
+    SEED,
+    Asked,
+    Sample,
+    loaded_task,
+    quiet,
+    run_task,
+    write_samples,
+)
 from pissa.evaluation.log import AnswerLog
 from pissa.evaluation.model import Subject, harness_model
 from pissa.evaluation.questions import Questions
@@ -29,7 +37,12 @@ Say = Callable[[str, int, int], None]
 
 
 def benchmark(
-    subject: Subject, protocol: Protocol, found: Questions | None, asked: Asked, folder: Path, say: Say
+    subject: Subject,
+    protocol: Protocol,
+    found: Questions | None,
+    asked: Asked,
+    folder: Path,
+    say: Say,
 ) -> TaskResult:
     """Ask, score, and write TASK.json and TASK.samples.jsonl; answers that are in TASK.answers.jsonl stay as they are.
 
@@ -64,7 +77,8 @@ def benchmark(
         protocol.headline if protocol.headline in scores else next(iter(scores), ""),
         scores,
         gold,
-        source_of(found) or {"name": f"as the harness's task {protocol.harness} names it", "rows": _questions(raw)},
+        source_of(found)
+        or {"name": f"as the harness's task {protocol.harness} names it", "rows": _questions(raw)},
         _notes(subject, protocol, lm, asked.isolation),
         job,
         scoring_versions(),
@@ -75,7 +89,9 @@ def benchmark(
     return result
 
 
-def job_of(subject: Subject, protocol: Protocol, found: Questions | None, asked: Asked) -> dict[str, Any]:
+def job_of(
+    subject: Subject, protocol: Protocol, found: Questions | None, asked: Asked
+) -> dict[str, Any]:
     """What must be the same for the answers to be the same."""
     places = ("path", "base", "name")  # may move
     source = source_of(found) or {}
@@ -123,13 +139,21 @@ def _scored(
         item = _item(protocol, output, doc, asked.isolation, str(one["doc_id"]))
         items.append(item)
         prompt = one["arguments"][0][0]
-        samples.append({**item.to_json(), "prompt": prompt, "output": output, "gold": str(one["target"])})
+        samples.append(
+            {**item.to_json(), "prompt": prompt, "output": output, "gold": str(one["target"])}
+        )
         say("scored", done, len(raw))
     names = {"ours": "ours" if protocol.track == PAPER else "pass@1", "authors": "authors"}
     return samples, {names[name]: _share(found) for name, found in summary(items).items()}
 
 
-def _item(protocol: Protocol, output: str, doc: Mapping[str, Any], isolation: Isolation | None, number: str) -> Item:
+def _item(
+    protocol: Protocol,
+    output: str,
+    doc: Mapping[str, Any],
+    isolation: Isolation | None,
+    number: str,
+) -> Item:
     if protocol.track == PAPER:
         return score(protocol.task, output, {"id": number, **doc}, isolation=isolation)
     return verbatim(protocol.task, output, doc, walls(protocol.task, isolation))
@@ -173,7 +197,9 @@ def _metrics(results: dict[str, dict[str, Any]]) -> dict[str, Score]:
             right = round(value * count)
             whole = name in SHARES and count and math.isclose(right, value * count, abs_tol=1e-6)
             interval = Share(right, count).interval if whole else None
-            scores[label] = Score(float(value), error if isinstance(error, float) else None, interval, count)
+            scores[label] = Score(
+                float(value), error if isinstance(error, float) else None, interval, count
+            )
     return scores
 
 
@@ -220,5 +246,7 @@ def _notes(subject: Subject, protocol: Protocol, lm: Any, isolation: Isolation |
             f"programs had {limits.seconds:g} s and {limits.memory_bytes // 2**20} MiB, walls: {isolation.walls}"
         )
     if protocol.track == PAPER and subject.template not in (None, "alpaca"):
-        notes.append(f"trained in the template {subject.template!r}, asked in Alpaca's as the paper does")
+        notes.append(
+            f"trained in the template {subject.template!r}, asked in Alpaca's as the paper does"
+        )
     return notes

@@ -105,10 +105,15 @@ def evaluate(
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     chosen_device(device)
     protocols = _protocols(tasks, track, allow_code_execution)
-    walls = find_isolation(allow_none=not isolation) if any(p.runs_code for p in protocols) else None
+    walls = (
+        find_isolation(allow_none=not isolation) if any(p.runs_code for p in protocols) else None
+    )
     asked = Asked(limit, batch_size, backend, walls, force)
     subjects = _subjects(
-        models, base, base_row, {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        models,
+        base,
+        base_row,
+        {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
     )
     _check_place(out, subjects)
     check_backend(backend, subjects, protocols, TASKS, limit)
@@ -116,7 +121,15 @@ def evaluate(
     for one in subjects:
         for asks in protocols:
             where = f"{one.name} {asks.task}"
-            _one(one, asks, found[asks.task], asked, judge, out / one.name, lambda *done, at=where: say(at, *done))
+            _one(
+                one,
+                asks,
+                found[asks.task],
+                asked,
+                judge,
+                out / one.name,
+                lambda *done, at=where: say(at, *done),
+            )
         one.close()
         gc.collect()
     return report(out)
@@ -131,7 +144,9 @@ def report(out: Path) -> list[TaskResult]:
     found = _results(out)
     if not found:
         raise OutputError(f"{out} holds no results: run pissa eval first")
-    write_json(out / RESULTS, {"format": FORMAT, "results": [one.to_json() for one in found.values()]})
+    write_json(
+        out / RESULTS, {"format": FORMAT, "results": [one.to_json() for one in found.values()]}
+    )
     for file, one in found.items():
         page = file.with_suffix(".html")
         if not page.is_file() or page.stat().st_mtime < _samples(file).stat().st_mtime:
@@ -155,7 +170,9 @@ def _samples(result: Path) -> Path:
 
 def _protocols(tasks: Sequence[str], track: str, allow_code_execution: bool) -> list[Protocol]:
     if not tasks or len(set(tasks)) < len(tasks):
-        raise ConfigError(f"tasks: got {', '.join(tasks) or 'none'}, expected one or more, each once")
+        raise ConfigError(
+            f"tasks: got {', '.join(tasks) or 'none'}, expected one or more, each once"
+        )
     protocols = [protocol(task, track) for task in tasks]
     check_permission([p.task for p in protocols if p.runs_code], allow_code_execution)
     return protocols
@@ -166,10 +183,16 @@ def _questions(asks: Protocol, data: str | None, limit: int | None) -> Questions
     if asks.task not in SOURCES:
         return None
     found = questions(asks.task, data, limit)
-    return found if asks.track == PAPER else dataclasses.replace(found, examples=examples(asks.task, data))
+    return (
+        found
+        if asks.track == PAPER
+        else dataclasses.replace(found, examples=examples(asks.task, data))
+    )
 
 
-def _subjects(models: Sequence[str], base: str | None, base_row: bool, loading: dict[str, Any]) -> list[Subject]:
+def _subjects(
+    models: Sequence[str], base: str | None, base_row: bool, loading: dict[str, Any]
+) -> list[Subject]:
     """The models, and behind them their bases, which are the right ones only if the runs say so; names of their own."""
     once = {os.path.realpath(path): path for path in models}
     own = [subject(path, base=base, **loading) for path in once.values()]
@@ -178,7 +201,11 @@ def _subjects(models: Sequence[str], base: str | None, base_row: bool, loading: 
         check_subject(one)
         name, revision = base_of(one) or (None, None)
         one.identity["base"] = name
-        if name and base_row and (key := (os.path.realpath(name), revision, one.dtype)) not in bases:
+        if (
+            name
+            and base_row
+            and (key := (os.path.realpath(name), revision, one.dtype)) not in bases
+        ):
             bases[key] = subject(name, revision=revision, **{**loading, "dtype": one.dtype})
     there = {os.path.realpath(one.path) for one in own}
     subjects = [*own, *(origin for (place, *_), origin in bases.items() if place not in there)]
@@ -196,7 +223,9 @@ def _check_place(out: Path, subjects: Sequence[Subject]) -> None:
     refuse_inside(out, subjects)
     for one in subjects:
         if Path(one.path).exists() and (out / one.name).resolve() == Path(one.path).resolve():
-            raise OutputError(f"{out} would put results into {one.path}: name another folder for them")
+            raise OutputError(
+                f"{out} would put results into {one.path}: name another folder for them"
+            )
     _results(out)
 
 

@@ -63,7 +63,11 @@ class Fidelity:
         """Everything."""
         said = asdict(self)
         for row in said["rows"]:
-            row |= {key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+            row |= {
+                key: None
+                for key, value in row.items()
+                if isinstance(value, float) and not math.isfinite(value)
+            }
         return {"format": FORMAT, **said}
 
 
@@ -112,12 +116,18 @@ def fidelity(
             raise InputError(f"{name} is {value}, expected {least} or more")
     chosen_device(device)
     content, source = read_text(Path(text))
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    loading: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+    }
     subjects = [subject(path, **loading) for path in models]
     records = [record_of(one) for one in subjects]
     origin = subject(base or _common_base(subjects, records), **loading)
     if origin.identity["kind"] not in WHOLE:
-        raise InputError(f"the base {origin.path} is a {origin.identity['kind']} folder, expected a whole model")
+        raise InputError(
+            f"the base {origin.path} is a {origin.identity['kind']} folder, expected a whole model"
+        )
     if output is not None:
         refuse_inside(Path(output), [*subjects, origin])
     opened = origin.open()
@@ -153,7 +163,9 @@ def fidelity(
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    result = Fidelity(origin.identity, facts, str(device_of(opened.model)), rows, _notes(rows), versions())
+    result = Fidelity(
+        origin.identity, facts, str(device_of(opened.model)), rows, _notes(rows), versions()
+    )
     if output is not None:
         write_json(Path(output) / FILE, result.to_json())
     return result
@@ -174,15 +186,22 @@ def _common_base(subjects: Sequence[Subject], records: Sequence[Record | None]) 
     if not named:
         raise InputError("none of the models has its base on record: name it with --base")
     # One base has another digest where it was loaded in another dtype, and another name where it was copied.
-    names, digests = ({getattr(base, key) for base in named.values()} for key in ("name", "fingerprint"))
+    names, digests = (
+        {getattr(base, key) for base in named.values()} for key in ("name", "fingerprint")
+    )
     if len(names) > 1 and len(digests) > 1:
         said = "; ".join(f"{path} was made from {base.name}" for path, base in named.items())
-        raise WrongBaseError(f"the models have several bases, expected one: {said}. Compare those of one base")
+        raise WrongBaseError(
+            f"the models have several bases, expected one: {said}. Compare those of one base"
+        )
     return str(next(iter(named.values())).name)
 
 
 def _check_bases(
-    subjects: Sequence[Subject], records: Sequence[Record | None], origin: Subject, model: torch.nn.Module
+    subjects: Sequence[Subject],
+    records: Sequence[Record | None],
+    origin: Subject,
+    model: torch.nn.Module,
 ) -> None:
     """Before anything is run, because a layer in few bits may be repacked then."""
     tensors = model_tensors(model)
@@ -190,11 +209,16 @@ def _check_bases(
         if record and record.base:
             advice = f"Use the base it was made on: {record.base.name}"
             check_same(
-                record.base.tensors, tensors.get, what=f"{one.path}, compared with {origin.path},", advice=advice
+                record.base.tensors,
+                tensors.get,
+                what=f"{one.path}, compared with {origin.path},",
+                advice=advice,
             )
 
 
-def _forms(one: Subject, record: Record | None, base: str) -> list[tuple[str, Callable[[], Opened]]]:
+def _forms(
+    one: Subject, record: Record | None, base: str
+) -> list[tuple[str, Callable[[], Opened]]]:
     """The models that a path stands for, by kind, each loaded when it is its turn."""
     kind, folder = str(one.identity["kind"]), Path(one.path)
     beside = record.beside if record else None
@@ -214,9 +238,24 @@ def _forms(one: Subject, record: Record | None, base: str) -> list[tuple[str, Ca
 
 
 def _open_w4a4(one: Subject) -> Opened:
-    model = load_w4a4(one.path, device=str(chosen_device(one.device)), trust_remote_code=one.trust_remote_code)
-    settings = {"model": one.path, "data": "none", "output": "none", "trust_remote_code": one.trust_remote_code}
-    return Opened(model, load_tokenizer(TrainSettings.model_validate(settings)), "w4a4", one.path, None, None, {})
+    model = load_w4a4(
+        one.path, device=str(chosen_device(one.device)), trust_remote_code=one.trust_remote_code
+    )
+    settings = {
+        "model": one.path,
+        "data": "none",
+        "output": "none",
+        "trust_remote_code": one.trust_remote_code,
+    }
+    return Opened(
+        model,
+        load_tokenizer(TrainSettings.model_validate(settings)),
+        "w4a4",
+        one.path,
+        None,
+        None,
+        {},
+    )
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
@@ -236,4 +275,6 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _dtype(model: Any) -> str:
     """Of the first weight that is not in few bits."""
-    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix(
+        "torch."
+    )

@@ -40,7 +40,18 @@ USUAL: dict[str, Any] = {
 }  # fmt: skip
 """Of BERT's and LoRA's runs on GLUE; what is given wins."""
 OWN = frozenset(
-    {"task", "data", "data_split", "eval_data", "eval_split", "eval_size", "old_data", "old_split", "fields", "model"}
+    {
+        "task",
+        "data",
+        "data_split",
+        "eval_data",
+        "eval_split",
+        "eval_size",
+        "old_data",
+        "old_split",
+        "fields",
+        "model",
+    }
     | {"method", "options", "learning_rate", "seed", "output", "force", "early_stopping"}
 )
 """Settings that the tasks and the grid decide."""
@@ -83,7 +94,9 @@ def glue(
     out = Path(output)
     check_jobs(jobs)
     if not (tasks and methods):
-        raise InputError(f"got {len(tasks)} tasks and {len(methods)} methods, expected one or more of both")
+        raise InputError(
+            f"got {len(tasks)} tasks and {len(methods)} methods, expected one or more of both"
+        )
     _refuse_other_folder(out)
     loaded = [load(task, data) for task in tasks]
     common = {known.task: settings_of(model, known, out, given or {}) for known in loaded}
@@ -95,7 +108,11 @@ def glue(
     for task in tasks:
         folder = out / task.name
         if (folder / SETTINGS).is_file():
-            check_common(yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8")), common[task], folder)
+            check_common(
+                yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8")),
+                common[task],
+                folder,
+            )
         for grid, group in groups[task].items():
             for cell in cells(group, grid, seeds):
                 check(cell.settings(common[task], folder), resume=True)
@@ -136,7 +153,11 @@ def read_rates(text: str, tasks: Sequence[Task], methods: Sequence[str]) -> Rate
         InputError: no number, or a name that is not asked for.
     """
     plain = [variant(method)[0] for method in methods]
-    known = {*(task.name for task in tasks), *plain, *(f"{task.name}/{method}" for task in tasks for method in plain)}
+    known = {
+        *(task.name for task in tasks),
+        *plain,
+        *(f"{task.name}/{method}" for task in tasks for method in plain),
+    }
     rates: dict[str, Sequence[float]] = {}
     for part in text.split(";"):
         name, equals, values = part.strip().rpartition("=")
@@ -158,10 +179,14 @@ def rates_of(rates: Rates, task: Task, method: str) -> tuple[float, ...]:
     for key in (f"{task.name}/{name}", name, task.name, ""):
         if key in rates:
             return tuple(rates[key])
-    raise InputError(f"lr has no rates for {method} on {task.name}: say those of all others, as in 1e-4;cola=1e-3")
+    raise InputError(
+        f"lr has no rates for {method} on {task.name}: say those of all others, as in 1e-4;cola=1e-3"
+    )
 
 
-def _by_rates(rates: Rates, task: Task, methods: Sequence[str]) -> dict[tuple[float, ...], list[str]]:
+def _by_rates(
+    rates: Rates, task: Task, methods: Sequence[str]
+) -> dict[tuple[float, ...], list[str]]:
     """The methods that share their rates, by these: each group is a grid."""
     groups: dict[tuple[float, ...], list[str]] = {}
     for method in methods:
@@ -190,7 +215,9 @@ def settings_of(model: str, loaded: Loaded, out: Path, given: Mapping[str, Any])
     usual = {key: value for key, value in USUAL.items() if key not in keys}
     settings = load_settings(None, {**usual, **given, **ours})
     rows = min(settings.data_limit or math.inf, loaded.facts["rows"]["train"])
-    return settings.model_copy(update={"eval_steps": settings.eval_steps or math.ceil(rows / settings.batch_size)})
+    return settings.model_copy(
+        update={"eval_steps": settings.eval_steps or math.ceil(rows / settings.batch_size)}
+    )
 
 
 def _counting(
@@ -206,7 +233,9 @@ def _refuse_other_folder(out: Path) -> None:
     # Of a call that was killed at its first task there are hidden folders in data/, and nothing else.
     others = [path for path in (*out.glob("*"), *(out / DATA).glob("[!.]*")) if path != out / DATA]
     if others or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out} is there and holds no results of pissa glue: choose another folder")
+        raise OutputError(
+            f"{out} is there and holds no results of pissa glue: choose another folder"
+        )
 
 
 def measure_further(result: TaskComparison) -> None:
@@ -243,14 +272,24 @@ def scores_on(run: Path, rows: Path) -> dict[str, float]:
     found = found[: settings.eval_limit or None]
     examples = classification.encode(Rows(found, found, [source]), tokenizer, settings)
     if examples.names != record["labels"]:
-        raise DataError(f"{rows}: got classes {', '.join(examples.names)}, expected {', '.join(record['labels'])}")
+        raise DataError(
+            f"{rows}: got classes {', '.join(examples.names)}, expected {', '.join(record['labels'])}"
+        )
     whole = settings.method == "full"
     base = run / "model" if whole else run / RESIDUAL
-    loaded = settings.model_copy(update={"model": str(base), "revision": None}) if base.is_dir() else settings
+    loaded = (
+        settings.model_copy(update={"model": str(base), "revision": None})
+        if base.is_dir()
+        else settings
+    )
     with quiet(), tempfile.TemporaryDirectory() as scratch:
         model = classification.load_model(loaded, examples, tokenizer)
         if not whole:
             model = runs.load(model, run, trainable=False)
         trainer = classification.build_trainer(model, tokenizer, examples, settings, scratch, [])
         trainer.remove_callback(PrinterCallback)
-        return {key: value for key, value in trainer.evaluate().items() if key in ("eval_loss", "eval_accuracy")}
+        return {
+            key: value
+            for key, value in trainer.evaluate().items()
+            if key in ("eval_loss", "eval_accuracy")
+        }

@@ -27,11 +27,19 @@ def write_glue(results: Results, path: Path) -> Path:
     """
     numbers = results.to_json()
     settings = {
-        task.task.title: {k: v for k, v in set_by_hand(task.facts["settings"]).items() if k not in DIFFER | OF_TASK}
+        task.task.title: {
+            k: v
+            for k, v in set_by_hand(task.facts["settings"]).items()
+            if k not in DIFFER | OF_TASK
+        }
         for task in results.tasks
     }
     first, *others = settings.values()
-    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    shared = {
+        key: value
+        for key, value in first.items()
+        if all(other.get(key) == value for other in others)
+    }
     columns, rows = results.table()
     html = render(
         "glue.html",
@@ -44,10 +52,16 @@ def write_glue(results: Results, path: Path) -> Path:
         protocol=PROTOCOL,
         notes=results.notes(),
         picture=svg(over_rates(results), "Each task's first measure over the learning rate"),
-        pages={task.task.name: os.path.relpath(task.folder / "compare.html", path.parent) for task in results.tasks},
+        pages={
+            task.task.name: os.path.relpath(task.folder / "compare.html", path.parent)
+            for task in results.tasks
+        },
         seconds=seconds(results),
         shared=shared,
-        own={title: {k: v for k, v in found.items() if k not in shared} for title, found in settings.items()},
+        own={
+            title: {k: v for k, v in found.items() if k not in shared}
+            for title, found in settings.items()
+        },
     )
     return write_page(path, html)
 
@@ -63,8 +77,19 @@ def over_rates(results: Results) -> Any:
         _draw(axes, task)
     for axes in panels[len(results.tasks) :]:
         axes.set_visible(False)
-    known = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    known = {
+        label: line
+        for axes in panels
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        known.values(),
+        known.keys(),
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        fontsize="small",
+    )
     return figure
 
 
@@ -74,12 +99,20 @@ def _draw(axes: Any, result: TaskComparison) -> None:
         grid = comparison.grid_of(method)
         found = [spread(result.values(method, rate, measure)) for rate in grid]
         if found:
-            bars = [[100 * (at.median - at.low) for at in found], [100 * (at.high - at.median) for at in found]]
+            bars = [
+                [100 * (at.median - at.low) for at in found],
+                [100 * (at.high - at.median) for at in found],
+            ]
             axes.errorbar(grid, [100 * at.median for at in found], yerr=bars, capsize=3, markersize=5, linewidth=1.4,
                           **style(comparison, method))  # fmt: skip
     axes.axhline(100 * result.floor[measure], color="grey", linestyle=":", label=FLOOR)
     axes.set_xscale("log")
-    axes.set_xticks(comparison.rates, [f"{rate:g}" for rate in comparison.rates], fontsize="x-small", rotation=30)
+    axes.set_xticks(
+        comparison.rates,
+        [f"{rate:g}" for rate in comparison.rates],
+        fontsize="x-small",
+        rotation=30,
+    )
     axes.minorticks_off()
     axes.set_title(f"{result.task.title}, {SHORT[measure]}", fontsize="medium")
     axes.grid(alpha=0.25)
@@ -91,7 +124,11 @@ def seconds(results: Results) -> dict[str, dict[str, float]]:
     times: dict[str, dict[str, float]] = {}
     for task in results.tasks:
         for method in task.comparison.methods:
-            found = [run.seconds for run in task.comparison.outcomes if run.cell.method == method and run.finished]
+            found = [
+                run.seconds
+                for run in task.comparison.outcomes
+                if run.cell.method == method and run.finished
+            ]
             if found:
                 times.setdefault(task.task.name, {})[method] = statistics.median(found)
     return times

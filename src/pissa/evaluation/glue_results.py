@@ -113,7 +113,9 @@ class TaskComparison:
             grid = self.comparison.grid_of(method)
             if grid:
                 first = self.task.measures[0]
-                best[method] = max(grid, key=lambda rate: spread(self.values(method, rate, first)).median)
+                best[method] = max(
+                    grid, key=lambda rate: spread(self.values(method, rate, first)).median
+                )
         return best
 
     def at_edge(self, method: str) -> bool:
@@ -127,13 +129,21 @@ class TaskComparison:
 
     def spreads(self, method: str) -> dict[str, Spread | None]:
         """Each measure at the method's best rate; None for what was not run."""
-        found = {m: self.values(method, self.best[method], m) for m in self.task.measures if method in self.best}
+        found = {
+            m: self.values(method, self.best[method], m)
+            for m in self.task.measures
+            if method in self.best
+        }
         return {measure: spread(values) if values else None for measure, values in found.items()}
 
     def score(self, method: str) -> float | None:
         """The mean of the task's measures (of their medians); None where one was not run."""
         medians = [found.median if found else None for found in self.spreads(method).values()]
-        return None if not medians or None in medians else statistics.fmean(m for m in medians if m is not None)
+        return (
+            None
+            if not medians or None in medians
+            else statistics.fmean(m for m in medians if m is not None)
+        )
 
     @cached_property
     def floor(self) -> dict[str, float]:
@@ -160,13 +170,26 @@ class TaskComparison:
         said = [f"{title}: {self.data['split']}."] if self.data["split"] else []
         for part, source in self.data["sources"].items():
             name = Path(source["name"]).stem
-            if part == "train" and not name.startswith("train-") and name != "train" and "split" not in source:
-                said.append(f"{title}: trained on {name}, {source['rows']:,} rows, which may not be all.")
+            if (
+                part == "train"
+                and not name.startswith("train-")
+                and name != "train"
+                and "split" not in source
+            ):
+                said.append(
+                    f"{title}: trained on {name}, {source['rows']:,} rows, which may not be all."
+                )
             if source["left_out"]:
-                said.append(f"{title}, {part}: {source['left_out']} lines with a wrong number of columns left out.")
+                said.append(
+                    f"{title}, {part}: {source['left_out']} lines with a wrong number of columns left out."
+                )
         limits = (("data_limit", "train"), ("eval_limit", self.task.parts[0]))
-        cut = [(settings[key], self.data["rows"][part], part) for key, part in limits if settings[key]]
-        if rows := [f"{limit:,} of {count:,} rows of {part}" for limit, count, part in cut if limit < count]:
+        cut = [
+            (settings[key], self.data["rows"][part], part) for key, part in limits if settings[key]
+        ]
+        if rows := [
+            f"{limit:,} of {count:,} rows of {part}" for limit, count, part in cut if limit < count
+        ]:
             said.append(f"{title}: only the first {' and '.join(rows)}.")
         for part in self.task.parts[1:]:
             if part not in self.data["rows"]:
@@ -175,13 +198,21 @@ class TaskComparison:
         for method in self.best:
             found = self.spreads(method)[first]
             if lost := self.diverged(method):
-                said.append(f"{title}: {lost} of {len(self.comparison.seeds)} runs of {method} diverged.")
+                said.append(
+                    f"{title}: {lost} of {len(self.comparison.seeds)} runs of {method} diverged."
+                )
             elif found and found.median <= self.floor[first]:
-                said.append(f"{title}: {method} is no better than the majority class ({SHORT[first]}).")
+                said.append(
+                    f"{title}: {method} is no better than the majority class ({SHORT[first]})."
+                )
         if left := len(self.comparison.left_out):
             runs, seeds = len(self.comparison.outcomes), ", ".join(map(str, self.comparison.seeds))
-            said.append(f"{title}: {left} of {runs} runs count nowhere: numbers are over seeds {seeds}, all of them.")
-        if edges := ", ".join(f"{method} ({rate:g})" for method, rate in self.best.items() if self.at_edge(method)):
+            said.append(
+                f"{title}: {left} of {runs} runs count nowhere: numbers are over seeds {seeds}, all of them."
+            )
+        if edges := ", ".join(
+            f"{method} ({rate:g})" for method, rate in self.best.items() if self.at_edge(method)
+        ):
             said.append(f"{title}: the best rate is at the edge of the grid for {edges}.")
         return said
 
@@ -198,7 +229,10 @@ class TaskComparison:
                     "at_edge_of_grid": self.at_edge(method),
                     "learning_rates": self.comparison.grid_of(method),
                     "diverged": self.diverged(method),
-                    "scores": {name: asdict(found) if found else None for name, found in self.spreads(method).items()},
+                    "scores": {
+                        name: asdict(found) if found else None
+                        for name, found in self.spreads(method).items()
+                    },
                     "score": self.score(method),
                 }
                 for method, rate in self.best.items()
@@ -227,7 +261,11 @@ class Results:
         Raises:
             OutputError: none.
         """
-        found = [TaskComparison.read(out, task) for task in TASKS.values() if (out / task.name / COMPARISON).is_file()]
+        found = [
+            TaskComparison.read(out, task)
+            for task in TASKS.values()
+            if (out / task.name / COMPARISON).is_file()
+        ]
         if not found:
             raise OutputError(f"{out} holds no finished run of a GLUE task: run pissa glue first")
         return cls(found)
@@ -247,7 +285,11 @@ class Results:
     def average(self, method: str) -> float | None:
         """The mean over tasks of `TaskComparison.score`; None where one is missing."""
         scores = [task.score(method) for task in self.tasks]
-        return None if None in scores else statistics.fmean(score for score in scores if score is not None)
+        return (
+            None
+            if None in scores
+            else statistics.fmean(score for score in scores if score is not None)
+        )
 
     @property
     def floor(self) -> float | None:
@@ -262,8 +304,12 @@ class Results:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Columns and rows in percent: median and, in brackets, standard deviation over seeds; a line a measure."""
-        columns = ["\n".join([t.task.title, *(SHORT[m] for m in t.task.measures)]) for t in self.tasks]
-        rows = [[m, *(_cell(t, m) for t in self.tasks), _percent(self.average(m))] for m in self.methods]
+        columns = [
+            "\n".join([t.task.title, *(SHORT[m] for m in t.task.measures)]) for t in self.tasks
+        ]
+        rows = [
+            [m, *(_cell(t, m) for t in self.tasks), _percent(self.average(m))] for m in self.methods
+        ]
         floors = ["\n".join(_percent(t.floor.get(m)) for m in t.task.measures) for t in self.tasks]
         return ["method", *columns, "average"], [*rows, [FLOOR, *floors, _percent(self.floor)]]
 
@@ -292,7 +338,9 @@ def _cell(result: TaskComparison, method: str) -> str:
 def _median(found: Spread | None) -> str:
     if found is None:
         return "not run"
-    return _percent(found.median) + ("" if found.deviation is None else f" ({_percent(found.deviation)})")
+    return _percent(found.median) + (
+        "" if found.deviation is None else f" ({_percent(found.deviation)})"
+    )
 
 
 def _percent(value: float | None) -> str:

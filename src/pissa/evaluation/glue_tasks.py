@@ -106,7 +106,9 @@ def named(text: str) -> list[Task]:
                 f"task is {word!r}, expected some of {', '.join(TASKS)}.{did_you_mean(_plain(word), TASKS)}"
             )
     if not words or len({_plain(word) for word in words}) < len(words):
-        raise InputError(f"tasks is {text!r}, expected one or more of {', '.join(TASKS)}, each once")
+        raise InputError(
+            f"tasks is {text!r}, expected one or more of {', '.join(TASKS)}, each once"
+        )
     return [TASKS[_plain(word)] for word in words]
 
 
@@ -124,7 +126,9 @@ def load(task: Task, data: str | None) -> Loaded:
     first = task.parts[0]
     evaluation = found[first]
     if evaluation is None:
-        raise DataError(f"{task.title}: got no file {_expected(first)} in its folder in {data}: put it there")
+        raise DataError(
+            f"{task.title}: got no file {_expected(first)} in its folder in {data}: put it there"
+        )
     rows = {part: known[0] for part, known in found.items() if known}
     split = None
     if "train" not in rows:
@@ -193,7 +197,9 @@ def _part(task: Task, part: str, data: str | None) -> tuple[list[Row], dict[str,
 
 def _folder(task: Task, data: Path) -> Path:
     if not data.is_dir():
-        raise DataError(f"{data} is no folder: name one that holds {', '.join(t.title for t in TASKS.values())}")
+        raise DataError(
+            f"{data} is no folder: name one that holds {', '.join(t.title for t in TASKS.values())}"
+        )
     folders = {_plain(path.name): path for path in sorted(data.iterdir()) if path.is_dir()}
     if task.name in folders:
         return folders[task.name]
@@ -239,9 +245,13 @@ def _read_tsv(path: Path, task: Task) -> tuple[list[Row], dict[str, Any], int]:
         if len(cells) == len(header):
             rows.append(Row(dict(zip(header, cells, strict=True)), f"{path}, line {number}"))
         else:
-            torn.append(f"{path}, line {number}: got {len(cells)} columns, expected {len(header)}: {', '.join(header)}")
+            torn.append(
+                f"{path}, line {number}: got {len(cells)} columns, expected {len(header)}: {', '.join(header)}"
+            )
     if len(torn) > TORN * len(rows):
-        raise DataError(f"{torn[0]}. {len(torn)} of {len(lines)} lines are so: fetch the file again")
+        raise DataError(
+            f"{torn[0]}. {len(torn)} of {len(lines)} lines are so: fetch the file again"
+        )
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows, {"name": str(path), "sha256": hashlib.sha256(content).hexdigest()}, len(torn)
@@ -250,7 +260,9 @@ def _read_tsv(path: Path, task: Task) -> tuple[list[Row], dict[str, Any], int]:
 def _checked(rows: list[Row], task: Task) -> list[Row]:
     """The texts and the label alone, under names that training knows."""
     known = rows[0].fields
-    columns = next((names for names in (task.official, task.hub) if all(name in known for name in names)), None)
+    columns = next(
+        (names for names in (task.official, task.hub) if all(name in known for name in names)), None
+    )
     if columns is None:
         raise DataError(
             f"{rows[0].where}: got columns {', '.join(known)}, expected those of {task.title}, "

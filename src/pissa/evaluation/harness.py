@@ -56,9 +56,13 @@ def loaded_task(protocol: Protocol, found: Questions | None) -> Iterator[dict[st
     manager = TaskManager(include_path=places, include_defaults=found is None)
     if protocol.harness not in manager.all_tasks:
         near = did_you_mean(protocol.harness, manager.all_tasks)
-        raise ConfigError(f"task is {protocol.harness!r}, expected one of lm-evaluation-harness's (lm_eval ls).{near}")
+        raise ConfigError(
+            f"task is {protocol.harness!r}, expected one of lm-evaluation-harness's (lm_eval ls).{near}"
+        )
     with TemporaryDirectory() as place:
-        loaded = manager.load([_task_file(manager, protocol, found, Path(place)) if found else protocol.harness])
+        loaded = manager.load(
+            [_task_file(manager, protocol, found, Path(place)) if found else protocol.harness]
+        )
         for name, task in loaded["tasks"].items():
             if not protocol.ours:
                 _refuse(name, task)
@@ -79,9 +83,17 @@ def run_task(
     import lm_eval
 
     told = lm_eval.evaluate(
-        lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, confirm_run_unsafe_code=protocol.ours
+        lm=lm,
+        task_dict=loaded,
+        limit=limit,
+        bootstrap_iters=BOOTSTRAP,
+        confirm_run_unsafe_code=protocol.ours,
     )
-    samples = [{"task": name, **sample} for name, all_of_it in told["samples"].items() for sample in all_of_it]
+    samples = [
+        {"task": name, **sample}
+        for name, all_of_it in told["samples"].items()
+        for sample in all_of_it
+    ]
     return samples, told["results"]
 
 
@@ -93,7 +105,9 @@ def _refuse(name: str, task: Any) -> None:
             "which run behind ours, or lm_eval run --confirm_run_unsafe_code at your own risk"
         )
     if int(task.get_config("repeats") or 1) > 1:
-        raise ConfigError(f"task is {name!r}, which draws several answers to a question: here each is asked once")
+        raise ConfigError(
+            f"task is {name!r}, which draws several answers to a question: here each is asked once"
+        )
 
 
 def _task_file(manager: Any, protocol: Protocol, found: Questions, place: Path) -> str:

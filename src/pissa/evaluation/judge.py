@@ -44,11 +44,17 @@ _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 
 def prompts_digest() -> str:
     """SHA-256 of all words of ours that a judge sees."""
-    shown = [conversation(["Q1", "Q2"][:n], ["A1", "A2"][:n], ["R1", "R2"][:r]) for n in (1, 2) for r in (0, n)]
+    shown = [
+        conversation(["Q1", "Q2"][:n], ["A1", "A2"][:n], ["R1", "R2"][:r])
+        for n in (1, 2)
+        for r in (0, n)
+    ]
     return hashlib.sha256(json.dumps([shown, _AGAIN]).encode()).hexdigest()
 
 
-def conversation(questions: Sequence[str], answers: Sequence[str], references: Sequence[str] = ()) -> list[Message]:
+def conversation(
+    questions: Sequence[str], answers: Sequence[str], references: Sequence[str] = ()
+) -> list[Message]:
     """What a judge is asked about the last of one or two answers.
 
     Args:
@@ -106,13 +112,19 @@ class Judge:
                 "--judge expects an address such as https://api.openai.com/v1 or http://localhost:8000/v1"
             )
         if parts.username or parts.password or parts.query:
-            raise ConfigError("--judge holds more than an address: keep the key in an environment variable")
+            raise ConfigError(
+                "--judge holds more than an address: keep the key in an environment variable"
+            )
         if not self.model:
             raise ConfigError("--judge-model is empty, expected the judge's name at that address")
         if not self.key_env.isidentifier():  # perhaps the key itself, so it is not shown
-            raise ConfigError("--judge-key-env expects the name of an environment variable, and got something else")
+            raise ConfigError(
+                "--judge-key-env expects the name of an environment variable, and got something else"
+            )
         if self.key_env != KEY_ENV and not os.environ.get(self.key_env):
-            raise ConfigError(f"--judge-key-env is {self.key_env}, which is not set: export it, or leave it out")
+            raise ConfigError(
+                f"--judge-key-env is {self.key_env}, which is not set: export it, or leave it out"
+            )
         if not self._key.isascii() or not self._key.isprintable():
             raise ConfigError(f"{self.key_env} holds characters that no key has: set it again")
 
@@ -140,7 +152,10 @@ class Judge:
         said, replies = list(messages), list[str]()
         for more in (None, *_AGAIN):
             if more is not None:
-                said += [{"role": "assistant", "content": replies[-1]}, {"role": "user", "content": more}]
+                said += [
+                    {"role": "assistant", "content": replies[-1]},
+                    {"role": "user", "content": more},
+                ]
             replies.append(self.reply(said))
             rating = rating_of(replies[-1])
             if rating is not None:
@@ -153,7 +168,9 @@ class Judge:
         Raises:
             ConfigError: see `grade`.
         """
-        body = json.dumps({"model": self.model, "messages": list(messages), "temperature": 0}).encode()
+        body = json.dumps(
+            {"model": self.model, "messages": list(messages), "temperature": 0}
+        ).encode()
         text = self._post(body)
         try:
             content = json.loads(text)["choices"][0]["message"]["content"]
@@ -169,7 +186,9 @@ class Judge:
         for tried in range(1, self.tries + 1):
             request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
             if self._key:
-                request.add_unredirected_header("Authorization", f"Bearer {self._key}")  # to this host only
+                request.add_unredirected_header(
+                    "Authorization", f"Bearer {self._key}"
+                )  # to this host only
             asked_to_wait = 0.0
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
@@ -177,9 +196,14 @@ class Judge:
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code} {self._readable(error.read())[:300]!r}"
                 if error.code not in _RETRIED:
-                    raise ConfigError(f"the judge at {address} says {problem}: {self._advice(error.code)}") from None
+                    raise ConfigError(
+                        f"the judge at {address} says {problem}: {self._advice(error.code)}"
+                    ) from None
                 asked_to_wait = _seconds(error.headers.get("Retry-After"))
-            except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off
+            except (
+                OSError,
+                http.client.HTTPException,
+            ) as error:  # refused, reset, timed out, cut off
                 problem = str(error) or type(error).__name__
             if tried < self.tries:
                 time.sleep(max(asked_to_wait, self.wait * 2 ** (tried - 1)))

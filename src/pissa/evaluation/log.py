@@ -19,7 +19,9 @@ FORMAT = 1
 
 def request_key(kind: str, *args: Any) -> str:
     """What a request is, for looking it up."""
-    return hashlib.sha256(json.dumps([kind, *args], sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([kind, *args], sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 class AnswerLog:
@@ -43,8 +45,12 @@ class AnswerLog:
         lines = _whole_lines(path)
         header = {"format": FORMAT, **job}
         if lines and not force and lines[0] != header:
-            changed = [key for key in sorted({*header, *lines[0]}) if header.get(key) != lines[0].get(key)]
-            said = "; ".join(f"{key} was {lines[0].get(key)!r} and is {header.get(key)!r}" for key in changed)
+            changed = [
+                key for key in sorted({*header, *lines[0]}) if header.get(key) != lines[0].get(key)
+            ]
+            said = "; ".join(
+                f"{key} was {lines[0].get(key)!r} and is {header.get(key)!r}" for key in changed
+            )
             raise OutputError(
                 f"{path} holds the answers to another evaluation ({said}): name another output, or --force"
             )
@@ -74,9 +80,13 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): delete it, and its answers are generated anew") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}): delete it, and its answers are generated anew"
+        ) from error
     if lines and (not isinstance(lines[0], dict) or "format" not in lines[0]):
-        raise CheckpointError(f"{path} does not begin as a file of answers: delete it, or name another output")
+        raise CheckpointError(
+            f"{path} does not begin as a file of answers: delete it, or name another output"
+        )
     if len(whole) < len(data):
         with path.open("r+b") as file:
             file.truncate(len(whole))

@@ -79,7 +79,9 @@ class Subject:
         self._opened = None
 
 
-def subject(path: str, *, base: str | None = None, revision: str | None = None, **loading: Any) -> Subject:
+def subject(
+    path: str, *, base: str | None = None, revision: str | None = None, **loading: Any
+) -> Subject:
     """What is known of a model before its weights are loaded.
 
     Args:
@@ -97,7 +99,11 @@ def subject(path: str, *, base: str | None = None, revision: str | None = None, 
         identity = {"path": path, "kind": HUB, "revision": commit}
         return Subject(path.replace("/", "--"), path, base, identity, revision, **loading)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    identity = {"path": path, "kind": "run" if record else kind_of_folder(folder), "sha256": _digest(folder)}
+    identity = {
+        "path": path,
+        "kind": "run" if record else kind_of_folder(folder),
+        "sha256": _digest(folder),
+    }
     loading["dtype"] = loading.get("dtype") or record.get("settings", {}).get("dtype")
     template = record.get("data", {}).get("template")
     return Subject(folder.resolve().name, path, base, identity, template=template, **loading)
@@ -118,7 +124,9 @@ def refuse_inside(output: Path, models: Sequence[Subject]) -> None:
     for one in models:
         folder = Path(one.path).resolve()
         if folder.is_dir() and output.resolve().is_relative_to(folder):
-            raise OutputError(f"{output} is or lies inside {one.path}, which is compared: choose another folder")
+            raise OutputError(
+                f"{output} is or lies inside {one.path}, which is compared: choose another folder"
+            )
 
 
 def record_of(one: Subject) -> Record | None:
@@ -129,7 +137,11 @@ def record_of(one: Subject) -> Record | None:
             record = Record.from_json(read_json(file), str(file))
             return record if record.base else None
     said = read_json(folder / "run.json").get("base") if (folder / "run.json").is_file() else None
-    return Record("run", base=Base(said["name"], said["revision"], "", said["tensors"])) if said else None
+    return (
+        Record("run", base=Base(said["name"], said["revision"], "", said["tensors"]))
+        if said
+        else None
+    )
 
 
 def base_of(one: Subject) -> tuple[str, str | None] | None:
@@ -182,17 +194,24 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
     if kind == "run" and not (folder / "adapter").is_dir():
         return {"pretrained": str(folder / "model"), **shared}
     if kind not in ("run", "lora"):
-        raise InputError(f"{folder} is a {kind} folder, which vLLM does not serve: pissa merge it, or use --backend hf")
+        raise InputError(
+            f"{folder} is a {kind} folder, which vLLM does not serve: pissa merge it, or use --backend hf"
+        )
     adapter = folder / "adapter" if kind == "run" else folder
     config = read_json(adapter / plain.CONFIG)
     base = subject.base or str(config["base_model_name_or_path"])
-    if Path(base).is_dir() and (said := inspect(adapter, base=base).base_check) not in ("same", "not checked"):
+    if Path(base).is_dir() and (said := inspect(adapter, base=base).base_check) not in (
+        "same",
+        "not checked",
+    ):
         raise WrongBaseError(said)
     rank = served_rank(int(config["r"]))
     return {"pretrained": base, "lora_local_path": str(adapter), "max_lora_rank": rank, **shared}
 
 
-def vllm_command(subject: Subject, protocols: Sequence[Protocol], folder: Path, limit: int | None) -> str:
+def vllm_command(
+    subject: Subject, protocols: Sequence[Protocol], folder: Path, limit: int | None
+) -> str:
     """The same questions by the harness's own command, on a machine that has vLLM; it takes them from the Hub."""
     arguments = ",".join(f"{key}={value}" for key, value in vllm_arguments(subject).items())
     words = ["lm_eval", "run", "--model", "vllm", "--model_args", shlex.quote(arguments)]
@@ -204,7 +223,11 @@ def vllm_command(subject: Subject, protocols: Sequence[Protocol], folder: Path, 
 
 
 def check_backend(
-    backend: str, subjects: Sequence[Subject], protocols: Sequence[Protocol], folder: Path, limit: int | None
+    backend: str,
+    subjects: Sequence[Subject],
+    protocols: Sequence[Protocol],
+    folder: Path,
+    limit: int | None,
 ) -> None:
     """Raise before anything is loaded where a backend is unknown, or vllm is not installed."""
     if backend not in BACKENDS:
@@ -212,7 +235,9 @@ def check_backend(
     if backend == "vllm" and find_spec("vllm") is None:
         commands = "\n  ".join(vllm_command(one, protocols, folder, limit) for one in subjects)
         left_out = [asks.task for asks in protocols if not asks.harness]
-        without = f" (without {', '.join(left_out)}, which lm_eval does not ask)" if left_out else ""
+        without = (
+            f" (without {', '.join(left_out)}, which lm_eval does not ask)" if left_out else ""
+        )
         raise MissingExtraError(
             f"vllm is not installed here. Where it is (pip install 'lm-eval[vllm]'){without}:\n  {commands}\n"
             "or use --backend hf"
@@ -222,9 +247,13 @@ def check_backend(
 def _commit(name: str, revision: str | None, trust_remote_code: bool) -> str | None:
     """Which commit of a Hub model this machine sees."""
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name} is neither a folder nor a model that the Hub gives here: {error}") from error
+        raise CheckpointError(
+            f"{name} is neither a folder nor a model that the Hub gives here: {error}"
+        ) from error
     return getattr(config, "_commit_hash", None)
 
 
@@ -240,7 +269,9 @@ def _digest(folder: Path) -> str:
         inside = file.relative_to(folder)
         if file.is_file() and file.suffix not in TALK and not _aside(inside):
             with file.open("rb") as stream:
-                digest.update(f"{inside} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+                digest.update(
+                    f"{inside} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
+                )
     return digest.hexdigest()
 
 

@@ -97,23 +97,35 @@ def mt_bench(
         inner = harness_model(subject, asked.backend, asked.batch_size)
     log = AnswerLog(folder / f"{MT_BENCH}.answers.jsonl", job, force=asked.force)
     lm = Asking(inner, log, asked.batch_size)
-    in_chat = subject.template in (None, "chat") and bool(getattr(lm.tokenizer, "chat_template", None))
+    in_chat = subject.template in (None, "chat") and bool(
+        getattr(lm.tokenizer, "chat_template", None)
+    )
     turns, notes = _answers(subject, lm, found.rows, in_chat, asked.backend, say)
     lm.say = lambda done, total: say("right answers", done, total)
     firsts = [turn for turn in turns if turn.number == 1]
-    pairs = [(turn.prompt, references[turn.row["id"]][0]) for turn in firsts if turn.row["id"] in references]
+    pairs = [
+        (turn.prompt, references[turn.row["id"]][0])
+        for turn in firsts
+        if turn.row["id"] in references
+    ]
     with quiet():
         gold = perplexity(lm, [pair for pair in pairs if pair[1]])
     _write_fastchat(folder / f"{MT_BENCH}.fastchat.jsonl", subject.name, turns)
     judgements: list[Judgement | None] = [None] * len(turns)
     if judge:
-        kept = AnswerLog(folder / f"{MT_BENCH}.judge.jsonl", {"judge": judge.facts}, force=asked.force)
+        kept = AnswerLog(
+            folder / f"{MT_BENCH}.judge.jsonl", {"judge": judge.facts}, force=asked.force
+        )
         judgements = list(_judged(judge, kept, turns, references, say))
         missing = sum(one is not None and one["rating"] is None for one in judgements)
         if missing:
-            notes.append(f"{missing} of {len(turns)} answers got no rating from the judge, and no mean counts them")
+            notes.append(
+                f"{missing} of {len(turns)} answers got no rating from the judge, and no mean counts them"
+            )
     else:
-        notes.append(f"no judge, no number: answers are in {MT_BENCH}.fastchat.jsonl; name a judge with --judge")
+        notes.append(
+            f"no judge, no number: answers are in {MT_BENCH}.fastchat.jsonl; name a judge with --judge"
+        )
     scores = _scores(turns, judgements)
     result = TaskResult(
         subject.name,
@@ -176,7 +188,9 @@ def _answers(
             _prompt(lm, row["turns"][:number], [turn.answer for turn in before], in_chat)
             for row, before in zip(rows, done, strict=True)
         ]
-        outputs = lm.generate_until([Instance("generate_until", {}, (prompt, settings), 0) for prompt in prompts])
+        outputs = lm.generate_until(
+            [Instance("generate_until", {}, (prompt, settings), 0) for prompt in prompts]
+        )
         for row, before, prompt, output in zip(rows, done, prompts, outputs, strict=True):
             answer, mark, _ = (output, "", "") if in_chat else output.partition(RUNS_ON)
             before.append(_Turn(row, number, prompt, answer.strip(), bool(mark)))
@@ -202,7 +216,9 @@ def _notes(subject: Subject, lm: Any, turns: Sequence[_Turn], in_chat: bool) -> 
     notes = ["asked in the tokenizer's chat template"] if in_chat else []
     ran_on = sum(turn.cut for turn in turns)
     if ran_on:
-        notes.append(f"{ran_on} of {len(turns)} answers ran on into an instruction of their own and were cut there")
+        notes.append(
+            f"{ran_on} of {len(turns)} answers ran on into an instruction of their own and were cut there"
+        )
     notes += lm.notes()
     if not in_chat and subject.template not in (None, "alpaca"):
         notes.append(f"trained in the template {subject.template!r}, asked in Alpaca's")
@@ -219,7 +235,9 @@ def _judged(
     for turn in turns:
         so_far = [other for other in turns if other.row is turn.row and other.number <= turn.number]
         right = references.get(turn.row["id"], [])
-        messages = conversation(turn.row["turns"][: turn.number], [other.answer for other in so_far], right)
+        messages = conversation(
+            turn.row["turns"][: turn.number], [other.answer for other in so_far], right
+        )
         keys.append(request_key("judgement", messages))
         asked[keys[-1]] = (turn, messages)
     left = [key for key in asked if key not in log.answers]
@@ -235,7 +253,19 @@ def _judged(
             failed.append(error)
             return
         with one_at_a_time:
-            log.add([(key, {"id": turn.row["id"], "turn": turn.number, "rating": rating, "replies": replies})])
+            log.add(
+                [
+                    (
+                        key,
+                        {
+                            "id": turn.row["id"],
+                            "turn": turn.number,
+                            "rating": rating,
+                            "replies": replies,
+                        },
+                    )
+                ]
+            )
             say("judged", sum(key in log.answers for key in asked), len(asked))
 
     with ThreadPoolExecutor(judge.jobs) as pool:
@@ -250,13 +280,21 @@ def _judged(
 
 def _scores(turns: Sequence[_Turn], judgements: Sequence[Judgement | None]) -> dict[str, Score]:
     """Means of ratings: of all, by turn, by category."""
-    rated = [(turn, one["rating"]) for turn, one in zip(turns, judgements, strict=True) if one and one["rating"]]
+    rated = [
+        (turn, one["rating"])
+        for turn, one in zip(turns, judgements, strict=True)
+        if one and one["rating"]
+    ]
     groups: dict[str, list[tuple[Any, float]]] = {}
     for turn, rating in rated:
         for name in ("judge", f"judge, turn {turn.number}", f"judge, {turn.row['category']}"):
             groups.setdefault(name, []).append((turn.row["id"], rating))
     order = ["judge", "judge, turn 1", "judge, turn 2"]
-    return {name: _score(groups[name]) for name in [*order, *(g for g in groups if g not in order)] if name in groups}
+    return {
+        name: _score(groups[name])
+        for name in [*order, *(g for g in groups if g not in order)]
+        if name in groups
+    }
 
 
 def _score(rated: Sequence[tuple[Any, float]]) -> Score:
@@ -269,7 +307,9 @@ def _score(rated: Sequence[tuple[Any, float]]) -> Score:
     if len(means) < 2:
         return Score(value, None, None, len(rated))
     error = statistics.stdev(means) / math.sqrt(len(means))
-    return Score(value, error, (max(LEAST, value - Z * error), min(MOST, value + Z * error)), len(rated))
+    return Score(
+        value, error, (max(LEAST, value - Z * error), min(MOST, value + Z * error)), len(rated)
+    )
 
 
 def _write_fastchat(path: Path, model: str, turns: Sequence[_Turn]) -> None:

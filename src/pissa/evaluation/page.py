@@ -66,7 +66,11 @@ def write_results(found: list[TaskResult], out: Path) -> Path:
         OutputError: it cannot be written.
     """
     found = bases_first(found)
-    pairs = {(one.model, one.task, one.track): pair for one in found if (pair := against_base(one, found, out))}
+    pairs = {
+        (one.model, one.task, one.track): pair
+        for one in found
+        if (pair := against_base(one, found, out))
+    }
     packages = sorted({name for one in found for name in one.versions})
     html = render(
         "results.html",
@@ -78,8 +82,12 @@ def write_results(found: list[TaskResult], out: Path) -> Path:
         asked=_asked,
         others=_others,
         settings=_settings,
-        link=lambda model, task, track: quote(os.fsencode(f"{model}/{file_stem(task, track)}.html")),
-        versions={name: sorted({one.versions.get(name, "none") for one in found}) for name in packages},
+        link=lambda model, task, track: quote(
+            os.fsencode(f"{model}/{file_stem(task, track)}.html")
+        ),
+        versions={
+            name: sorted({one.versions.get(name, "none") for one in found}) for name in packages
+        },
     )
     return write_page(out / "results.html", visible(html))
 
@@ -124,17 +132,23 @@ def results_table(found: list[TaskResult]) -> list[str]:
     """
     lines: list[str] = []
     for table in tables(found):
-        titles = [f"{task}, {title}" for task, group in table.columns.items() for title in group.values()]
+        titles = [
+            f"{task}, {title}" for task, group in table.columns.items() for title in group.values()
+        ]
         lines += [f"{table.track.capitalize()} track:", ""]
         lines += [_row("model", *titles), _row("---", *["---:"] * len(titles))]
         for model, by_task in table.rows.items():
-            cells = [by_task.get(task, [["–"]] * len(group)) for task, group in table.columns.items()]
+            cells = [
+                by_task.get(task, [["–"]] * len(group)) for task, group in table.columns.items()
+            ]
             lines.append(_row(model, *("; ".join(inside) for group in cells for inside in group)))
         lines.append("")
     return lines[:-1]
 
 
-def tables(found: Sequence[TaskResult], pairs: Mapping[tuple[str, str, str], Paired] | None = None) -> list[Table]:
+def tables(
+    found: Sequence[TaskResult], pairs: Mapping[tuple[str, str, str], Paired] | None = None
+) -> list[Table]:
     """One table a track: bases first, then the others in their order.
 
     Args:
@@ -147,7 +161,10 @@ def tables(found: Sequence[TaskResult], pairs: Mapping[tuple[str, str, str], Pai
         columns = {task: _columns(group) for task, group in _by(own, lambda one: one.task).items()}
         rows = {
             model: {
-                one.task: [_cell(one, key, (pairs or {}).get((model, one.task, track))) for key in columns[one.task]]
+                one.task: [
+                    _cell(one, key, (pairs or {}).get((model, one.task, track)))
+                    for key in columns[one.task]
+                ]
                 for one in group
             }
             for model, group in _by(own, lambda one: one.model).items()
@@ -164,9 +181,13 @@ def figure(key: str, score: Score) -> list[str]:
         score: what it came to.
     """
     if key.rpartition(": ")[2].partition(",")[0] not in SHARES:
-        return [number(score.value) + ("" if score.stderr is None else f" ± {number(score.stderr)}")]
+        return [
+            number(score.value) + ("" if score.stderr is None else f" ± {number(score.stderr)}")
+        ]
     error = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
-    between = ["{:.1f}–{:.1f}".format(*(100 * end for end in score.interval))] if score.interval else []
+    between = (
+        ["{:.1f}–{:.1f}".format(*(100 * end for end in score.interval))] if score.interval else []
+    )
     return [f"{100 * score.value:.1f}{error} %", *between]
 
 
@@ -184,7 +205,9 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(map(cell, cells))} |"
 
 
-def _by(found: Iterable[TaskResult], key: Callable[[TaskResult], Any]) -> dict[Any, list[TaskResult]]:
+def _by(
+    found: Iterable[TaskResult], key: Callable[[TaskResult], Any]
+) -> dict[Any, list[TaskResult]]:
     groups: dict[Any, list[TaskResult]] = {}
     for one in found:
         groups.setdefault(key(one), []).append(one)
@@ -194,8 +217,13 @@ def _by(found: Iterable[TaskResult], key: Callable[[TaskResult], Any]) -> dict[A
 def _columns(group: Sequence[TaskResult]) -> dict[str, str]:
     """Of one task: all its results are of one track, and have one headline."""
     headline = next((one.headline for one in group if one.headline), "")
-    further = {"authors": any("authors" in one.scores for one in group), "gold": any(one.gold for one in group)}
-    return {key: _title(key) for key in (headline, *(key for key, there in further.items() if there))}
+    further = {
+        "authors": any("authors" in one.scores for one in group),
+        "gold": any(one.gold for one in group),
+    }
+    return {
+        key: _title(key) for key in (headline, *(key for key, there in further.items() if there))
+    }
 
 
 def _cell(one: TaskResult, key: str, pair: Paired | None) -> list[str]:
@@ -216,7 +244,11 @@ def _title(key: str) -> str:
 
 def _others(one: TaskResult) -> dict[str, list[str]]:
     """Scores that the table leaves out."""
-    return {_title(k): figure(k, score) for k, score in one.scores.items() if k not in (one.headline, "authors")}
+    return {
+        _title(k): figure(k, score)
+        for k, score in one.scores.items()
+        if k not in (one.headline, "authors")
+    }
 
 
 def _asked(one: TaskResult) -> str:
@@ -234,13 +266,21 @@ def _limited(one: TaskResult) -> str:
 
 
 def _settings(one: TaskResult) -> str:
-    told = {key: value for key, value in one.settings.items() if key not in ("model", "task", "track", "data", "limit")}
+    told = {
+        key: value
+        for key, value in one.settings.items()
+        if key not in ("model", "task", "track", "data", "limit")
+    }
     return ", ".join(f"{key.replace('_', ' ')} {plain(value)}" for key, value in told.items())
 
 
 def _warnings(found: Sequence[TaskResult]) -> list[str]:
     """What must be known before a number is quoted, the same sentence once for all models."""
-    notes = [(f"{one.task}: not all questions were asked, only {_limited(one)}", one) for one in found if _limited(one)]
+    notes = [
+        (f"{one.task}: not all questions were asked, only {_limited(one)}", one)
+        for one in found
+        if _limited(one)
+    ]
     notes += [(f"{one.task}: {note}", one) for one in found for note in one.notes]
     notes += [(f"{one.task}: {_cut(one.gold)}", one) for one in found if one.gold and one.gold.cut]
     told: dict[str, list[str]] = {}
@@ -289,7 +329,11 @@ def _short(text: str, most: int = 60) -> str:
 def _filters(answers: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
     """By name the label of a filter and how many answers it shows; what none has, needs none."""
     counts = Counter(answer["verdict"] for answer in answers)
-    filters = {"all": ("all", len(answers)), "right": ("right", counts["right"]), "wrong": ("wrong", counts["wrong"])}
+    filters = {
+        "all": ("all", len(answers)),
+        "right": ("right", counts["right"]),
+        "wrong": ("wrong", counts["wrong"]),
+    }
     if counts["no verdict"]:
         filters["open"] = ("no verdict", counts["no verdict"])
     if any(answer["authors"] for answer in answers):

@@ -53,10 +53,16 @@ def paired(first: Iterable[dict[str, Any]], second: Iterable[dict[str, Any]]) ->
         None where they have no question with a verdict in common.
     """
     verdicts = [
-        {(one["id"], one["prompt"]): one["correct"] for one in samples if one["correct"] is not None}
+        {
+            (one["id"], one["prompt"]): one["correct"]
+            for one in samples
+            if one["correct"] is not None
+        }
         for samples in (first, second)
     ]
-    common = [(verdicts[0][key], verdicts[1][key]) for key in verdicts[0].keys() & verdicts[1].keys()]
+    common = [
+        (verdicts[0][key], verdicts[1][key]) for key in verdicts[0].keys() & verdicts[1].keys()
+    ]
     counted = Counter(common)
     return Paired(counted[True, False], counted[False, True], len(common)) if common else None
 
@@ -64,7 +70,9 @@ def paired(first: Iterable[dict[str, Any]], second: Iterable[dict[str, Any]]) ->
 def bases(found: Sequence[TaskResult]) -> list[str]:
     """The models that results name as their base, in the order of the results."""
     named = {os.path.realpath(base) for one in found if (base := one.identity.get("base"))}
-    return list(dict.fromkeys(one.model for one in found if os.path.realpath(one.identity["path"]) in named))
+    return list(
+        dict.fromkeys(one.model for one in found if os.path.realpath(one.identity["path"]) in named)
+    )
 
 
 def bases_first(found: Sequence[TaskResult]) -> list[TaskResult]:
@@ -87,13 +95,20 @@ def against_base(one: TaskResult, found: Sequence[TaskResult], out: Path) -> Pai
     named = one.identity.get("base")
     asked = [other for other in found if (other.task, other.track) == (one.task, one.track)]
     origins = [
-        other for other in asked if named and os.path.realpath(other.identity["path"]) == os.path.realpath(named)
+        other
+        for other in asked
+        if named and os.path.realpath(other.identity["path"]) == os.path.realpath(named)
     ]
     if len(origins) > 1:  # in several dtypes
-        origins = [other for other in origins if other.settings.get("dtype") == one.settings.get("dtype")]
+        origins = [
+            other for other in origins if other.settings.get("dtype") == one.settings.get("dtype")
+        ]
     if len(origins) != 1:
         return None
-    files = [out / who.model / f"{file_stem(who.task, who.track)}.samples.jsonl" for who in (one, *origins)]
+    files = [
+        out / who.model / f"{file_stem(who.task, who.track)}.samples.jsonl"
+        for who in (one, *origins)
+    ]
     return paired(*map(_samples, files)) if all(file.is_file() for file in files) else None
 
 

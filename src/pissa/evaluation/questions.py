@@ -29,7 +29,12 @@ class Source:
 
 SOURCES = {
     "gsm8k": Source("openai/gsm8k:main", "test", ("gsm8k/test", "gsm8k"), ("question", "answer")),
-    "math": Source("HuggingFaceH4/MATH-500", "test", ("math/test", "math500/test", "math"), ("problem", "answer")),
+    "math": Source(
+        "HuggingFaceH4/MATH-500",
+        "test",
+        ("math/test", "math500/test", "math"),
+        ("problem", "answer"),
+    ),
     "humaneval": Source(
         "openai/openai_humaneval",
         "test",
@@ -43,12 +48,20 @@ SOURCES = {
         ("task_id", "text", "test_list"),
     ),
     "mt_bench": Source(
-        "HuggingFaceH4/mt_bench_prompts", "train", ("mt_bench/question", "mt_bench/test"), ("id", "category", "turns")
+        "HuggingFaceH4/mt_bench_prompts",
+        "train",
+        ("mt_bench/question", "mt_bench/test"),
+        ("id", "category", "turns"),
     ),
 }
 EXAMPLES = {
     "gsm8k": Source("openai/gsm8k:main", "train", ("gsm8k/train",), ("question", "answer")),
-    "mbpp": Source("google-research-datasets/mbpp:full", "prompt", ("mbpp/mbpp", "mbpp/prompt"), ("text", "code")),
+    "mbpp": Source(
+        "google-research-datasets/mbpp:full",
+        "prompt",
+        ("mbpp/mbpp", "mbpp/prompt"),
+        ("text", "code"),
+    ),
 }
 """Of the few-shot prompts of the standard track, where a task draws them from its data."""
 MBPP_TEST = range(11, 511)
@@ -70,7 +83,9 @@ class Questions:
     examples: Questions | None = None
 
 
-def questions(task: str, data: str | Path | None = None, limit: int | None = None, *, whole: bool = False) -> Questions:
+def questions(
+    task: str, data: str | Path | None = None, limit: int | None = None, *, whole: bool = False
+) -> Questions:
     """The questions of a benchmark.
 
     Args:
@@ -92,7 +107,11 @@ def examples(task: str, data: str | Path | None = None) -> Questions | None:
 
 
 def _read(
-    task: str, source: Source, data: str | Path | None, limit: int | None = None, tests: range | None = None
+    task: str,
+    source: Source,
+    data: str | Path | None,
+    limit: int | None = None,
+    tests: range | None = None,
 ) -> Questions:
     place = source.hub if data is None else str(_file(task, source, Path(data).expanduser()))
     found, facts = read(place, source.split)
@@ -114,7 +133,9 @@ def _file(task: str, source: Source, folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     stems = " or ".join(source.files)
-    raise DataError(f"{folder} holds no {stems} ({', '.join(READERS)}), where the questions of {task} are looked for")
+    raise DataError(
+        f"{folder} holds no {stems} ({', '.join(READERS)}), where the questions of {task} are looked for"
+    )
 
 
 def _named(task: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,17 @@ from typing import Any
 from pissa.errors import CheckpointError
 
 FORMAT = 1
-SHARES = ("ours", "authors", "pass@1", "acc", "acc_norm", "acc_mutual_info", "em", "exact_match", "math_verify")
+SHARES = (
+    "ours",
+    "authors",
+    "pass@1",
+    "acc",
+    "acc_norm",
+    "acc_mutual_info",
+    "em",
+    "exact_match",
+    "math_verify",
+)
 """Scores that are means of right and wrong, so that percent fits; others keep the scorer's own unit."""
 
 
@@ -93,11 +103,17 @@ class TaskResult:
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, expected {FORMAT}")
             scores = {
-                name: Score(**{**score, "interval": tuple(score["interval"]) if score["interval"] else None})
+                name: Score(
+                    **{**score, "interval": tuple(score["interval"]) if score["interval"] else None}
+                )
                 for name, score in data["scores"].items()
             }
             gold = Perplexity(**data["gold"]) if data["gold"] else None
-            rest = {key: value for key, value in data.items() if key not in ("format", "scores", "gold")}
+            rest = {
+                key: value for key, value in data.items() if key not in ("format", "scores", "gold")
+            }
             return cls(scores=scores, gold=gold, **rest)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{where} is no result of pissa eval ({error}): delete it, and run again") from error
+            raise CheckpointError(
+                f"{where} is no result of pissa eval ({error}): delete it, and run again"
+            ) from error

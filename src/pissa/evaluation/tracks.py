@@ -94,7 +94,9 @@ def protocol(task: str, track: str) -> Protocol:
         headline = "ours" if task != MT_BENCH else "judge"
         return Protocol(task, track, harness, _PAPER[task], headline, task in CODE)
     if task == MT_BENCH:
-        raise ConfigError("task is mt_bench, which the harness does not have: leave it out, or use --track paper")
+        raise ConfigError(
+            "task is mt_bench, which the harness does not have: leave it out, or use --track paper"
+        )
     harness, headline, folder = _STANDARD.get(task, (task, "", None))
     run = "; programs run behind our walls" if task in CODE else ""
     says = f"lm-evaluation-harness, task {harness.removeprefix('pissa_standard_')}, as it is{run}"

@@ -94,7 +94,9 @@ def read_text(path: Path) -> tuple[str, dict[str, Any]]:
         rows, _ = read(str(path), "text")
         for row in rows:
             if not isinstance(row.fields.get("text"), str):
-                raise DataError(f"{row.where}: got fields {', '.join(row.fields)}, expected a text in `text`")
+                raise DataError(
+                    f"{row.where}: got fields {', '.join(row.fields)}, expected a text in `text`"
+                )
         content = "\n\n".join(row.fields["text"] for row in rows)
     else:
         try:
@@ -109,7 +111,9 @@ def encode(tokenizer: Any, content: str) -> list[int]:
     return list(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def windows(model: Any, tokenizer: Any, ids: list[int], max_length: int, batch_size: int) -> list[Tensor]:
+def windows(
+    model: Any, tokenizer: Any, ids: list[int], max_length: int, batch_size: int
+) -> list[Tensor]:
     """Batches of token ids [windows, tokens], equally long; the last window may be shorter and is a batch of its own.
 
     Args:
@@ -122,8 +126,15 @@ def windows(model: Any, tokenizer: Any, ids: list[int], max_length: int, batch_s
     Raises:
         DataError: too little text.
     """
-    with_marks, bare = tokenizer("x")["input_ids"], tokenizer("x", add_special_tokens=False)["input_ids"]
-    begin = with_marks[:1] if with_marks[0] == tokenizer.bos_token_id and with_marks[:1] != bare[:1] else []
+    with_marks, bare = (
+        tokenizer("x")["input_ids"],
+        tokenizer("x", add_special_tokens=False)["input_ids"],
+    )
+    begin = (
+        with_marks[:1]
+        if with_marks[0] == tokenizer.bos_token_id and with_marks[:1] != bare[:1]
+        else []
+    )
     length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
     step = length - len(begin)
     parts = [begin + ids[at : at + step] for at in range(0, len(ids), step)]
@@ -157,7 +168,9 @@ def check_tokenizer(other: Any, tokenizer: Any, content: str, ids: list[int], pa
             f"{ours.get(odd[0][0])} in the base. Compare models with one vocabulary"
         )
     if encode(other, content)[: len(ids)] != ids:
-        raise InputError(f"{path} has the base's vocabulary and splits the text otherwise: copy the base's tokenizer")
+        raise InputError(
+            f"{path} has the base's vocabulary and splits the text otherwise: copy the base's tokenizer"
+        )
 
 
 @torch.no_grad()
@@ -181,7 +194,8 @@ def compare(base: Any, model: Any, batch: Tensor, name: str) -> list[Compared]:
             "their distributions are over different tokens"
         )
     return [
-        _compare(*window) for window in zip(ours, theirs.to(ours.device), batch[:, 1:].to(ours.device), strict=True)
+        _compare(*window)
+        for window in zip(ours, theirs.to(ours.device), batch[:, 1:].to(ours.device), strict=True)
     ]
 
 
@@ -235,7 +249,9 @@ def mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | N
     return value, math.sqrt(squares * windows / (windows - 1)) / total
 
 
-def mean_row(name: str, kind: str, identity: dict[str, Any], dtype: str, found: Sequence[Compared]) -> Row:
+def mean_row(
+    name: str, kind: str, identity: dict[str, Any], dtype: str, found: Sequence[Compared]
+) -> Row:
     """One model over all windows.
 
     Args:

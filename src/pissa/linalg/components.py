@@ -48,9 +48,17 @@ class Components:
         rows = self.rows + other.rows
         step = other.mean - self.mean
         between = (self.rows * other.rows / rows) ** 0.5 * step
-        stack = torch.cat([self.values[:, None] * self.vectors, other.values[:, None] * other.vectors, between[None]])
+        stack = torch.cat(
+            [
+                self.values[:, None] * self.vectors,
+                other.values[:, None] * other.vectors,
+                between[None],
+            ]
+        )
         energy = self.energy + other.energy + _energy(between)
-        return Components(self.mean + other.rows / rows * step, *_leading(stack, most), rows, energy)
+        return Components(
+            self.mean + other.rows / rows * step, *_leading(stack, most), rows, energy
+        )
 
     def leading(self, most: int) -> Components:
         """The first `most` of the components."""

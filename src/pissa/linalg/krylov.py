@@ -49,7 +49,9 @@ class KrylovSpace:
         seed: of the random blocks, drawn on the CPU.
     """
 
-    def __init__(self, weight: Tensor, products: torch.dtype, block: int, capacity: int, seed: int) -> None:
+    def __init__(
+        self, weight: Tensor, products: torch.dtype, block: int, capacity: int, seed: int
+    ) -> None:
         rows, columns = weight.shape
         self.weight, self.products, self.size = weight, products, 0
         self.dtype = torch.promote_types(products, torch.float32)
@@ -72,7 +74,9 @@ class KrylovSpace:
         """Go on from a block [n, b] and `fresh` random columns, instead of from where the space ends."""
         random = self._random(fresh)
         self._returned = None
-        self._outside = self._orthonormal(random if block is None else torch.cat([block, random], dim=1))
+        self._outside = self._orthonormal(
+            random if block is None else torch.cat([block, random], dim=1)
+        )
 
     def outside(self) -> Tensor:
         """The next block [n, b]: G times the last one = (inside the space) + outside @ coupling."""
@@ -92,7 +96,9 @@ class KrylovSpace:
 
     def transposed_times(self, image: Tensor) -> Tensor:
         """``W^T image``, [n, b]."""
-        returned = torch.zeros(self.weight.shape[1], image.shape[1], dtype=self.dtype, device=image.device)
+        returned = torch.zeros(
+            self.weight.shape[1], image.shape[1], dtype=self.dtype, device=image.device
+        )
         for rows, part in self._panels(image):
             returned += rows.T @ part.to(self.products)
         return returned
@@ -119,7 +125,10 @@ class KrylovSpace:
         old, self.size = self.size, self.size + block.shape[1]
         self.basis[old : self.size], self.images[old : self.size] = block.T, image.T
         gram = self.images[: self.size] @ image
-        self.projected[: self.size, old : self.size], self.projected[old : self.size, : self.size] = gram, gram.T
+        (
+            self.projected[: self.size, old : self.size],
+            self.projected[old : self.size, : self.size],
+        ) = gram, gram.T
 
     def _orthonormal(self, block: Tensor) -> Tensor:
         """An orthonormal block spanning what `block` has outside the space; sets `coupling`."""
@@ -138,7 +147,9 @@ class KrylovSpace:
         return block - basis.T @ (basis @ block)
 
     def _random(self, columns: int) -> Tensor:
-        block = torch.randn(self.weight.shape[1], columns, generator=self._generator, dtype=torch.float32)
+        block = torch.randn(
+            self.weight.shape[1], columns, generator=self._generator, dtype=torch.float32
+        )
         return block.to(self.weight.device, self.dtype)
 
     def _panels(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -43,7 +43,9 @@ MOST = 0.9
 """Share of the matrix's columns beyond which LAPACK does it."""
 
 
-def leading_triplets(weight: Tensor, rank: int, seed: int, near: Triplets | None = None) -> Triplets | None:
+def leading_triplets(
+    weight: Tensor, rank: int, seed: int, near: Triplets | None = None
+) -> Triplets | None:
     """The `rank` leading singular triplets, approximately.
 
     Args:
@@ -77,10 +79,14 @@ def leading_triplets(weight: Tensor, rank: int, seed: int, near: Triplets | None
     space.products = space.dtype
     image, returned = space.times(basis)
     left, R = thin_qr(image)
-    return _swapped(_rotated(torch.linalg.solve_triangular(R, returned, upper=True, left=False), left))
+    return _swapped(
+        _rotated(torch.linalg.solve_triangular(R, returned, upper=True, left=False), left)
+    )
 
 
-def certified_triplets(weight: Tensor, rank: int, seed: int, tolerance: float) -> tuple[Triplets, Bounds] | None:
+def certified_triplets(
+    weight: Tensor, rank: int, seed: int, tolerance: float
+) -> tuple[Triplets, Bounds] | None:
     """The `rank` leading singular triplets with bounds on what they miss, both at most `tolerance`.
 
     With Ritz values t_1 >= t_2 >= ... of G = W^T W, the first k > r Ritz vectors V, their residuals
@@ -110,7 +116,9 @@ def certified_triplets(weight: Tensor, rank: int, seed: int, tolerance: float) -
     capacity = most + PROBES * PROBE + block
     space = _space(weight, [torch.float32, torch.float64], DROWNED_FOR_BOUNDS, rank, capacity, seed)
     size = _size(rank, FIRST_SIZE if space.products == torch.float32 else STEEP_SIZE)
-    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(
+        weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32)
+    )
     energy = float(norms.double().square().sum())
     reached: list[tuple[int, float]] = []
     while size <= most:
@@ -122,7 +130,9 @@ def certified_triplets(weight: Tensor, rank: int, seed: int, tolerance: float) -
             triplets, residual, bounds = _bounded_triplets(space, rank, energy, tolerance)
             if max(bounds) <= tolerance:
                 return triplets, bounds
-            space.follow(residual @ torch.linalg.eigh(residual.T @ residual).eigenvectors[:, -block:])
+            space.follow(
+                residual @ torch.linalg.eigh(residual.T @ residual).eigenvectors[:, -block:]
+            )
         reached.append((space.size, max(bounds)))
         size = _next_size(reached, tolerance, block)
         if space.size < most:
@@ -164,7 +174,10 @@ def _inexactness(S: Tensor, Vh: Tensor, residual: Tensor) -> float:
     turned.diagonal().sub_(1)
     scale = S.double().clamp_min(FLOOR * float(S[0]))
     within = (Vh @ residual).double() / scale / scale[:, None]
-    return sum(float(torch.linalg.eigvalsh((part + part.T) / 2).abs().max()) / 2 for part in (turned, within))
+    return sum(
+        float(torch.linalg.eigvalsh((part + part.T) / 2).abs().max()) / 2
+        for part in (turned, within)
+    )
 
 
 def _bounds(values: Tensor, squares: Tensor, rank: int, energy: float, tolerance: float) -> Bounds:
@@ -182,7 +195,11 @@ def _bounds(values: Tensor, squares: Tensor, rank: int, energy: float, tolerance
     rest = float(values[-1] + squares[-1, -1].clamp_min(0).sqrt())
     last, floor = float(kept[rank - 1]), FLOOR**2 * float(kept[0])
     room = max(last - rest, tolerance * last, floor)
-    highest = torch.linalg.eigvalsh(torch.diag(kept) + squares[:-1, :-1] / room).flip(0)[:rank].clamp_min(rest + room)
+    highest = (
+        torch.linalg.eigvalsh(torch.diag(kept) + squares[:-1, :-1] / room)
+        .flip(0)[:rank]
+        .clamp_min(rest + room)
+    )
     kept = kept[:rank]
     missed = (highest - kept).clamp_min(0)
     scale = torch.where(kept > floor, kept, kept[0])
@@ -202,7 +219,12 @@ def _next_size(reached: list[tuple[int, float]], tolerance: float, block: int) -
 
 
 def _space(
-    weight: Tensor, dtypes: list[torch.dtype], drowned: dict[torch.dtype, float], rank: int, capacity: int, seed: int
+    weight: Tensor,
+    dtypes: list[torch.dtype],
+    drowned: dict[torch.dtype, float],
+    rank: int,
+    capacity: int,
+    seed: int,
 ) -> KrylovSpace:
     """A space begun in the first of the dtypes in which the wanted singular values do not drown, or the last."""
     block = _block(rank)

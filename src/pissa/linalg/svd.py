@@ -108,7 +108,9 @@ def full_svd(weight: Tensor) -> LowRank:
     scaled, exponent = _ordinary(weight)
     if scaled is None:
         return _zero(weight, min(weight.shape))
-    triplets, _ = _lapack(scaled, min(weight.shape), torch.promote_types(weight.dtype, torch.float32))
+    triplets, _ = _lapack(
+        scaled, min(weight.shape), torch.promote_types(weight.dtype, torch.float32)
+    )
     return _signed(triplets, None, exponent)
 
 
@@ -123,7 +125,9 @@ def _ordinary(weight: Tensor) -> tuple[Tensor | None, float]:
     return weight.to(torch.promote_types(weight.dtype, torch.float32)) / exponent, exponent
 
 
-def _certified(weight: Tensor, rank: int, seed: int, tolerance: float) -> tuple[Triplets, Certificate]:
+def _certified(
+    weight: Tensor, rank: int, seed: int, tolerance: float
+) -> tuple[Triplets, Certificate]:
     compute = torch.promote_types(weight.dtype, torch.float32)
     found = certified_triplets(weight, rank, seed, tolerance) if min(weight.shape) > SMALL else None
     if found:
@@ -134,7 +138,9 @@ def _certified(weight: Tensor, rank: int, seed: int, tolerance: float) -> tuple[
     return (U, S, Vh), certificate
 
 
-def _lapack(weight: Tensor, rank: int, dtype: torch.dtype, tolerance: float = math.inf) -> tuple[Triplets, Certificate]:
+def _lapack(
+    weight: Tensor, rank: int, dtype: torch.dtype, tolerance: float = math.inf
+) -> tuple[Triplets, Certificate]:
     """The full decomposition, cut off; in float64 if that of `dtype` does not meet the tolerance."""
     # CUDA's default is Jacobi's method, which stops where singular values are off by 5e-4 in float32.
     driver = "gesvd" if weight.is_cuda else None
@@ -157,7 +163,9 @@ def _signed(triplets: Triplets, certificate: Certificate | None, exponent: float
     U, S, Vh = triplets
     picked = U.gather(0, U.abs().argmax(dim=0, keepdim=True))[0]
     signs = torch.where(picked < 0, -1.0, 1.0).to(U)
-    return LowRank((U * signs).contiguous(), S * exponent, (signs[:, None] * Vh).contiguous(), certificate)
+    return LowRank(
+        (U * signs).contiguous(), S * exponent, (signs[:, None] * Vh).contiguous(), certificate
+    )
 
 
 def _zero(weight: Tensor, rank: int) -> LowRank:

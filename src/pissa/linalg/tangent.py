@@ -42,7 +42,12 @@ class Tangent:
     def updates(self, gradient_left: Tensor, gradient_right: Tensor) -> tuple[Tensor, Tensor]:
         """(uB [out, r], uA [r, in]), to be subtracted like gradients, from (gB, gA)."""
         l, u = self._l + self._ridge, self._u + self._ridge  # noqa: E741 the docstring's letter
-        B, A, gB, gA = self.left @ self._P, self._Q.T @ self.right, gradient_left @ self._Q, self._P.T @ gradient_right
+        B, A, gB, gA = (
+            self.left @ self._P,
+            self._Q.T @ self.right,
+            gradient_left @ self._Q,
+            self._P.T @ gradient_right,
+        )
         K = (B.T @ gB) * _inverse(l[:, None] + self._u)
         update_left, update_right = (gB - B @ K) * _inverse(u), (gA - K @ A) * _inverse(l)[:, None]
         return update_left @ self._Q.T / self.scale**2, self._P @ update_right / self.scale**2

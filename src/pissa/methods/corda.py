@@ -66,7 +66,9 @@ def corda(
         full = full_svd(weighted)
         part = LowRank(full.U[:, -rank:], full.S[-rank:], full.Vh[-rank:])
     compute = torch.promote_types(weight.dtype, torch.float32)
-    left, right = (factor.to(compute) for factor in _factors(part, W, scale, torch.finfo(compute).eps))
+    left, right = (
+        factor.to(compute) for factor in _factors(part, W, scale, torch.finfo(compute).eps)
+    )
     return Split(weight, left, right, scale=scale)
 
 
@@ -74,7 +76,9 @@ def _damped(covariance: Tensor, W: Tensor, normalised: bool, name: str) -> Tenso
     """The covariance as all else uses it, [in, in] float64, positive definite."""
     width = W.shape[1]
     if covariance.shape != (width, width):
-        raise InputError(f"the covariance of `{name}` is {list(covariance.shape)}, expected [{width}, {width}]")
+        raise InputError(
+            f"the covariance of `{name}` is {list(covariance.shape)}, expected [{width}, {width}]"
+        )
     C = covariance.to(W)
     mean = C.diagonal().mean()
     if not mean > 0:

@@ -26,7 +26,9 @@ from pissa.splits import Split
 def _shares(weight: Tensor, components: Components, rank: int, *, rho: float) -> Tensor:
     """What each component explains of its layer's variance, as many as the layer may get."""
     if not rho >= 1:
-        raise InputError(f"eva: rho is {rho}, expected at least 1, which gives every layer the same rank")
+        raise InputError(
+            f"eva: rho is {rho}, expected at least 1, which gives every layer the same rank"
+        )
     return components.shares[: min(round(rho * rank), *weight.shape)]
 
 
@@ -66,7 +68,9 @@ def eva(
     """
     vectors = components.vectors
     if vectors.shape[1] != weight.shape[1]:
-        raise InputError(f"the inputs of `{name}` are {vectors.shape[1]} wide, expected {weight.shape[1]}")
+        raise InputError(
+            f"the inputs of `{name}` are {vectors.shape[1]} wide, expected {weight.shape[1]}"
+        )
     if len(vectors) < rank:
         raise InputError(
             f"{components.rows} rows of inputs of `{name}` gave {len(vectors)} components, rank {rank} needs as many: "

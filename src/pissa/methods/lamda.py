@@ -50,7 +50,9 @@ def by_energy(scores: dict[str, Tensor], rank: int, *, eta: float) -> dict[str, 
     return ranks
 
 
-def _split(weight: Tensor, rank: int, scale: float, svd: str | float, seed: int, name: str, eta: float) -> Split:
+def _split(
+    weight: Tensor, rank: int, scale: float, svd: str | float, seed: int, name: str, eta: float
+) -> Split:
     if not 0 < eta <= 1:
         raise InputError(f"lamda: eta is {eta}, expected a share of the steps above 0, up to 1")
     top = truncated_svd(weight, rank, svd, seed=seed, name=name)
@@ -67,7 +69,14 @@ def _split(weight: Tensor, rank: int, scale: float, svd: str | float, seed: int,
     schedule="pissa.training.closing:CloseLeft",
 )
 def lamda(
-    weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str, eta: float = 0.3
+    weight: Tensor,
+    rank: int,
+    *,
+    scale: float,
+    svd: str | float,
+    seed: int,
+    name: str,
+    eta: float = 0.3,
 ) -> Split:
     """The top singular triplets with the singular values in the core; `eta` is for the training that follows."""
     return _split(weight, rank, scale, svd, seed, name, eta)
@@ -84,7 +93,14 @@ def lamda(
     schedule="pissa.training.closing:CloseLeft",
 )
 def lamda_plus(
-    weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str, eta: float = 0.3
+    weight: Tensor,
+    rank: int,
+    *,
+    scale: float,
+    svd: str | float,
+    seed: int,
+    name: str,
+    eta: float = 0.3,
 ) -> Split:
     """The same split at the layer's own rank."""
     return _split(weight, rank, scale, svd, seed, name, eta)

@@ -35,4 +35,6 @@ def loftq(
     quantisation: Quantisation,
 ) -> Split:
     """The best low-rank part of the quantisation error, in turn with the quantised rest."""
-    return alternate(weight, rank, quantisation, principal=False, scale=scale, svd=svd, seed=seed, name=name)
+    return alternate(
+        weight, rank, quantisation, principal=False, scale=scale, svd=svd, seed=seed, name=name
+    )

@@ -22,6 +22,8 @@ from pissa.splits import Split
     verdict="the reference; tune its learning rate before believing that another method is better",
     zero_start=True,
 )
-def lora(weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str) -> Split:
+def lora(
+    weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str
+) -> Split:
     """Noise on the right, zero on the left."""
     return noise_beside_zero(weight, rank, scale, tensor_seed(seed, name))

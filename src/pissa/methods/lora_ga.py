@@ -47,7 +47,9 @@ def lora_ga(
     """
     _check(weight, rank, name, gradient, gamma)
     compute = torch.promote_types(weight.dtype, torch.float32)
-    leading = truncated_svd(gradient.to(weight.device, compute), 2 * rank, svd, seed=seed, name=name)
+    leading = truncated_svd(
+        gradient.to(weight.device, compute), 2 * rank, svd, seed=seed, name=name
+    )
     kappa = weight.shape[0] ** 0.25 / gamma**0.5
     return Split(weight, kappa * leading.U[:, rank:], kappa * leading.Vh[:rank], scale=scale)
 
@@ -60,11 +62,15 @@ def _check(weight: Tensor, rank: int, name: str, gradient: Tensor, gamma: float)
             f"{min(weight.shape)}: ranks up to {most} fit; take one with --rank or leave it out of --targets"
         )
     if gradient.shape != weight.shape:
-        raise InputError(f"the gradient of `{name}` is {list(gradient.shape)}, expected {list(weight.shape)}")
+        raise InputError(
+            f"the gradient of `{name}` is {list(gradient.shape)}, expected {list(weight.shape)}"
+        )
     if not gradient.any():
         raise InputError(
             f"the gradient of `{name}` is zero: no calibration row reaches this layer; "
             "give more rows or leave it out of --targets"
         )
     if not gamma > 0:
-        raise InputError(f"lora_ga: gamma is {gamma}, expected a number above 0; the authors take 16")
+        raise InputError(
+            f"lora_ga: gamma is {gamma}, expected a number above 0; the authors take 16"
+        )

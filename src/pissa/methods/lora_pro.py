@@ -41,5 +41,7 @@ def lora_pro(
 ) -> Split:
     """Noise on the right, zero on the left, as LoRA begins; the options are the optimiser's."""
     if not cap > 0 or not damping >= 0:
-        raise InputError(f"lora_pro: cap is {cap} and damping {damping}, expected above 0, and 0 or more")
+        raise InputError(
+            f"lora_pro: cap is {cap} and damping {damping}, expected above 0, and 0 or more"
+        )
     return noise_beside_zero(weight, rank, scale, tensor_seed(seed, name))

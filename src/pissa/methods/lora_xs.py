@@ -26,7 +26,9 @@ from pissa.splits import Split
     parts=("core",),
     zero_start=True,
 )
-def lora_xs(weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str) -> Split:
+def lora_xs(
+    weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str
+) -> Split:
     """The top singular triplets, frozen, around a core of zeros."""
     top = truncated_svd(weight, rank, svd, seed=seed, name=name)
     alive = top.S[top.S > top.S[0] * torch.finfo(top.S.dtype).eps * max(weight.shape)]

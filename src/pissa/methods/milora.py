@@ -22,7 +22,9 @@ from pissa.splits import Split
     trains="the minor singular part of the weight",
     verdict="keeps what the model knows; behaves much like LoRA with alpha = rank",
 )
-def milora(weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str) -> Split:
+def milora(
+    weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str
+) -> Split:
     """The last singular triplets, balanced between the factors."""
     full = full_svd(weight)
     minor = LowRank(full.U[:, -rank:], full.S[-rank:], full.Vh[-rank:])

@@ -22,7 +22,9 @@ from pissa.splits import Split
     trains="what the first r input features write (QR of the weight)",
     verdict="cheap orthonormal start; its directions depend on the order of the features, not on their importance",
 )
-def olora(weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str) -> Split:
+def olora(
+    weight: Tensor, rank: int, *, scale: float, svd: str | float, seed: int, name: str
+) -> Split:
     """The leading columns of Q and rows of R, diagonal of R positive."""
     # A power of two keeps huge and tiny values away from overflow in the norms and rounds nothing.
     exponent = 2.0 ** float(torch.frexp(weight.abs().max().double()).exponent)

@@ -38,6 +38,8 @@ def pissa(
 ) -> Split:
     """The top singular triplets, balanced between the factors."""
     if quantisation:
-        return alternate(weight, rank, quantisation, principal=True, scale=scale, svd=svd, seed=seed, name=name)
+        return alternate(
+            weight, rank, quantisation, principal=True, scale=scale, svd=svd, seed=seed, name=name
+        )
     left, right = truncated_svd(weight, rank, svd, seed=seed, name=name).balanced(scale)
     return Split(weight, left, right, scale=scale)

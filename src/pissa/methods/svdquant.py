@@ -76,7 +76,9 @@ def svdquant(
         missed = frobenius(outputs - branch - quantise(rows / factors).dense() @ rest.dense().T)
         return _Try(smooth, left, right, rest, missed if math.isfinite(missed) else math.inf)
 
-    candidates = smoothings(rows, wide) if smoothing else [torch.ones_like(rows[0], dtype=torch.float16)]
+    candidates = (
+        smoothings(rows, wide) if smoothing else [torch.ones_like(rows[0], dtype=torch.float16)]
+    )
     best = min(map(attempt, candidates), key=lambda found: found.missed)
     if best.missed == math.inf:
         raise InputError(
@@ -92,7 +94,9 @@ def svdquant(
     return Split(weight, best.left, best.right, scale=scale, quantised=Quantised(parts, dense))
 
 
-def _low_rank(matrix: Tensor, rank: int, scale: float, svd: str | float, seed: int, name: str) -> tuple[Tensor, Tensor]:
+def _low_rank(
+    matrix: Tensor, rank: int, scale: float, svd: str | float, seed: int, name: str
+) -> tuple[Tensor, Tensor]:
     """The best rank-`rank` part, balanced; nothing for rank 0."""
     if rank == 0:
         return matrix[:, :0], matrix[:0]

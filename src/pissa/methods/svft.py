@@ -75,7 +75,12 @@ def svft(
 def _scores(U: Tensor, Vh: Tensor, pattern: str, seed: int, name: str) -> Tensor:
     """What decides which entries [k, k] off the diagonal are taken: the largest."""
     if pattern == "random":
-        return torch.rand(Vh.shape[0], Vh.shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return torch.rand(
+            Vh.shape[0],
+            Vh.shape[0],
+            generator=torch.Generator().manual_seed(seed),
+            dtype=torch.float64,
+        )
     if U.shape[0] != Vh.shape[1]:
         raise InputError(
             f"svft: top_k compares left with right singular vectors, which `{name}` [{U.shape[0]}, {Vh.shape[1]}] has "

@@ -61,7 +61,9 @@ class Covariance:
 
     def add(self, rows: Tensor, sample: Tensor) -> None:
         """See `Accumulator`."""
-        peaks = rows.new_zeros(int(sample.max()) + 1).scatter_reduce_(0, sample, rows.abs().amax(1), "amax")
+        peaks = rows.new_zeros(int(sample.max()) + 1).scatter_reduce_(
+            0, sample, rows.abs().amax(1), "amax"
+        )
         scaled = rows / peaks.clamp_min(torch.finfo(rows.dtype).tiny)[sample, None]
         if scaled.is_cpu:
             self.total.addmm_(scaled.T, scaled)
@@ -176,7 +178,9 @@ class MeanGradient:
         if gradient is None:  # none was made
             return
         if not is_finite(gradient):
-            raise InputError(f"the gradient of `{self.target.weight}` has NaN or Inf: load the model in float32")
+            raise InputError(
+                f"the gradient of `{self.target.weight}` has NaN or Inf: load the model in float32"
+            )
         self.total.add_(self.target.to_matrix(gradient).cpu())
         self.reached = True
 
@@ -192,9 +196,13 @@ def zeros(shape: tuple[int, int], scratch: Path | None) -> Tensor:
     try:
         handle, path = tempfile.mkstemp(dir=scratch, prefix="pissa-")
         try:
-            if hasattr(os, "posix_fallocate"):  # a hole in the file would end the process once the disk is full
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # a hole in the file would end the process once the disk is full
                 os.posix_fallocate(handle, 0, 4 * shape[0] * shape[1])
-            return torch.from_file(path, shared=True, size=shape[0] * shape[1], dtype=torch.float32).view(shape)
+            return torch.from_file(
+                path, shared=True, size=shape[0] * shape[1], dtype=torch.float32
+            ).view(shape)
         finally:
             os.close(handle)
             os.unlink(path)
@@ -205,4 +213,6 @@ def zeros(shape: tuple[int, int], scratch: Path | None) -> Tensor:
 
 
 def _on_cpu(seen: Components) -> Components:
-    return Components(seen.mean.cpu(), seen.values.cpu(), seen.vectors.cpu(), seen.rows, seen.energy)
+    return Components(
+        seen.mean.cpu(), seen.values.cpu(), seen.vectors.cpu(), seen.rows, seen.energy
+    )

@@ -47,7 +47,11 @@ class Layers:
 
     def turning(self) -> list[str]:
         """The layers that have to see more."""
-        return [name for name, kept in self.kept.items() if any(not one.settled for one in kept.values())]
+        return [
+            name
+            for name, kept in self.kept.items()
+            if any(not one.settled for one in kept.values())
+        ]
 
     def combine(self, counts: dict[str, int]) -> dict[str, int]:
         """Become what one process would have that had read every process's batches.
@@ -76,7 +80,9 @@ class Layers:
 
     def results(self, needs: list[str]) -> dict[str, dict[str, Any]]:
         """By need and weight name, of the first layer of each input."""
-        return {need: {name: kept[need].result() for name, kept in self.kept.items()} for need in needs}
+        return {
+            need: {name: kept[need].result() for name, kept in self.kept.items()} for need in needs
+        }
 
     @torch.no_grad()
     def _see(self, name: str, entering: Tensor) -> None:
@@ -119,7 +125,9 @@ def rows_of(entering: Tensor, keep: Tensor | None, name: str) -> tuple[Tensor, T
         InputError: rows that are not those of the tokens.
     """
     columns = entering.shape[-1]
-    if keep is None or entering.shape[:-1] == keep.shape[:1]:  # a pooler gets one row of each sample
+    if (
+        keep is None or entering.shape[:-1] == keep.shape[:1]
+    ):  # a pooler gets one row of each sample
         entering = entering.reshape(len(entering), -1, columns)
         keep = torch.ones(entering.shape[:2], dtype=torch.bool)
     elif entering.shape[:-1] == keep.shape or entering.shape[:-1] == (keep.numel(),):

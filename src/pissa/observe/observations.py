@@ -55,12 +55,20 @@ class Observations:
             InputError: the need or the layer was not observed.
         """
         if need not in self.seen:
-            raise InputError(f"`{name}` was observed for {', '.join(self.seen)}, not for {need}: observe that too")
+            raise InputError(
+                f"`{name}` was observed for {', '.join(self.seen)}, not for {need}: observe that too"
+            )
         of_layers = self.seen[need]
         found = name if need == GRADIENT else self.same.get(name, name)
         if found not in of_layers:
-            why = "the rows that were read did not reach this layer" if name in self.base else "it was not a target"
-            raise InputError(f"there is no {need} of `{name}` ({why}): observe it, or leave it out of targets")
+            why = (
+                "the rows that were read did not reach this layer"
+                if name in self.base
+                else "it was not a target"
+            )
+            raise InputError(
+                f"there is no {need} of `{name}` ({why}): observe it, or leave it out of targets"
+            )
         return of_layers[found]
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
@@ -97,14 +105,22 @@ class Observations:
         """
         path = Path(file).expanduser()
         if path.exists() and not force:
-            raise OutputError(f"{path} is there: use force=True to replace it, or choose another file")
+            raise OutputError(
+                f"{path} is there: use force=True to replace it, or choose another file"
+            )
         plan: dict[str, Spec] = {}
         counts: dict[str, list[float]] = {}
         for key, value in self._entries():
-            plan |= {name: (part.dtype, tuple(part.shape)) for name, part in _tensors(key, value).items()}
+            plan |= {
+                name: (part.dtype, tuple(part.shape)) for name, part in _tensors(key, value).items()
+            }
             if isinstance(value, Components):
                 counts[key] = [value.rows, value.energy]
-        told = {"format": FORMAT, "seen": {need: list(names) for need, names in self.seen.items()}, "counts": counts}
+        told = {
+            "format": FORMAT,
+            "seen": {need: list(names) for need, names in self.seen.items()},
+            "counts": counts,
+        }
         told |= {"same": dict(self.same), "base": dict(self.base), "facts": self.facts}
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
@@ -114,7 +130,9 @@ class Observations:
                         out.write(name, part)
             os.replace(partial, path)
         except OSError as error:
-            raise OutputError(f"{path} cannot be written ({error}): choose another place") from error
+            raise OutputError(
+                f"{path} cannot be written ({error}): choose another place"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -140,7 +158,10 @@ class Observations:
             told = json.loads(text or "{}")
             if told["format"] != FORMAT:
                 raise ValueError(f"format {told['format']!r}, expected {FORMAT}")
-            seen = {need: _Stored(path, need, names, told["counts"]) for need, names in told["seen"].items()}
+            seen = {
+                need: _Stored(path, need, names, told["counts"])
+                for need, names in told["seen"].items()
+            }
             return cls(seen, told["same"], told["base"], told["facts"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -161,7 +182,9 @@ class _Stored(Mapping[str, Any]):
         with safe_open(self._path, "pt") as tensors:
             if key not in self._counts:
                 return tensors.get_tensor(key)
-            return Components(*(tensors.get_tensor(f"{key}/{part}") for part in PARTS), *self._counts[key])
+            return Components(
+                *(tensors.get_tensor(f"{key}/{part}") for part in PARTS), *self._counts[key]
+            )
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -175,4 +198,8 @@ class _Stored(Mapping[str, Any]):
 
 def _tensors(key: str, value: Any) -> dict[str, Tensor]:
     """What a file holds of one value, by name."""
-    return {f"{key}/{part}": getattr(value, part) for part in PARTS} if isinstance(value, Components) else {key: value}
+    return (
+        {f"{key}/{part}": getattr(value, part) for part in PARTS}
+        if isinstance(value, Components)
+        else {key: value}
+    )

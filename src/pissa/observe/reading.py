@@ -110,9 +110,19 @@ def observe(
     if GRADIENT in asked:
         for mean in gradients.values():
             mean.combine()
-        seen[GRADIENT] = {name: mean.result(counts["batches"]) for name, mean in gradients.items() if mean.reached}
-    told = {"components": components, "inputs": inputs, "labelled_only": labelled_only, "tau": tau, "seed": seed}
-    return Observations(seen, layers.same, _digests(modules), {**counts, **told, "versions": versions()})
+        seen[GRADIENT] = {
+            name: mean.result(counts["batches"]) for name, mean in gradients.items() if mean.reached
+        }
+    told = {
+        "components": components,
+        "inputs": inputs,
+        "labelled_only": labelled_only,
+        "tau": tau,
+        "seed": seed,
+    }
+    return Observations(
+        seen, layers.same, _digests(modules), {**counts, **told, "versions": versions()}
+    )
 
 
 def _read(
@@ -131,7 +141,10 @@ def _read(
     for batch in (batch for _ in range(passes) for batch in batches):
         keep = _kept(batch, labelled_only)
         layers.next_batch(keep)
-        on_device = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        on_device = {
+            key: value.to(device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
         with torch.set_grad_enabled(backward):
             output = model(**on_device)
             if backward:
@@ -149,13 +162,23 @@ def _read(
 def _kept(batch: Batch, labelled_only: bool) -> Tensor | None:
     """Which tokens of a batch count, [samples, tokens]; None for a batch without tokens."""
     mask, ids, labels = (batch.get(key) for key in ("attention_mask", "input_ids", "labels"))
-    keep = mask.bool() if mask is not None else None if ids is None else torch.ones_like(ids, dtype=torch.bool)
+    keep = (
+        mask.bool()
+        if mask is not None
+        else None
+        if ids is None
+        else torch.ones_like(ids, dtype=torch.bool)
+    )
     if keep is not None and keep.ndim != 2:
-        raise InputError(f"attention_mask is {list(keep.shape)}, expected [samples, tokens] with 0 for padding")
+        raise InputError(
+            f"attention_mask is {list(keep.shape)}, expected [samples, tokens] with 0 for padding"
+        )
     if not labelled_only:
         return keep
     if keep is None or labels is None or labels.shape != keep.shape:
-        raise InputError("labelled_only needs a label for each token, `labels` of the shape of `input_ids`")
+        raise InputError(
+            "labelled_only needs a label for each token, `labels` of the shape of `input_ids`"
+        )
     counts: Tensor = keep & (labels != IGNORED)
     return counts
 
@@ -168,7 +191,9 @@ def _loss(output: Any, batch: Batch, index: int) -> Tensor:
         )
     loss: Tensor = given
     if not is_finite(loss.detach()):
-        raise InputError(f"the loss of batch {index} is {loss.item()}: look at its rows, or load the model in float32")
+        raise InputError(
+            f"the loss of batch {index} is {loss.item()}: look at its rows, or load the model in float32"
+        )
     return loss
 
 
@@ -194,7 +219,9 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
 
 def _check_needs(model: nn.Module, found: list[Target], asked: set[str]) -> None:
     if not asked or not asked <= set(OBSERVED):
-        raise InputError(f"needs are {', '.join(sorted(asked)) or 'none'}, expected some of {', '.join(OBSERVED)}")
+        raise InputError(
+            f"needs are {', '.join(sorted(asked)) or 'none'}, expected some of {', '.join(OBSERVED)}"
+        )
     if asked == {GRADIENT}:
         return
     odd = next((target for target in found if target.kind in ("embedding", "conv2d")), None)
@@ -220,7 +247,9 @@ def _check_present(modules: dict[str, Any], asked: set[str]) -> None:
 
 def _digests(modules: dict[str, Any]) -> dict[str, Digests]:
     """The digests of the layers' weights; offloaded ones are fetched one at a time."""
-    base = fingerprint({name: module.weight.data for name, module in modules.items() if not module.weight.is_meta})
+    base = fingerprint(
+        {name: module.weight.data for name, module in modules.items() if not module.weight.is_meta}
+    )
     for name in [name for name in modules if name not in base]:
         with require("accelerate.utils", "train").align_module_device(modules[name]):
             base |= fingerprint({name: modules[name].weight.data})
@@ -228,7 +257,13 @@ def _digests(modules: dict[str, Any]) -> dict[str, Digests]:
 
 
 def _check_numbers(
-    asked: set[str], batches: object, *, components: int, inputs: int, tau: float | None, passes: int
+    asked: set[str],
+    batches: object,
+    *,
+    components: int,
+    inputs: int,
+    tau: float | None,
+    passes: int,
 ) -> None:
     for what, number in {"components": components, "inputs": inputs, "passes": passes}.items():
         if number < 1:
@@ -240,4 +275,6 @@ def _check_numbers(
             "tau says when components are seen well enough; other needs read all batches: observe them apart"
         )
     if passes > 1 and (tau is None or isinstance(batches, Iterator)):
-        raise InputError("several passes need a tau to stop at, and batches that can be read again, such as a list")
+        raise InputError(
+            "several passes need a tau to stop at, and batches that can be read again, such as a list"
+        )

@@ -92,7 +92,11 @@ def device_cost(planned: Planned, settings: TrainSettings, length: int, kind: st
     everything = _bytes([*planned.model.parameters(), *planned.model.buffers()])
     adapters = 0 if planned.recipe is None else gradients
     # Under autocast the backward pass needs the weights in bfloat16 beside those in float32.
-    copies = sum(2 * p.numel() for p in planned.model.parameters() if settings.bf16 and p.dtype == torch.float32)
+    copies = sum(
+        2 * p.numel()
+        for p in planned.model.parameters()
+        if settings.bf16 and p.dtype == torch.float32
+    )
     working = step_bytes(
         planned,
         settings.micro_batch_size,
@@ -124,10 +128,14 @@ def host_cost(planned: Planned, device: Device, kind: str, process: int) -> Host
     workers = min(torch.get_num_threads(), MOST_WORKERS)
     splitting = (workers * SPLIT_COPIES + WAITING) * FLOAT * widest if planned.makes_residual else 0
     # bitsandbytes puts its layers on the GPU as it reads them; everything else is loaded on the CPU first.
-    loading = 0 if planned.packed and kind != "cpu" else device.weights + device.adapters + device.starts
+    loading = (
+        0 if planned.packed and kind != "cpu" else device.weights + device.adapters + device.starts
+    )
     originals = 0
     if planned.recipe and planned.recipe.base_form == "residual" and not planned.packed:
-        originals = planned.source.dtype.itemsize * sum(math.prod(target.shape) for target in planned.targets)
+        originals = planned.source.dtype.itemsize * sum(
+            math.prod(target.shape) for target in planned.targets
+        )
     return Host(process, loading, splitting, originals)
 
 
@@ -162,7 +170,9 @@ def _optimizer_bytes(planned: Planned) -> int:
     """Two moments of all that trains; a method's own optimizer may keep others of the weights themselves."""
     adaptation = planned.adaptation
     own = adaptation.method.optimizer if adaptation else None
-    numbers_kept: Callable[..., int] | None = getattr(brought(own), "numbers_kept", None) if own else None
+    numbers_kept: Callable[..., int] | None = (
+        getattr(brought(own), "numbers_kept", None) if own else None
+    )
     if adaptation is None or numbers_kept is None:
         return 2 * _bytes(planned.trained)
     named = planned.model.named_parameters()
@@ -175,8 +185,13 @@ def _residual_bytes(planned: Planned, packer: Quantiser | None, start: int) -> i
     """Weights in few bits, the others as they were, and the start."""
     if packer is None:
         return 0
-    packed = {target.module: target for target in planned.targets if target.module in planned.packed}
-    codes = sum(plan_bytes(packer.plan(target.matrix_shape, planned.source.dtype)) for target in packed.values())
+    packed = {
+        target.module: target for target in planned.targets if target.module in planned.packed
+    }
+    codes = sum(
+        plan_bytes(packer.plan(target.matrix_shape, planned.source.dtype))
+        for target in packed.values()
+    )
     inside = {f"{module}.weight" for module in packed}
     others = sum(count for name, count in planned.sizes.items() if name not in inside)
     return codes + start + planned.source.dtype.itemsize * others
@@ -184,4 +199,7 @@ def _residual_bytes(planned: Planned, packer: Quantiser | None, start: int) -> i
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of all tensors, one that is used twice counted once."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in {id(tensor): tensor for tensor in tensors}.values())
+    return sum(
+        tensor.untyped_storage().nbytes()
+        for tensor in {id(tensor): tensor for tensor in tensors}.values()
+    )

@@ -55,20 +55,31 @@ def count(settings: TrainSettings, source: Source) -> Counts:
             note=f"data not here ({settings.data}): {'rows' if settings.max_steps else 'steps'} unknown",
         )
     rows = load_rows(settings)
-    names = {str(row.fields.get("label")) for row in rows.train} if settings.task == "classification" else set()
+    names = (
+        {str(row.fields.get("label")) for row in rows.train}
+        if settings.task == "classification"
+        else set()
+    )
     found = Counts(len(rows.train), _steps(settings, len(rows.train)), classes=max(len(names), 2))
     tokenizer = _tokenizer(source, settings)
     if tokenizer is None:
-        return replace(found, note="no tokenizer here: tokens unknown" + (", and steps" if settings.packing else ""))
+        return replace(
+            found,
+            note="no tokenizer here: tokens unknown" + (", and steps" if settings.packing else ""),
+        )
     sampled = rows.train
     if len(sampled) > SAMPLE and not settings.packing:
         sampled = random.Random(settings.seed).sample(sampled, SAMPLE)
-    seen = survey(Rows(sampled, [], rows.sources), tokenizer, settings, limit(settings, source, tokenizer))
+    seen = survey(
+        Rows(sampled, [], rows.sources), tokenizer, settings, limit(settings, source, tokenizer)
+    )
     kept = round(len(rows.train) * (1 - seen.dropped / len(sampled)))
     sequences = math.ceil(seen.tokens / seen.limit) if settings.packing else kept
     steps = _steps(settings, sequences)
     mean = seen.tokens / max(len(sampled) - seen.dropped, 1)
-    share = steps * settings.batch_size / max(sequences, 1) if settings.max_steps else settings.epochs
+    share = (
+        steps * settings.batch_size / max(sequences, 1) if settings.max_steps else settings.epochs
+    )
     notes = [f"tokens from a sample of {SAMPLE} rows"] if len(sampled) < len(rows.train) else []
     notes += ["steps with packing are a lower bound"] if settings.packing else []
     return Counts(kept, steps, round(mean * kept * share), mean, found.classes, "; ".join(notes))
@@ -89,11 +100,19 @@ def _steps(settings: TrainSettings, rows: int) -> int:
 
 def _tokenizer(source: Source, settings: TrainSettings) -> Any:
     """The model's tokenizer if its files are here."""
-    if not any((source.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+    if not any(
+        (source.folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+    ):
         return None
     try:
         return transformers.AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError):  # a tokenizer that is not whole: a plan can do without
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+    ):  # a tokenizer that is not whole: a plan can do without
         return None

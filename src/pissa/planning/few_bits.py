@@ -23,7 +23,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0]
-        return (gradient.to(ctx.dtype) @ gradient.new_empty(ctx.shape, dtype=ctx.dtype)).to(gradient.dtype), None, None
+        return (
+            (gradient.to(ctx.dtype) @ gradient.new_empty(ctx.shape, dtype=ctx.dtype)).to(
+                gradient.dtype
+            ),
+            None,
+            None,
+        )
 
 
 class FewBits(nn.Linear):

@@ -58,7 +58,9 @@ def look(settings: TrainSettings, memory: int | None = None) -> Machine:
         return Machine("cuda", "a GPU of that size", process, memory, host, disk)
     if settings.device != "cpu" and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        return Machine("cuda", f"this machine's {torch.cuda.get_device_name()}", process, free, host, disk)
+        return Machine(
+            "cuda", f"this machine's {torch.cuda.get_device_name()}", process, free, host, disk
+        )
     return Machine("cpu", "this machine, without a GPU,", process, host, host, disk)
 
 

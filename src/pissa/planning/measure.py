@@ -33,7 +33,14 @@ def measure(settings: TrainSettings) -> Measured:
     Raises:
         PissaError: all that `train` raises.
     """
-    few = {"max_steps": STEPS, "eval_data": None, "eval_size": 0, "eval_steps": 0, "old_data": None, "save_steps": 0}
+    few = {
+        "max_steps": STEPS,
+        "eval_data": None,
+        "eval_size": 0,
+        "eval_steps": 0,
+        "old_data": None,
+        "save_steps": 0,
+    }
     plain = {"logging_steps": 1, "report_to": "none", "early_stopping": 0, "force": False}
     if settings.task == "language":  # the classes of a classification must all be there
         rows = STEPS * settings.batch_size * (settings.max_length // 16 if settings.packing else 1)

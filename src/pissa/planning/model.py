@@ -128,7 +128,10 @@ def _start(adaptation: Adaptation, target: Target) -> Factors:
     shapes = adaptation.method.start_shapes(rank, shape, recipe.options)
     kinds = {"pattern": torch.int64}
     return Factors(
-        **{part: torch.empty(shape, dtype=kinds.get(part), device=NO_DEVICE) for part, shape in shapes.items()}
+        **{
+            part: torch.empty(shape, dtype=kinds.get(part), device=NO_DEVICE)
+            for part, shape in shapes.items()
+        }
     )
 
 
@@ -147,7 +150,10 @@ def _adaptation(
             raise config_error(mistakes, "the settings")
         weights = parameter_names(model, [f"{module}.weight" for module in recipe.targets])
         names = [name.removesuffix(".weight") for name in weights.values()]
-        ranks = {weights[f"{module}.weight"].removesuffix(".weight"): rank for module, rank in recipe.ranks.items()}
+        ranks = {
+            weights[f"{module}.weight"].removesuffix(".weight"): rank
+            for module, rank in recipe.ranks.items()
+        }
         recipe = dataclasses.replace(recipe, base_form="residual", ranks=ranks)
         return Adaptation.of(recipe, choice.method), find_targets(model, names)
     recipe = Recipe(
@@ -170,7 +176,9 @@ def _quantise(
 ) -> tuple[list[Target], frozenset[str]]:
     """Put layers in few bits into the model, and the rest in float32 as `prepare_model_for_kbit_training` does."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that some weights are written unpacked is for training to say
+        warnings.simplefilter(
+            "ignore"
+        )  # that some weights are written unpacked is for training to say
         packed = frozenset(packed_modules(packer, found))
     model.float()
     targets = []
@@ -179,6 +187,9 @@ def _quantise(
             targets.append(target)
             continue
         layer: Any = model.get_submodule(target.module)
-        model.set_submodule(target.module, FewBits(target, packer.plan(target.matrix_shape, dtype), layer.bias, dtype))
+        model.set_submodule(
+            target.module,
+            FewBits(target, packer.plan(target.matrix_shape, dtype), layer.bias, dtype),
+        )
         targets.append(Target(target.module, "linear", target.matrix_shape))
     return targets, packed

@@ -124,20 +124,36 @@ def plan(settings: TrainSettings, *, memory: str | None = None, measured: bool =
     costs = [_other(name, settings, source, counts, machine) for name in others]
     costs.append(_cost(settings, choice, source, counts, machine))
     if measured and (counts.rows is None or not source.tensors):
-        raise InputError(f"--measure trains a few steps: {settings.model} and {settings.data} must be here, whole")
+        raise InputError(
+            f"--measure trains a few steps: {settings.model} and {settings.data} must be here, whole"
+        )
     taken = measure(settings) if measured else None
-    return Plan(settings.model, limit(settings, source), settings.batch_size, counts, machine, costs, taken)
+    return Plan(
+        settings.model, limit(settings, source), settings.batch_size, counts, machine, costs, taken
+    )
 
 
-def _other(method: str, settings: TrainSettings, source: Source, counts: Counts, machine: Machine) -> Cost:
+def _other(
+    method: str, settings: TrainSettings, source: Source, counts: Counts, machine: Machine
+) -> Cost:
     """The cost of a method that was not asked for; one that cannot run is a line, not an error."""
-    plain: dict[str, Any] = {"method": method, "quant": None, "iterations": None, "base": "keep", "dropout": 0.0}
+    plain: dict[str, Any] = {
+        "method": method,
+        "quant": None,
+        "iterations": None,
+        "base": "keep",
+        "dropout": 0.0,
+    }
     if method != "qlora":
         plain["double_quant"] = False
     if method == "full" and source.dtype == torch.float16:
         source = dataclasses.replace(source, dtype=torch.bfloat16)
     try:
-        choice = None if method == "full" else choose(method, double_quant=settings.double_quant and method == "qlora")
+        choice = (
+            None
+            if method == "full"
+            else choose(method, double_quant=settings.double_quant and method == "qlora")
+        )
         return _cost(settings.model_copy(update=plain), choice, source, counts, machine)
     except PissaError as error:
         return Cost(method, problem=str(error).splitlines()[-1].strip())

@@ -114,7 +114,9 @@ def preview(settings: TrainSettings, rows: int = 3) -> Survey:
     return survey(data, tokenizer, settings, position_limit(tokenizer, settings), rows)
 
 
-def survey(rows: Rows, tokenizer: Any, settings: TrainSettings, limit: int, show: int = 0) -> Survey:
+def survey(
+    rows: Rows, tokenizer: Any, settings: TrainSettings, limit: int, show: int = 0
+) -> Survey:
     """Counts over rows, and the first `show` of them.
 
     Args:
@@ -128,7 +130,10 @@ def survey(rows: Rows, tokenizer: Any, settings: TrainSettings, limit: int, show
         DataError: a wrong row, naming file and line.
     """
     look = _spoken if settings.task == "language" else _classified
-    train, evaluation = look(rows.train, tokenizer, settings), look(rows.evaluation, tokenizer, settings)
+    train, evaluation = (
+        look(rows.train, tokenizer, settings),
+        look(rows.evaluation, tokenizer, settings),
+    )
     kept = [seen for seen in train if _learns(seen, limit)]
     lengths = sorted(len(seen.ids) for seen in train)
     read = sum(min(len(seen.ids), limit) for seen in kept)
@@ -161,7 +166,11 @@ def survey(rows: Rows, tokenizer: Any, settings: TrainSettings, limit: int, show
 def printable(text: str) -> str:
     """The text with line ends marked, and everything else that a terminal would obey or hide as an escape."""
     return "".join(
-        "↵\n" if mark == "\n" else mark if mark.isprintable() else mark.encode("unicode_escape").decode()
+        "↵\n"
+        if mark == "\n"
+        else mark
+        if mark.isprintable()
+        else mark.encode("unicode_escape").decode()
         for mark in text
     )
 
@@ -196,7 +205,11 @@ def _classified(rows: Sequence[Row], tokenizer: Any, settings: TrainSettings) ->
 def _response(row: Row, columns: tuple[str, ...]) -> str:
     """What the model is to learn, as the row has it."""
     if columns == ("messages",):
-        return "".join(message["content"] for message in row.fields["messages"] if message["role"] == "assistant")
+        return "".join(
+            message["content"]
+            for message in row.fields["messages"]
+            if message["role"] == "assistant"
+        )
     response: str = row.fields[columns[-1]]
     return response
 

@@ -60,12 +60,16 @@ def open_source(settings: TrainSettings) -> Source:
     if not folder.exists():
         folder = _config_from_hub(settings)
     elif not (folder / "config.json").is_file():
-        raise CheckpointError(f"no config.json in {folder}: give a model's folder; its config alone is enough to plan")
+        raise CheckpointError(
+            f"no config.json in {folder}: give a model's folder; its config alone is enough to plan"
+        )
     whole = any(found for pattern in WEIGHTS for found in folder.glob(pattern))
     tensors = Checkpoint.open(folder).tensors if whole else {}
     config = read_json(folder / "config.json")
     if config.get("quantization_config") and not is_residual(config):
-        raise InputError(f"{settings.model} is quantised already: start from the 16-bit model it was made from")
+        raise InputError(
+            f"{settings.model} is quantised already: start from the 16-bit model it was made from"
+        )
     return Source(folder, config, _dtype(settings, config, tensors), tensors)
 
 
@@ -86,10 +90,14 @@ def skeleton(source: Source, settings: TrainSettings, classes: int) -> nn.Module
     if config.get("auto_map") or (settings.task == "language" and own == name):
         model = build_skeleton(source.folder, trust_remote_code=settings.trust_remote_code)
     elif name is None:
-        raise CheckpointError(f"{settings.model} is a {kind or 'nameless'} model, which has no {settings.task} head")
+        raise CheckpointError(
+            f"{settings.model} is a {kind or 'nameless'} model, which has no {settings.task} head"
+        )
     else:
         if settings.task != "language":
-            config = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
+            config = {
+                key: value for key, value in config.items() if key not in ("id2label", "label2id")
+            }
             config["num_labels"] = classes if settings.task == "classification" else 1
         model = build_skeleton(source.folder, config={**config, "architectures": [name]})
     return model.to(source.dtype)
@@ -99,7 +107,9 @@ def _config_from_hub(settings: TrainSettings) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(settings.model, "config.json", revision=settings.revision)).parent
+        return Path(
+            hf_hub_download(settings.model, "config.json", revision=settings.revision)
+        ).parent
     except Exception as error:  # the Hub client raises its own errors, those of httpx and OSError
         raise CheckpointError(
             f"{settings.model} is not a folder here and its config cannot be had from the Hub ({error}): "
@@ -107,9 +117,15 @@ def _config_from_hub(settings: TrainSettings) -> Path:
         ) from error
 
 
-def _dtype(settings: TrainSettings, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> torch.dtype:
+def _dtype(
+    settings: TrainSettings, config: dict[str, Any], tensors: dict[str, TensorInfo]
+) -> torch.dtype:
     """As asked for, else as the config says, else that of the first floating-point weight."""
-    asked = settings.dtype if settings.dtype != "auto" else config.get("dtype") or config.get("torch_dtype")
+    asked = (
+        settings.dtype
+        if settings.dtype != "auto"
+        else config.get("dtype") or config.get("torch_dtype")
+    )
     if asked:
         named: torch.dtype = getattr(torch, str(asked).removeprefix("torch."))
         return named
@@ -124,7 +140,14 @@ def _dtypes_on_hub(settings: TrainSettings) -> list[torch.dtype]:
     from huggingface_hub import get_safetensors_metadata
 
     try:
-        files = get_safetensors_metadata(settings.model, revision=settings.revision).files_metadata.values()
+        files = get_safetensors_metadata(
+            settings.model, revision=settings.revision
+        ).files_metadata.values()
     except Exception:  # as above; transformers' default is right for most models without a dtype
         return []
-    return [DTYPES[tensor.dtype] for file in files for tensor in file.tensors.values() if tensor.dtype in DTYPES]
+    return [
+        DTYPES[tensor.dtype]
+        for file in files
+        for tensor in file.tensors.values()
+        if tensor.dtype in DTYPES
+    ]

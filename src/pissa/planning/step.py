@@ -31,7 +31,9 @@ _SCALAR = torch.ops.aten._local_scalar_dense.default
 logger = logging.getLogger(__name__)
 
 
-def step_bytes(planned: Planned, rows: int, length: int, *, checkpointing: bool, accumulates: bool, kind: str) -> int:
+def step_bytes(
+    planned: Planned, rows: int, length: int, *, checkpointing: bool, accumulates: bool, kind: str
+) -> int:
     """The most memory that a step takes beside weights, adapters and optimiser: activations and gradients.
 
     Args:
@@ -58,7 +60,10 @@ def step_bytes(planned: Planned, rows: int, length: int, *, checkpointing: bool,
         try:
             torch.autograd.backward(_loss(base, inputs, kind))
         except NotImplementedError:  # the model looks at values, which there are none of
-            logger.warning("%s cannot be tried without weights: activations by a rule of thumb", type(base).__name__)
+            logger.warning(
+                "%s cannot be tried without weights: activations by a rule of thumb",
+                type(base).__name__,
+            )
             trained = sum(parameter.numel() * parameter.itemsize for parameter in planned.trained)
             return trained + _rule_of_thumb(base.config, rows, length, base.dtype.itemsize)
     return counter.peak
@@ -106,7 +111,9 @@ class _FusedHead(torch.autograd.Function):
 
 def _tile(hidden: Tensor, weight: Tensor, wide: int) -> list[Tensor]:
     rows, columns = min(hidden.shape[0], TILE_ROWS), min(weight.shape[0], TILE_COLUMNS)
-    logits = torch.empty(rows, TILE_COLUMNS, dtype=hidden.dtype, device=NO_DEVICE)  # so wide for any vocabulary
+    logits = torch.empty(
+        rows, TILE_COLUMNS, dtype=hidden.dtype, device=NO_DEVICE
+    )  # so wide for any vocabulary
     return [logits, *(torch.empty(rows, columns, device=NO_DEVICE) for _ in range(wide))]
 
 
@@ -143,7 +150,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._born(tensor.untyped_storage())
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if operation is _SCALAR and args[0].is_meta:
             # Masks are looked at to see whether anything is masked: no padding, one sequence a row.
             return torch.ones((), dtype=args[0].dtype).item()

@@ -26,14 +26,18 @@ class Codebook:
         cells = _cells(midpoints)
         assert len(torch.unique(cells)) == len(midpoints), "two midpoints in one cell"
         self._order = order.to(torch.uint8)
-        self._below = torch.bucketize(torch.arange(CELLS + 1, dtype=torch.int32), cells).to(torch.uint8)
+        self._below = torch.bucketize(torch.arange(CELLS + 1, dtype=torch.int32), cells).to(
+            torch.uint8
+        )
         self._midpoint = torch.full((CELLS + 1,), torch.inf)
         self._midpoint[cells] = midpoints
 
     def codes(self, numbers: Tensor) -> Tensor:
         """uint8: the code of the value nearest to each number in [-1, 1], of the lower one at a midpoint."""
         cells = _cells(numbers)
-        places = self._below.index_select(0, cells) + (numbers > self._midpoint.index_select(0, cells))
+        places = self._below.index_select(0, cells) + (
+            numbers > self._midpoint.index_select(0, cells)
+        )
         return self._order.index_select(0, places.int())
 
 

@@ -38,7 +38,9 @@ class Int8:
 
     def __init__(self, name: str = "int8", double: bool = False) -> None:
         if double:
-            raise InputError("double quantisation is of block scales, which int8 has not: leave --double-quant out")
+            raise InputError(
+                "double quantisation is of block scales, which int8 has not: leave --double-quant out"
+            )
         self.name = name
         self._functional: Any = require("bitsandbytes.functional", "quant")
 
@@ -54,7 +56,9 @@ class Int8:
         for rows in torch.split(matrix, ROWS):
             half = rows.to(torch.float16).contiguous()
             if not is_finite(half):
-                raise InputError("a value is above float16's 65504, in which int8 rows are rounded: use nf4")
+                raise InputError(
+                    "a value is above float16's 65504, in which int8 rows are rounded: use nf4"
+                )
             packed, scale, _ = self._functional.int8_vectorwise_quant(half)
             codes.append(packed)
             scales.append(scale)
@@ -69,9 +73,15 @@ class Int8:
         """See `Quantiser.dense`; float32, as the parts name no dtype."""
         return parts["weight"].float() * (parts["SCB"] / LARGEST)[:, None]
 
-    def plan(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def plan(
+        self, shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """See `Quantiser.plan`."""
-        return {"weight": (torch.int8, shape), "SCB": (torch.float32, shape[:1]), "weight_format": (torch.uint8, ())}
+        return {
+            "weight": (torch.int8, shape),
+            "SCB": (torch.float32, shape[:1]),
+            "weight_format": (torch.uint8, ()),
+        }
 
     def packs(self, shape: tuple[int, int]) -> bool:
         """See `Quantiser.packs`."""

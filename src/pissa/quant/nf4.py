@@ -77,9 +77,14 @@ class FourBit:
             offset = absmax.mean()
             absmax, outer = F.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
             nested = {"offset": offset, "state2": outer}
-        state = F.QuantState(absmax, matrix.shape, self._values.to(matrix.device), BLOCK, self.name, dtype, **nested)
+        state = F.QuantState(
+            absmax, matrix.shape, self._values.to(matrix.device), BLOCK, self.name, dtype, **nested
+        )
         packed = torch.cat(codes)
-        parts = {"weight": packed, **{f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}}
+        parts = {
+            "weight": packed,
+            **{f"weight.{key}": part for key, part in state.as_dict(packed=True).items()},
+        }
         dense = self._dense(packed, state)
         if dtype == torch.float16 and not is_finite(dense):
             raise InputError("the quantised weight is beyond float16's 65504: use --dtype bfloat16")
@@ -94,9 +99,13 @@ class FourBit:
                 "scales in the order that bitsandbytes gives them on this processor, rounded to bf16: the model was "
                 "run before it was saved or read, take it as it was before"
             )
-        return self._dense(packed, self._functional.QuantState.from_dict(rest, device=packed.device))
+        return self._dense(
+            packed, self._functional.QuantState.from_dict(rest, device=packed.device)
+        )
 
-    def plan(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def plan(
+        self, shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """See `Quantiser.plan`."""
         values = prod(shape)
         blocks = -(-values // BLOCK)
@@ -135,11 +144,15 @@ class FourBit:
     def _packed(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, two in a byte, and the scales of the blocks; on a processor the same bits, sooner."""
         if values.device.type != "cpu" or values.numel() % BLOCK:
-            packed, state = self._functional.quantize_4bit(values, blocksize=BLOCK, quant_type=self.name)
+            packed, state = self._functional.quantize_4bit(
+                values, blocksize=BLOCK, quant_type=self.name
+            )
             return packed, state.absmax
         blocks = values.view(-1, BLOCK)
         scales = blocks.abs().amax(dim=1)
-        codes = self._codebook.codes((blocks * (1 / scales.clamp_min(1e-38))[:, None]).clamp_(-1, 1).view(-1))
+        codes = self._codebook.codes(
+            (blocks * (1 / scales.clamp_min(1e-38))[:, None]).clamp_(-1, 1).view(-1)
+        )
         return ((codes[::2] << 4) | codes[1::2])[:, None], scales
 
     def _dense(self, packed: Tensor, state: Any) -> Tensor:
@@ -148,7 +161,9 @@ class FourBit:
         sizes = ((packed, PIECE // 2), (scales, PIECE // BLOCK), (dense, PIECE))
         pieces = (torch.split(tensor, size) for tensor, size in sizes)
         for codes, absmax, out in zip(*pieces, strict=True):
-            piece = self._functional.QuantState(absmax, out.shape, state.code, BLOCK, self.name, state.dtype)
+            piece = self._functional.QuantState(
+                absmax, out.shape, state.code, BLOCK, self.name, state.dtype
+            )
             out.copy_(self._functional.dequantize_4bit(codes, piece).reshape(-1))
         return dense.reshape(state.shape)
 

@@ -61,7 +61,9 @@ class Quantiser(Protocol):
         """
         ...
 
-    def plan(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def plan(
+        self, shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each part before it is made; the length of a `late` one is an upper bound."""
         ...
 

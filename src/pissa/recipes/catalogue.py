@@ -89,13 +89,17 @@ def copy(name: str, target: str | Path | None = None, force: bool = False) -> Pa
     try:
         write_text(path, content)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error}): give a file in a folder that is there") from error
+        raise OutputError(
+            f"{path} cannot be written ({error}): give a file in a folder that is there"
+        ) from error
     return path
 
 
 def _file(name: str) -> Path:
     if name not in names():
-        raise ConfigError(f"no recipe {name!r}.{did_you_mean(name, names())} `pissa recipes` lists them all")
+        raise ConfigError(
+            f"no recipe {name!r}.{did_you_mean(name, names())} `pissa recipes` lists them all"
+        )
     return RECIPES / f"{name}.yaml"
 
 

@@ -7,4 +7,12 @@ from pissa.reports.quantisation import plot_errors
 from pissa.reports.report import write_report
 from pissa.reports.run_record import read_run
 
-__all__ = ["next_commands", "plot_errors", "plot_losses", "read_run", "served_rank", "write_card", "write_report"]
+__all__ = [
+    "next_commands",
+    "plot_errors",
+    "plot_losses",
+    "read_run",
+    "served_rank",
+    "write_card",
+    "write_report",
+]

@@ -13,7 +13,17 @@ from pissa.reports.page import render, write_page
 from pissa.reports.run_record import read_run, set_by_hand
 
 NAME = "README.md"
-PRIVATE = {"model", "data", "eval_data", "old_data", "output", "force", "device", "report_to", "trust_remote_code"}
+PRIVATE = {
+    "model",
+    "data",
+    "eval_data",
+    "old_data",
+    "output",
+    "force",
+    "device",
+    "report_to",
+    "trust_remote_code",
+}
 """Settings that a card leaves out: told elsewhere in it, or of one machine only."""
 RESULTS = (
     "loss", "eval_loss", "old_loss", "eval_accuracy", "eval_f1", "eval_matthews", "eval_pearson", "eval_spearman"
@@ -89,7 +99,9 @@ def _header(settings: dict[str, Any], base: str, sources: list[dict[str, Any]]) 
     data = ModelCardData(
         base_model=base if _on_hub(base) else None,
         library_name="transformers" if full else "peft",
-        pipeline_tag="text-generation" if settings.get("task", "language") == "language" else "text-classification",
+        pipeline_tag="text-generation"
+        if settings.get("task", "language") == "language"
+        else "text-classification",
         tags=None if full else sorted({"lora", settings["method"]}),
         datasets=sorted({name for name in ids if _on_hub(name)}) or None,
     )

@@ -78,7 +78,10 @@ def changes_of(run: Path) -> list[Change]:
         return []
     state = read_state(run / "state")
     norms = _weight_norms(state)
-    return [_change(state, target.module, target.matrix_shape, norms.get(target.module)) for target in state.targets]
+    return [
+        _change(state, target.module, target.matrix_shape, norms.get(target.module))
+        for target in state.targets
+    ]
 
 
 def _change(state: State, module: str, shape: tuple[int, int], weight_norm: float | None) -> Change:
@@ -111,7 +114,9 @@ def _weight_norms(state: State) -> dict[str, float]:
         return norms
     try:
         return _norms_on_disk(state, state.record)
-    except PissaError:  # the base is gone, is another one by now, or names its tensors in a way of its own
+    except (
+        PissaError
+    ):  # the base is gone, is another one by now, or names its tensors in a way of its own
         return norms
 
 
@@ -124,7 +129,10 @@ def _norms_on_disk(state: State, record: Record) -> dict[str, float]:
     parameters = parameter_names(skeleton, checkpoint.tensors)
     norms = {}
     for name, target in stored_targets(state.targets, parameters, checkpoint.folder).items():
-        weight, key = checkpoint.read(name), canonical(parameters[name], getattr(skeleton, "base_model_prefix", ""))
+        weight, key = (
+            checkpoint.read(name),
+            canonical(parameters[name], getattr(skeleton, "base_model_prefix", "")),
+        )
         if key in base.tensors:
             check_tensor(key, base.tensors[key], weight, what="the run", advice="")
         norms[target.module] = frobenius(weight.float())

@@ -42,7 +42,9 @@ def next_commands(run: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
     quantised = (Path(base) / plain.INIT).is_dir()
     full_rank = find(settings["method"]).full_rank
     convert = f"pissa convert {here} LORA" + (" --rank 16" if full_rank else "")
-    serving = f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {served_rank(adapter['r'])}"
+    serving = (
+        f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {served_rank(adapter['r'])}"
+    )
     return [
         *chat,
         ("look into it", f"pissa inspect {here}"),

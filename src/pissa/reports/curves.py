@@ -13,7 +13,11 @@ from pissa.errors import DataError, require
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, told apart with every form of colour blindness."""
-UNITS = {"language": "nats per token", "classification": "nats per row", "regression": "squared error"}
+UNITS = {
+    "language": "nats per token",
+    "classification": "nats per row",
+    "regression": "squared error",
+}
 """Of the loss, by task."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -40,7 +44,9 @@ def plot_losses(runs: Mapping[str, Path], output: Path, title: str | None = None
     figure = figure_module.Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     evaluated = False
-    for (name, path), colour, marker in zip(runs.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
+    for (name, path), colour, marker in zip(
+        runs.items(), cycle(COLOURS), cycle(MARKERS), strict=False
+    ):
         lines = read_metrics(Path(path))
         steps, losses = series(lines, "loss")
         if steps:
@@ -49,9 +55,18 @@ def plot_losses(runs: Mapping[str, Path], output: Path, title: str | None = None
         points = series(lines, "eval_loss")
         if points[0]:
             evaluated = True
-            axes.plot(*points, color=colour, marker=marker, markersize=7, markeredgecolor="white", linestyle="none")
+            axes.plot(
+                *points,
+                color=colour,
+                marker=marker,
+                markersize=7,
+                markeredgecolor="white",
+                linestyle="none",
+            )
     if evaluated:
-        axes.plot([], [], color="grey", marker="o", linestyle="none", label="points: evaluation loss")
+        axes.plot(
+            [], [], color="grey", marker="o", linestyle="none", label="points: evaluation loss"
+        )
     axes.set_xlabel("optimiser step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(f"loss ({_unit(runs)})")
@@ -106,5 +121,9 @@ def _unit(runs: Mapping[str, Path]) -> str:
     """Of the loss, as the scores beside it tell."""
     keys = {key for path in runs.values() for line in read_metrics(Path(path)) for key in line}
     return UNITS[
-        "regression" if "eval_pearson" in keys else "classification" if "eval_accuracy" in keys else "language"
+        "regression"
+        if "eval_pearson" in keys
+        else "classification"
+        if "eval_accuracy" in keys
+        else "language"
     ]

@@ -50,11 +50,15 @@ def svg(figure: Any, alt: str = "") -> Any:
     matplotlib, markupsafe = require("matplotlib", "train"), require("markupsafe", "train")
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": SALT, "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     text = buffer.getvalue()
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # type: ignore[union-attr]
     body = text[text.index(">", text.index("<svg")) + 1 :]
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL
+    )
     # Names count for the whole page, so they carry the picture's own; and href needs no other namespace today.
     own = hashlib.sha256(body.encode()).hexdigest()[:8]
     body = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{own}-", body).replace("xlink:href", "href")
@@ -87,7 +91,9 @@ def number(value: float | None) -> str:
         return "–"
     if isinstance(value, int) or 1e4 <= abs(value) < 1e15:
         return f"{value:,.0f}"
-    return re.sub(r"e([+-])0*(\d)", lambda found: f"e{found[1].strip('+')}{found[2]}", f"{value:.4g}")
+    return re.sub(
+        r"e([+-])0*(\d)", lambda found: f"e{found[1].strip('+')}{found[2]}", f"{value:.4g}"
+    )
 
 
 def percent(value: float | None) -> str:
@@ -102,7 +108,12 @@ def duration(seconds: float | None) -> str:
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
-    units = (("d", whole // 86400), ("h", whole // 3600 % 24), ("min", whole // 60 % 60), ("s", whole % 60))
+    units = (
+        ("d", whole // 86400),
+        ("h", whole // 3600 % 24),
+        ("min", whole // 60 % 60),
+        ("s", whole % 60),
+    )
     first = next(index for index, (_, count) in enumerate(units) if count)
     return " ".join(f"{count} {unit}" for unit, count in units[first : first + 2] if count)
 
@@ -135,10 +146,14 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {filter_.__name__: filter_ for filter_ in (number, percent, duration, size, plain, cell)}
+    environment.filters |= {
+        filter_.__name__: filter_ for filter_ in (number, percent, duration, size, plain, cell)
+    }
     return environment
 
 
 def _words(figure: Any) -> str:
-    parts = [axes.get_title() or f"{axes.get_ylabel()} over {axes.get_xlabel()}" for axes in figure.axes]
+    parts = [
+        axes.get_title() or f"{axes.get_ylabel()} over {axes.get_xlabel()}" for axes in figure.axes
+    ]
     return "; ".join(part for part in parts if part.strip() != "over") or "picture"

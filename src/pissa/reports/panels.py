@@ -30,7 +30,15 @@ def loss_figure(lines: list[dict[str, Any]], unit: str) -> Any:
             axes.plot(steps, values, color=colour, alpha=0.4, linewidth=0.8)
             axes.plot(steps, smooth(values), color=colour, label=LOSSES[key])
         else:
-            axes.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=0.8, label=LOSSES[key])
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                marker="o",
+                markersize=4,
+                linewidth=0.8,
+                label=LOSSES[key],
+            )
     axes.legend(frameon=False)
     return figure
 
@@ -47,7 +55,13 @@ def score_figure(lines: list[dict[str, Any]], keys: Sequence[str]) -> Any:
     """Scores of each evaluation."""
     figure, axes = _axes("optimiser step", "score on evaluation rows")
     for key, colour in zip(keys, COLOURS, strict=False):
-        axes.plot(*series(lines, key), color=colour, marker="o", markersize=4, label=key.removeprefix("eval_"))
+        axes.plot(
+            *series(lines, key),
+            color=colour,
+            marker="o",
+            markersize=4,
+            label=key.removeprefix("eval_"),
+        )
     axes.legend(frameon=False)
     return figure
 
@@ -56,8 +70,17 @@ def spectrum_figure(changes: Sequence[Change]) -> Any:
     """Singular values of the change, of the layers that changed most; those of rounding are left out."""
     figure, axes = _axes("index", "singular value of ΔW")
     for change, colour in zip(changes[:CHOSEN], COLOURS, strict=False):
-        values = [value for value in change.singular_values if value > 1e-6 * change.singular_values[0]]
-        axes.plot(range(1, len(values) + 1), values, color=colour, marker=".", markersize=4, label=change.label)
+        values = [
+            value for value in change.singular_values if value > 1e-6 * change.singular_values[0]
+        ]
+        axes.plot(
+            range(1, len(values) + 1),
+            values,
+            color=colour,
+            marker=".",
+            markersize=4,
+            label=change.label,
+        )
     axes.set_yscale("log")
     _legend_above(figure, axes)
     return figure
@@ -75,7 +98,9 @@ def angle_figure(changes: Sequence[Change]) -> Any:
     return figure
 
 
-def layers_figure(changes: Sequence[Change], value: Value, label: str, percent: bool = False) -> Any | None:
+def layers_figure(
+    changes: Sequence[Change], value: Value, label: str, percent: bool = False
+) -> Any | None:
     """A number of every layer as a heat map, a row for each block and a column for each kind of layer.
 
     Returns:
@@ -94,7 +119,9 @@ def layers_figure(changes: Sequence[Change], value: Value, label: str, percent: 
     axes.grid(visible=False)
     places = range(0, len(blocks), math.ceil(len(blocks) / 16))
     axes.set_yticks([place + 0.5 for place in places], [str(blocks[place]) for place in places])
-    axes.set_xticks([place + 0.5 for place in range(len(kinds))], _short(kinds), rotation=35, ha="right")
+    axes.set_xticks(
+        [place + 0.5 for place in range(len(kinds))], _short(kinds), rotation=35, ha="right"
+    )
     figure.colorbar(mesh, ax=axes, label=label)
     return figure
 
@@ -110,7 +137,9 @@ def _or_nan(value: float | None, factor: float) -> float:
 
 
 def _axes(x: str, y: str, height: float = SIZE[1]) -> tuple[Any, Any]:
-    figure = require("matplotlib.figure", "train").Figure(figsize=(SIZE[0], height), layout="constrained")
+    figure = require("matplotlib.figure", "train").Figure(
+        figsize=(SIZE[0], height), layout="constrained"
+    )
     axes = figure.add_subplot()
     axes.set_xlabel(x)
     axes.set_ylabel(y)

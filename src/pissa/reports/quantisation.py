@@ -9,7 +9,11 @@ from typing import Any
 from pissa.errors import InputError, require
 from pissa.reports.curves import COLOURS, save_png
 
-NORMS = {"frobenius": "Frobenius error", "nuclear": "nuclear error", "output": "error of the output"}
+NORMS = {
+    "frobenius": "Frobenius error",
+    "nuclear": "nuclear error",
+    "output": "error of the output",
+}
 
 
 def plot_errors(rows: Sequence[dict[str, Any]], output: Path, title: str | None = None) -> Path:
@@ -34,12 +38,16 @@ def plot_errors(rows: Sequence[dict[str, Any]], output: Path, title: str | None 
     norms = [norm for norm in NORMS if norm in rows[-1]["errors"][forms[0]]]
     size = (max(6.4, 1.1 * len(rows) + 1.5), 2.5 * len(norms) + 0.6)
     figure = figure_module.Figure(figsize=size, dpi=150, layout="constrained")
-    for index, (axes, norm) in enumerate(zip(figure.subplots(len(norms), squeeze=False)[:, 0], norms, strict=True)):
+    for index, (axes, norm) in enumerate(
+        zip(figure.subplots(len(norms), squeeze=False)[:, 0], norms, strict=True)
+    ):
         width = 0.8 / len(forms)
         for place, (form, colour) in enumerate(zip(forms, COLOURS, strict=False)):
             heights = [100 * row["errors"][form].get(norm, 0) for row in rows]
             where = [x + (place - (len(forms) - 1) / 2) * width for x in range(len(rows))]
-            bars = axes.bar(where, heights, width, color=colour, label="this folder" if form == "this" else form)
+            bars = axes.bar(
+                where, heights, width, color=colour, label="this folder" if form == "this" else form
+            )
             axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=6, padding=1)
         axes.set_xticks(range(len(rows)), [row["type"] for row in rows])
         axes.set_ylabel(f"{NORMS[norm]} (%)")

@@ -93,7 +93,11 @@ def _facts(record: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[st
 
 def _score_keys(lines: list[dict[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for line in lines for key in line)
-    return [key for key in keys if key.startswith("eval_") and key != "eval_loss" and series(lines, key)[1]]
+    return [
+        key
+        for key in keys
+        if key.startswith("eval_") and key != "eval_loss" and series(lines, key)[1]
+    ]
 
 
 def _curves(record: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[Any, str]]:
@@ -103,15 +107,27 @@ def _curves(record: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[A
     unit = UNITS[record["settings"].get("task", "language")]
     losses = series(lines, "loss")[1] or series(lines, "eval_loss")[1]
     alt = f"Loss over {lines[-1]['step']} steps, from {losses[0]:.3g} to {losses[-1]:.3g}"
-    pictures = [(svg(panels.loss_figure(lines, unit), alt), "Pale: every logged step. Solid: their running mean.")]
+    pictures = [
+        (
+            svg(panels.loss_figure(lines, unit), alt),
+            "Pale: every logged step. Solid: their running mean.",
+        )
+    ]
     scores = _score_keys(lines)
     if scores:
         names = ", ".join(key.removeprefix("eval_") for key in scores)
-        pictures.append((svg(panels.score_figure(lines, scores), f"{names} at each evaluation"), f"Scores: {names}."))
+        pictures.append(
+            (
+                svg(panels.score_figure(lines, scores), f"{names} at each evaluation"),
+                f"Scores: {names}.",
+            )
+        )
     for key, label in panels.COURSES.items():
         if values := series(lines, key)[1]:
             words = f"{label} over the steps, between {min(values):.3g} and {max(values):.3g}"
-            pictures.append((svg(panels.course_figure(lines, key, label), words), f"{label.capitalize()}."))
+            pictures.append(
+                (svg(panels.course_figure(lines, key, label), words), f"{label.capitalize()}.")
+            )
     return pictures
 
 
@@ -123,12 +139,17 @@ def _pictures(changes: list[Change]) -> dict[str, list[tuple[Any, str]]]:
     relative = all(change.relative is not None for change in changes)
     size = "|ΔW| / |W| (%)" if relative else "|ΔW|"
     made = panels.layers_figure(changes, _size, size, percent=relative)
-    ranks = panels.layers_figure(changes, lambda change: change.effective_rank, "effective rank of ΔW")
+    ranks = panels.layers_figure(
+        changes, lambda change: change.effective_rank, "effective rank of ΔW"
+    )
     sections = {
         "size": _figures([(made, f"{size} of every layer.")]),
         "spectrum": _figures(
             [
-                (panels.spectrum_figure(biggest), "Singular values of ΔW, of the layers that changed most."),
+                (
+                    panels.spectrum_figure(biggest),
+                    "Singular values of ΔW, of the layers that changed most.",
+                ),
                 (
                     ranks,
                     "Effective rank of every layer: the exponential of the entropy of its singular values' shares.",
@@ -143,7 +164,10 @@ def _pictures(changes: list[Change]) -> dict[str, list[tuple[Any, str]]]:
             "right": lambda change: sum(change.right_angles) / len(change.right_angles),
         }
         maps = [
-            (panels.layers_figure(changes, mean, "mean angle (degrees)"), f"Mean principal angle, {side} factor.")
+            (
+                panels.layers_figure(changes, mean, "mean angle (degrees)"),
+                f"Mean principal angle, {side} factor.",
+            )
             for side, mean in sides.items()
         ]
         lines = "All principal angles of the layers that changed most; solid: left factor, dashed: right factor."

@@ -20,7 +20,9 @@ def read_run(run: Path) -> dict[str, Any]:
         CheckpointError: no run, one that never began, or a damaged one.
     """
     if not (run / "run.json").is_file():
-        raise CheckpointError(f"{run} holds no run.json: give the folder that `pissa train` wrote (its `output`)")
+        raise CheckpointError(
+            f"{run} holds no run.json: give the folder that `pissa train` wrote (its `output`)"
+        )
     record = read_json(run / "run.json")
     missing = {"status", "settings", "data", "base", "versions"} - record.keys()
     if missing:

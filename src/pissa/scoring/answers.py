@@ -44,7 +44,9 @@ TASKS = (*TEXT, *CODE)
 def check_task(task: str) -> None:
     """Raise InputError for a task without a scorer."""
     if task not in TASKS:
-        raise InputError(f"task is {task!r}, expected one of {', '.join(TASKS)}.{did_you_mean(task, TASKS)}")
+        raise InputError(
+            f"task is {task!r}, expected one of {', '.join(TASKS)}.{did_you_mean(task, TASKS)}"
+        )
 
 
 def check_permission(tasks: Sequence[str], allowed: bool) -> None:
@@ -72,7 +74,9 @@ def _not_permitted(tasks: Sequence[str]) -> ConfigError:
     )
 
 
-def score(task: str, output: str, doc: Mapping[str, Any], *, isolation: Isolation | None = None) -> Item:
+def score(
+    task: str, output: str, doc: Mapping[str, Any], *, isolation: Isolation | None = None
+) -> Item:
     """One answer.
 
     Args:
@@ -121,7 +125,9 @@ def score_rows(
     check_permission([task], isolation is not None)
     docs = [_doc(task, number, where, row, by_id) for number, (where, row) in enumerate(rows)]
     if task in CODE:
-        _check_once([(where, str(doc["task_id"])) for (where, _), doc in zip(rows, docs, strict=True)])
+        _check_once(
+            [(where, str(doc["task_id"])) for (where, _), doc in zip(rows, docs, strict=True)]
+        )
     items = []
     for done, ((_, row), doc) in enumerate(zip(rows, docs, strict=True), 1):
         items.append(score(task, row["output"], doc, isolation=isolation))
@@ -133,23 +139,33 @@ def _check_once(asked: Sequence[tuple[str, str]]) -> None:
     first: dict[str, str] = {}
     for where, name in asked:
         if name in first:
-            raise DataError(f"{where}: answers {name} as {first[name]} does, expected one answer to each question")
+            raise DataError(
+                f"{where}: answers {name} as {first[name]} does, expected one answer to each question"
+            )
         first[name] = where
 
 
 def _doc(task: str, number: int, where: str, row: Doc, by_id: Mapping[str, Doc]) -> Doc:
     if not isinstance(row.get("output"), str):
-        raise DataError(f"{where}: got fields {', '.join(row) or 'none'}, expected a text in `output`")
+        raise DataError(
+            f"{where}: got fields {', '.join(row) or 'none'}, expected a text in `output`"
+        )
     if task in TEXT:
         if not isinstance(row.get("answer"), (str, int, float)):
-            raise DataError(f"{where}: got fields {', '.join(row)}, expected the gold answer in `answer`")
+            raise DataError(
+                f"{where}: got fields {', '.join(row)}, expected the gold answer in `answer`"
+            )
         try:
             TEXT[task].check_gold(str(row["answer"]))
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         return {"id": str(row.get("id", number)), **row}
-    name = str(row.get("task_id", row.get("answer", "")))  # the authors keep the task's name in `answer`
+    name = str(
+        row.get("task_id", row.get("answer", ""))
+    )  # the authors keep the task's name in `answer`
     if name not in by_id:
         known = next(iter(by_id), "none")
-        raise DataError(f"{where}: task_id is {name!r}, expected one of the {len(by_id)} questions, as {known!r}")
+        raise DataError(
+            f"{where}: task_id is {name!r}, expected one of the {len(by_id)} questions, as {known!r}"
+        )
     return by_id[name]

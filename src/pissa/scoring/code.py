@@ -31,7 +31,9 @@ MOST_PLACES = 100
 """Fences, and lines without fences, where code is looked for."""
 MOST_CUTS = 10
 """Statements that are taken away until the rest can be read; one with a mistake takes one or two."""
-BLOCK = re.compile(r"```[ \t]*+([\w+#.-]*+)[ \t]*+\n(.*?)(?:^[ \t]*```(?!\w)|```[ \t]*$|\Z)", re.S | re.M)
+BLOCK = re.compile(
+    r"```[ \t]*+([\w+#.-]*+)[ \t]*+\n(.*?)(?:^[ \t]*```(?!\w)|```[ \t]*$|\Z)", re.S | re.M
+)
 """Language and text between fences, the second of which may have been cut off."""
 CODE_LINE = re.compile(r"^(?:import |from |def |async def |class |@|[A-Za-z_]\w* *=(?!=))", re.M)
 """Where code may begin in a text without fences."""
@@ -54,7 +56,9 @@ def score(task: str, output: str, doc: Mapping[str, Any], isolation: Isolation) 
     """
     missing = [field for field in FIELDS[task] if field not in doc]
     if missing:
-        raise DataError(f"a question of {task} has {', '.join(doc) or 'no fields'}, expected also {', '.join(missing)}")
+        raise DataError(
+            f"a question of {task} has {', '.join(doc) or 'no fields'}, expected also {', '.join(missing)}"
+        )
     name, prompt = entry_point(doc), str(doc.get("prompt", ""))
     code = extract(output, name, prompt)
     theirs = authors_code(output)
@@ -141,13 +145,17 @@ def extract(output: str, name: str, prompt: str = "") -> str | None:
         Code for `whole`; None where there is none.
     """
     text = output[:LONGEST].replace("\r\n", "\n")
-    blocks = [block for language, block in BLOCK.findall(text) if language.lower() in PYTHON][:MOST_PLACES]
+    blocks = [block for language, block in BLOCK.findall(text) if language.lower() in PYTHON][
+        :MOST_PLACES
+    ]
     plain = text.split("```", 1)[0]
     goes_on = _indented(plain)
     if prompt and goes_on and (found := _body(plain, name, prompt)):
         return found
     plain = plain.lstrip()
-    margin = [textwrap.dedent(block) if _indented(block) else block for block in blocks]  # dedent alters empty lines
+    margin = [
+        textwrap.dedent(block) if _indented(block) else block for block in blocks
+    ]  # dedent alters empty lines
     for block in margin:
         if found := _trim(block, name):
             return found
@@ -190,7 +198,9 @@ def _body(text: str, name: str, prompt: str) -> str | None:
     """What goes on from the prompt; None where that adds nothing to its function."""
     body = text.strip("\n")
     shapes = [body]
-    if not _indented(body):  # a chat template took the first line's indentation, or a fence all of it
+    if not _indented(
+        body
+    ):  # a chat template took the first line's indentation, or a fence all of it
         shapes = ["    " + body, textwrap.indent(body, "    ")]
     found = [_trim(prompt + shape, name, first=True) or "" for shape in shapes]
     longest = max(found, key=len)
@@ -239,7 +249,10 @@ def _needed(tree: ast.Module, lines: list[str], name: str, *, first: bool = Fals
     if not places:
         return None
     place = places[0] if first else places[-1]
-    kept, rest = tree.body[: place + 1], [node for node in tree.body[place + 1 :] if name not in _bound(node)]
+    kept, rest = (
+        tree.body[: place + 1],
+        [node for node in tree.body[place + 1 :] if name not in _bound(node)],
+    )
     givers: dict[str, list[ast.stmt]] = {}
     for node in rest:
         for bound in _bound(node):
@@ -252,7 +265,9 @@ def _needed(tree: ast.Module, lines: list[str], name: str, *, first: bool = Fals
         for wanted in _free(node):
             queue += givers.pop(wanted, [])
     end = kept[place].end_lineno or 0
-    return "\n".join(line for number, line in enumerate(lines, 1) if number <= end or number in stay)
+    return "\n".join(
+        line for number, line in enumerate(lines, 1) if number <= end or number in stay
+    )
 
 
 def _parse(code: str) -> ast.Module | int:
@@ -280,7 +295,9 @@ def _bound(node: ast.stmt) -> set[str]:
         return {(name.asname or name.name).split(".")[0] for name in node.names}
     if isinstance(node, ast.Assign) or (isinstance(node, ast.AnnAssign) and node.value):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        return {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+        return {
+            part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)
+        }
     return set()
 
 

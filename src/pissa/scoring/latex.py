@@ -11,7 +11,14 @@ from fractions import Fraction
 
 from pissa.errors import DataError, require
 from pissa.scoring import hendrycks
-from pissa.scoring.numbers import AUTHORS_MARK, DIFFERS, NOT_FOUND, before_next_question, last_box, marked
+from pissa.scoring.numbers import (
+    AUTHORS_MARK,
+    DIFFERS,
+    NOT_FOUND,
+    before_next_question,
+    last_box,
+    marked,
+)
 from pissa.scoring.verdict import Verdict
 
 _SECONDS = 3
@@ -23,9 +30,20 @@ _LARGEST = 10**4
 _DEEPEST = 8
 """Brackets within brackets: the time that Math-Verify reads grows with the third power. MATH-500's own have 2."""
 
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|(?<!\\)\$([^$]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
 _END = re.compile(r"\.?\s*\n|\.(?=\$?\s)")
-_COMMANDS = {"≤": "le", "≥": "ge", "π": "pi", "∞": "infty", "±": "pm", "∪": "cup", "∅": "emptyset", "√": "sqrt"}
+_COMMANDS = {
+    "≤": "le",
+    "≥": "ge",
+    "π": "pi",
+    "∞": "infty",
+    "±": "pm",
+    "∪": "cup",
+    "∅": "emptyset",
+    "√": "sqrt",
+}
 _SPELLINGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"[−–]", "-"),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
@@ -59,7 +77,9 @@ _UNITS = re.compile(
     rf"|(?<=[\d}})])(?:\s(?!{_OPERATORS}|{_POWERS})[A-Za-z]{{4,}}(?:\s(?!{_OPERATORS})[A-Za-z]{{2,}})*|\s?(?:{_SHORT_UNITS})\b))"
     r"\.?\s*(?:\^\s*\{?\d\}?)?\s*\Z"
 )
-_WORDS = re.compile(rf"\s*(?:{_TEXT}\{{(?P<words>[^{{}}\\]*)\}}|(?P<bare>[A-Za-z][A-Za-z ]+|\(?[A-Z]\)?))\s*")
+_WORDS = re.compile(
+    rf"\s*(?:{_TEXT}\{{(?P<words>[^{{}}\\]*)\}}|(?P<bare>[A-Za-z][A-Za-z ]+|\(?[A-Z]\)?))\s*"
+)
 _NAME = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?|'|\([a-z]\))?\s*(?:=|\\in(?![a-z]))\s*")
 _BASED = re.compile(r"\s*(?P<digits>[\dA-F]+)\s*_\s*\{?\s*(?P<base>\d+)\s*\}?\s*")
 _GROUPED = re.compile(r"(?<![\d.,])(?<!\d )\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,]| \d)")
@@ -70,7 +90,9 @@ _NUMBER = re.compile(
 )
 _PRODUCT, _TIMES = re.compile(r"((?<![\w.])[\d.]+|\))\s*(?=\()"), r"\1\\cdot "
 """Math-Verify reads 2(3) and (2)(3) as a mixed number, 5."""
-_POWER = re.compile(r"(?P<base>[^\s^])\s*\^\s*(?:\{(?P<group>(?:[^{}^]|\{[^{}^]*\})*)\}|(?P<bare>\\?\w))")
+_POWER = re.compile(
+    r"(?P<base>[^\s^])\s*\^\s*(?:\{(?P<group>(?:[^{}^]|\{[^{}^]*\})*)\}|(?P<bare>\\?\w))"
+)
 _ENDLESS = re.compile(r"\\(?:sum|prod|i*int|oint|lim)(?![a-z])|[)}!]\s*!")
 
 
@@ -153,7 +175,9 @@ def _sentence(text: str) -> str:
 
 def _whole(text: str) -> bool:
     pairs = (r"\begin{", r"\end{"), (r"\[", r"\]"), ("{", "}")
-    return text.count("$$") % 2 == 0 and all(text.count(left) <= text.count(right) for left, right in pairs)
+    return text.count("$$") % 2 == 0 and all(
+        text.count(left) <= text.count(right) for left, right in pairs
+    )
 
 
 def _equal(answer: str, gold: str) -> bool:
@@ -197,7 +221,11 @@ def _squeezed(text: str) -> str:
 
 def _ungrouped(text: str) -> str:
     """Without thousands separators, outside pairs and sets: `(100,200)` has two parts, `20,000` one."""
-    return text if re.search(r"[(\[]|\\\{", text) else _GROUPED.sub(lambda n: re.sub("[, ]", "", n.group()), text)
+    return (
+        text
+        if re.search(r"[(\[]|\\\{", text)
+        else _GROUPED.sub(lambda n: re.sub("[, ]", "", n.group()), text)
+    )
 
 
 def _words(text: str) -> str | None:
@@ -247,7 +275,10 @@ def _tame(text: str) -> bool:
         return False
     if factorials and (powers or re.search(r"\d{4}", text)):
         return False
-    exponents = [math.prod(max(1, int(n)) for n in re.findall(r"\d+", p["group"] or p["bare"])) for p in powers]
+    exponents = [
+        math.prod(max(1, int(n)) for n in re.findall(r"\d+", p["group"] or p["bare"]))
+        for p in powers
+    ]
     numeric = [e for e, p in zip(exponents, powers, strict=True) if not p["base"].isalpha()]
     digits = max(map(len, re.findall(r"\d+", text)), default=1)
     return max(exponents, default=1) <= _LARGEST and math.prod(numeric) * digits <= _LARGEST
@@ -258,7 +289,9 @@ def _verified(answer: str, gold: str) -> bool:
     normalization = require("latex2sympy2_extended.latex2sympy2", "eval").NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
     )
-    reading = verifier.LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)
+    reading = verifier.LatexExtractionConfig(
+        boxed_match_priority=-1, normalization_config=normalization
+    )
     # Its alarm is SIGALRM, which only the main thread may set.
     seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
     found, wanted = (
@@ -266,5 +299,7 @@ def _verified(answer: str, gold: str) -> bool:
         for text in (_PRODUCT.sub(_TIMES, answer), _PRODUCT.sub(_TIMES, gold))
     )
     return bool(
-        verifier.verify(wanted, found, float_rounding=12, allow_set_relation_comp=True, timeout_seconds=seconds)
+        verifier.verify(
+            wanted, found, float_rounding=12, allow_set_relation_comp=True, timeout_seconds=seconds
+        )
     )

@@ -38,7 +38,10 @@ _SPELLINGS = (
     (re.compile(r"(?<=\d)\s*(?=\\[dt]?frac)"), " "),
     (re.compile(r"\\[dt]?frac\s*(?:\{([\d.]+)\}|(\d))\s*(?:\{([\d.]+)\}|(\d))"), r"\1\2/\3\4"),
     (re.compile(r"(?<=\d)(?=[½⅓⅔¼¾])"), " "),
-    *((re.compile(sign), text) for sign, text in zip("½⅓⅔¼¾", ("1/2", "1/3", "2/3", "1/4", "3/4"), strict=True)),
+    *(
+        (re.compile(sign), text)
+        for sign, text in zip("½⅓⅔¼¾", ("1/2", "1/3", "2/3", "1/4", "3/4"), strict=True)
+    ),
 )
 _GROUPED = r"\d{1,3}(?:(?P<separator>[,'’_ ])\d{3}(?:(?P=separator)\d{3})*)(?!\d)"
 _INDIAN = r"\d{1,2}(?:,\d{2})+,\d{3}(?!\d)"
@@ -53,7 +56,14 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "k": 10**3}
+_SCALES = {
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "k": 10**3,
+}
 _OPERATOR = r"(?:[-+/×÷·^&]|\*\*?|(?:x|of|plus|minus|times|(?:divided|multiplied)\s+by)\b|x(?=\d))"
 # Nothing is given back: 50 terms without "=" must not be tried in all ways that their blanks can be shared out.
 _OPERAND = rf"(?>[$£€( ]*[-+]?[\d.,]+\s*%?\s*(?:(?!{_OPERATOR})[A-Za-z]+\s*)?\)*\s*)"
@@ -171,7 +181,9 @@ def gold_value(gold: str) -> Fraction:
     found = _last(text.rpartition("####")[2])
     value = _value(found) if found else None
     if value is None:
-        raise DataError(f"gold answer is {text[-80:]!r}, expected a number, or a text that ends in '#### number'")
+        raise DataError(
+            f"gold answer is {text[-80:]!r}, expected a number, or a text that ends in '#### number'"
+        )
     return value
 
 
@@ -194,13 +206,19 @@ def _verdict(found: re.Match[str] | None, wanted: Fraction, wrong: str) -> Verdi
 
 def _value(found: re.Match[str]) -> Fraction | None:
     """None for what is written as a number and has no value of sane size."""
-    top, bottom, exponent = found["top"], Fraction(found["bottom"] or 1), int(found["exponent"] or 0)
+    top, bottom, exponent = (
+        found["top"],
+        Fraction(found["bottom"] or 1),
+        int(found["exponent"] or 0),
+    )
     if bottom == 0 or abs(exponent) > _LONGEST or len(top) > _LONGEST:
         return None
     if re.fullmatch(r"\d+,\d{1,2}|.*[ '’_]\d{3},\d{1,2}", top):
         top = top.replace(",", ".")
     value = Fraction(re.sub(r"[,'’_ ]", "", top)) * Fraction(10) ** exponent / bottom
-    value = (value + int(found["whole"] or 0)) * _SCALES.get(found["scale"] or (found["kilo"] or "").lower(), 1)
+    value = (value + int(found["whole"] or 0)) * _SCALES.get(
+        found["scale"] or (found["kilo"] or "").lower(), 1
+    )
     return -value if found["sign"] == "-" else value
 
 

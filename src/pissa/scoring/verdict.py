@@ -42,7 +42,11 @@ class Item:
 
     def to_json(self) -> dict[str, Any]:
         """Flat: id, correct, extracted, reason, authors."""
-        return {"id": self.id, **asdict(self.ours), "authors": asdict(self.authors) if self.authors else None}
+        return {
+            "id": self.id,
+            **asdict(self.ours),
+            "authors": asdict(self.authors) if self.authors else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,9 @@ class Share:
     @property
     def error(self) -> float:
         """Standard error of the mean, as lm-evaluation-harness has it; 0 for a single answer."""
-        return math.sqrt(self.value * (1 - self.value) / (self.count - 1)) if self.count > 1 else 0.0
+        return (
+            math.sqrt(self.value * (1 - self.value) / (self.count - 1)) if self.count > 1 else 0.0
+        )
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -33,18 +33,28 @@ def layer_inputs(folder: Path, targets: Iterable[Target], text: Path) -> dict[st
     """
     tokens = _tokens(folder, text)
     try:
-        model = type(build_skeleton(folder)).from_pretrained(folder, dtype="auto", use_safetensors=True).eval()  # type: ignore[attr-defined]
+        model = (
+            type(build_skeleton(folder))
+            .from_pretrained(folder, dtype="auto", use_safetensors=True)
+            .eval()
+        )  # type: ignore[attr-defined]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded by transformers ({error})") from error
     linear = [target for target in targets if target.kind in PACKABLE]
     window = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
     batches = [{"input_ids": part[None]} for part in torch.split(tokens, window)]
     try:
-        seen = observe(model, batches, "inputs", targets=[target.module for target in linear], inputs=TOKENS)
+        seen = observe(
+            model, batches, "inputs", targets=[target.module for target in linear], inputs=TOKENS
+        )
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot read a text by itself ({error}): leave --text out") from error
+        raise CheckpointError(
+            f"{folder} cannot read a text by itself ({error}): leave --text out"
+        ) from error
     prefix = getattr(model, "base_model_prefix", "")
-    return {target.module: seen.get("inputs", canonical(target.weight, prefix)) for target in linear}
+    return {
+        target.module: seen.get("inputs", canonical(target.weight, prefix)) for target in linear
+    }
 
 
 def _tokens(folder: Path, text: Path) -> Tensor:
@@ -57,8 +67,12 @@ def _tokens(folder: Path, text: Path) -> Tensor:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} has no tokenizer that transformers loads ({error})") from error
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers loads ({error})"
+        ) from error
     ids = tokenizer(content, truncation=True, max_length=TOKENS)["input_ids"]
     if len(ids) < FEWEST:
-        raise InputError(f"{text} has {len(ids)} tokens, expected {FEWEST} or more: give a longer text")
+        raise InputError(
+            f"{text} has {len(ids)} tokens, expected {FEWEST} or more: give a longer text"
+        )
     return torch.tensor(ids)

@@ -46,14 +46,21 @@ class WeightPairs:
     """
 
     def __init__(
-        self, base: Path, residual: Path, targets: Iterable[Target], config: dict[str, Any] | None = None
+        self,
+        base: Path,
+        residual: Path,
+        targets: Iterable[Target],
+        config: dict[str, Any] | None = None,
     ) -> None:
         self._original, self._residual = Checkpoint.open(base), Checkpoint.open(residual)
         self._packed = PackedWeights(self._residual)
         skeleton = build_skeleton(self._original.folder, config=config)
         modules, targets = dict(skeleton.named_modules()), list(targets)
         here, beside = (
-            {target.module: name for name, target in stored_targets(targets, names, checkpoint.folder).items()}
+            {
+                target.module: name
+                for name, target in stored_targets(targets, names, checkpoint.folder).items()
+            }
             for checkpoint in (self._original, self._residual)
             for names in [parameter_names(skeleton, checkpoint.tensors)]
         )
@@ -77,11 +84,15 @@ class WeightPairs:
         """(weight, frozen part), both [out, in], of one of `targets`."""
         name, beside = self._names[target]
         packed = beside in self._packed.names
-        frozen = self._packed.dense(beside) if packed else target.to_matrix(self._residual.read(beside))
+        frozen = (
+            self._packed.dense(beside) if packed else target.to_matrix(self._residual.read(beside))
+        )
         return target.to_matrix(self._original.read(name)), frozen
 
 
-def best_changes(found: Changes, rank: int, base: Path, residual: Path) -> tuple[dict[Target, Lora], float]:
+def best_changes(
+    found: Changes, rank: int, base: Path, residual: Path
+) -> tuple[dict[Target, Lora], float]:
     """The best rank-`rank` change of each weight of the base, and the error over all relative to the whole change.
 
     Args:
@@ -98,7 +109,9 @@ def best_changes(found: Changes, rank: int, base: Path, residual: Path) -> tuple
     for target in weights.targets:
         weight, frozen = weights.read(target)
         whole = frozen.float() + pairs[target.module].delta().float() - weight
-        left, right = truncated_svd(whole, min(rank, *whole.shape), "fast", name=target.weight).balanced()
+        left, right = truncated_svd(
+            whole, min(rank, *whole.shape), "fast", name=target.weight
+        ).balanced()
         changes[target] = Lora(right, left)
         missed += frobenius(whole - left @ right) ** 2
         total += frobenius(whole) ** 2

@@ -67,7 +67,11 @@ def convert(run: str | Path, out: str | Path, settings: ConvertSettings) -> Reco
         record = beside_residual.on_the_base(record)
     else:
         changes, error = _at_rank(found.changes, rank)
-    notes = {**record.notes, "error": error, "rank": max(change.rank for change in changes.values())}
+    notes = {
+        **record.notes,
+        "error": error,
+        "rank": max(change.rank for change in changes.values()),
+    }
     record = dataclasses.replace(record, kind="lora", notes=notes, versions=versions())
     made_of, kinds = record.made_of(str(run)), {target.kind for target in changes}
     config = plain.adapter_config(
@@ -101,7 +105,11 @@ def changes_since(adapter: Path, start: Path, base: str | Path | None) -> Change
         odd = sorted(target.weight for target in set(trained) ^ set(begun))
         raise WrongBaseError(
             f"{adapter} was not trained from {start}: "
-            + (f"`{odd[0]}` is in only one of them" if odd else f"its scale is {scale}, the start's {start_scale}")
+            + (
+                f"`{odd[0]}` is in only one of them"
+                if odd
+                else f"its scale is {scale}, the start's {start_scale}"
+            )
         )
     _refuse_other_start(adapter, start, config, begun)
     record = _start_record(start, config, list(trained), base)
@@ -109,7 +117,9 @@ def changes_since(adapter: Path, start: Path, base: str | Path | None) -> Change
     for target, (left, right) in trained.items():
         left0, right0 = begun[target]
         for factor, factor0, side in ((left, left0, "left"), (right, right0, "right")):
-            if factor.shape != factor0.shape or _started_elsewhere(factor.double(), factor0.double()):
+            if factor.shape != factor0.shape or _started_elsewhere(
+                factor.double(), factor0.double()
+            ):
                 raise WrongBaseError(
                     f"{adapter} was not trained from {start}: the {side} factor of `{target.weight}` "
                     f"{list(factor.shape)} does not hold the start's {list(factor0.shape)}. "
@@ -130,7 +140,9 @@ def _refuse_other_start(adapter: Path, start: Path, config: dict[str, Any], begu
     named = Path(str(config.get("base_model_name_or_path") or "")) / INIT
     if not (named / plain.WEIGHTS).is_file() or named.resolve() == start.resolve():
         return
-    own = adapter_targets(read_json(named / plain.CONFIG), Checkpoint.open(named, need_config=False))
+    own = adapter_targets(
+        read_json(named / plain.CONFIG), Checkpoint.open(named, need_config=False)
+    )
     for target, factors in begun.items():
         if target not in own or not all(map(torch.equal, factors, own[target])):
             raise WrongBaseError(
@@ -163,7 +175,9 @@ def check_folder(record: Record, folder: Path, what: str) -> None:
     missing = dict(base.tensors)
     for key, name in canonical_names(checkpoint).items():
         if key in missing:
-            check_tensor(key, missing.pop(key), checkpoint.read(name), what=what, advice=f"Use {base.name}")
+            check_tensor(
+                key, missing.pop(key), checkpoint.read(name), what=what, advice=f"Use {base.name}"
+            )
     if missing:
         raise WrongBaseError(
             f"{what} was made for another base: tensor `{next(iter(missing))}` is absent from {folder}. Use {base.name}"
@@ -200,7 +214,9 @@ def _beside_residual(
 
 def _check_rank(rank: int) -> None:
     if rank < 1:
-        raise InputError(f"rank {rank} is below 1: use --rank 1 or more, or leave it out for the exact change")
+        raise InputError(
+            f"rank {rank} is below 1: use --rank 1 or more, or leave it out for the exact change"
+        )
 
 
 def _at_rank(changes: dict[Target, Lora], rank: int | None) -> tuple[dict[Target, Lora], float]:
@@ -216,11 +232,15 @@ def _at_rank(changes: dict[Target, Lora], rank: int | None) -> tuple[dict[Target
     return approximations, (missed / total) ** 0.5 if total else 0.0
 
 
-def _start_record(start: Path, config: dict[str, Any], targets: list[Target], base: str | Path | None) -> Record:
+def _start_record(
+    start: Path, config: dict[str, Any], targets: list[Target], base: str | Path | None
+) -> Record:
     if (start / plain.RECORD).is_file():
         record = Record.from_json(read_json(start / plain.RECORD), str(start / plain.RECORD))
         if record.kind != "init":
-            raise CheckpointError(f"{start} is a {record.kind!r} folder, expected the pissa_init/ of a decomposition")
+            raise CheckpointError(
+                f"{start} is a {record.kind!r} folder, expected the pissa_init/ of a decomposition"
+            )
     else:
         if base is None:
             warnings.warn(

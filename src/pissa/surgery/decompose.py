@@ -48,7 +48,9 @@ def decompose(source: str | Path, out: str | Path, settings: DecomposeSettings) 
     return job.into(out, force=settings.force, workers=settings.workers, progress=settings.progress)
 
 
-def prepare(source: str | Path, settings: DecomposeSettings, choice: Choice | None = None) -> Decomposition:
+def prepare(
+    source: str | Path, settings: DecomposeSettings, choice: Choice | None = None
+) -> Decomposition:
     """All that `decompose` can check before it writes anything.
 
     Args:
@@ -72,7 +74,9 @@ def prepare(source: str | Path, settings: DecomposeSettings, choice: Choice | No
     if asked.store not in STORES:
         raise InputError(f"store is {asked.store!r}, expected one of {', '.join(STORES)}")
     if asked.store != STORES[0] and not choice.quant:
-        raise InputError(f"store is {asked.store!r}, which has a meaning only with a quantiser: add --quant nf4")
+        raise InputError(
+            f"store is {asked.store!r}, which has a meaning only with a quantiser: add --quant nf4"
+        )
     checkpoint = Checkpoint.open(source, asked.revision)
     _refuse_unfit(checkpoint)
     skeleton = build_skeleton(checkpoint.folder, trust_remote_code=asked.trust_remote_code)

@@ -66,12 +66,18 @@ def kind_of_folder(path: Path) -> str:
         if record.get("kind") in ("lora", "init"):
             return str(record["kind"])
         config = read_json(path / plain.CONFIG)
-        return "raw-adapter" if _changes_its_base(config) or _trained_on_residual(config) else "foreign-adapter"
+        return (
+            "raw-adapter"
+            if _changes_its_base(config) or _trained_on_residual(config)
+            else "foreign-adapter"
+        )
     if record.get("kind") in ("merged", "w4a4"):
         return str(record["kind"])
     if (path / "config.json").is_file():
         return "model"
-    raise CheckpointError(f"{path} holds no config.json, adapter_config.json or state: it is no model, run or adapter")
+    raise CheckpointError(
+        f"{path} holds no config.json, adapter_config.json or state: it is no model, run or adapter"
+    )
 
 
 def read_changes(path: Path, *, on_residual: bool = False) -> Changes:
@@ -101,10 +107,14 @@ def read_changes(path: Path, *, on_residual: bool = False) -> Changes:
         raise CheckpointError(
             f"{path} is a model in 4 bits, which no adapter holds: pissa merge BASE {path} OUT writes it in 16 bits"
         )
-    raise CheckpointError(f"{path} is a {kind} folder, expected a run, its state/ or a LoRA adapter")
+    raise CheckpointError(
+        f"{path} is a {kind} folder, expected a run, its state/ or a LoRA adapter"
+    )
 
 
-def adapter_targets(config: dict[str, Any], checkpoint: Checkpoint) -> dict[Target, tuple[Tensor, Tensor]]:
+def adapter_targets(
+    config: dict[str, Any], checkpoint: Checkpoint
+) -> dict[Target, tuple[Tensor, Tensor]]:
     """(left, right) of each weight of an adapter file, with the kind told from the stored names and shapes."""
     pairs: dict[Target, tuple[Tensor, Tensor]] = {}
     for name, info in checkpoint.tensors.items():
@@ -113,7 +123,9 @@ def adapter_targets(config: dict[str, Any], checkpoint: Checkpoint) -> dict[Targ
             continue
         other = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         if other not in checkpoint.tensors:
-            raise CheckpointError(f"{checkpoint.folder / plain.WEIGHTS} holds `{name}` but not `{other}`")
+            raise CheckpointError(
+                f"{checkpoint.folder / plain.WEIGHTS} holds `{name}` but not `{other}`"
+            )
         rows, columns = checkpoint.tensors[other].shape[0], info.shape[1:]
         if side == "embedding_A":
             target = Target(module, "embedding", (columns[0], rows))
@@ -133,10 +145,14 @@ def adapter_scale(config: dict[str, Any], where: Path) -> float:
     one_scale = not config.get("use_rslora") and ranks.keys() == alphas.keys()
     alpha, rank = float(config["lora_alpha"]), float(config["r"])
     scale = alpha / rank
-    if one_scale and all(abs(alphas[layer] / own - scale) < 1e-9 * scale for layer, own in ranks.items()):
+    if one_scale and all(
+        abs(alphas[layer] / own - scale) < 1e-9 * scale for layer, own in ranks.items()
+    ):
         ranks = alphas = {}  # ranks of their own, as the shapes say, and one scale everywhere
     unsupported = [key for key in ("use_dora", "lora_bias") if config.get(key)]
-    unsupported += [key for key, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)) if pattern]
+    unsupported += [
+        key for key, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)) if pattern
+    ]
     if unsupported:
         raise CheckpointError(
             f"{where / plain.CONFIG} sets {', '.join(unsupported)}, which is not plain LoRA: merge it with peft instead"
@@ -180,9 +196,13 @@ def _read_plain(path: Path, kind: str) -> Changes:
     if kind in ("lora", "init"):
         record = Record.from_json(read_json(path / plain.RECORD), str(path / plain.RECORD))
         if kind == "init":
-            record = dataclasses.replace(record, notes={**record.notes, "residual": str(path.resolve().parent)})
+            record = dataclasses.replace(
+                record, notes={**record.notes, "residual": str(path.resolve().parent)}
+            )
     else:
-        warnings.warn(f"{path} has no pissa.json: the base it was made for cannot be checked", stacklevel=3)
+        warnings.warn(
+            f"{path} has no pissa.json: the base it was made for cannot be checked", stacklevel=3
+        )
     scale = adapter_scale(config, path)
     checkpoint = Checkpoint.open(path, need_config=False)
     pairs = adapter_targets(config, checkpoint)

@@ -32,23 +32,50 @@ from pissa.surgery.pipeline import check_workers
 from pissa.surgery.quantisation_errors import quantisation_errors
 
 MEANING = {
-    "run": ("a training run: adapter/ is a plain LoRA, state/ is for going on", "serve its adapter/ folder"),
+    "run": (
+        "a training run: adapter/ is a plain LoRA, state/ is for going on",
+        "serve its adapter/ folder",
+    ),
     "state": ("the state of a run", "no: serve the adapter/ folder beside it"),
     "lora": ("a plain LoRA adapter for the original base", "yes, on the original base"),
     "init": ("the start of a decomposition", "no: only right beside the residual one folder up"),
-    "raw-adapter": ("an adapter that changes its base when it is loaded", "no: convert it with --start first"),
-    "foreign-adapter": ("a LoRA adapter of unknown origin", "only if it was trained on the base you serve"),
+    "raw-adapter": (
+        "an adapter that changes its base when it is loaded",
+        "no: convert it with --start first",
+    ),
+    "foreign-adapter": (
+        "a LoRA adapter of unknown origin",
+        "only if it was trained on the base you serve",
+    ),
     "decomposed": ("a residual model with its start in pissa_init/", "only both together"),
-    "foreign-decomposed": ("a residual model that another tool made, start in pissa_init/", "only both together"),
+    "foreign-decomposed": (
+        "a residual model that another tool made, start in pissa_init/",
+        "only both together",
+    ),
     "merged": ("a merged model", "yes, as any model"),
-    "w4a4": ("a model in 4 bits, activations too", "with pissa.w4a4.load_w4a4; pissa merge makes a model of 16 bits"),
+    "w4a4": (
+        "a model in 4 bits, activations too",
+        "with pissa.w4a4.load_w4a4; pissa merge makes a model of 16 bits",
+    ),
     "model": ("a model", "yes, as any model"),
 }
 ON_RESIDUAL = {
-    "run": ("a training run beside a residual in {quant}", "serve its adapter/ on {residual}, or merge both"),
-    "state": ("the state of a run beside a residual in {quant}", "no: serve the adapter/ folder beside it"),
-    "lora": ("a LoRA adapter for a residual in {quant}", "only on {residual}, not on the original base"),
-    "init": ("the start beside a residual in {quant}", "no: only right beside that residual, one folder up"),
+    "run": (
+        "a training run beside a residual in {quant}",
+        "serve its adapter/ on {residual}, or merge both",
+    ),
+    "state": (
+        "the state of a run beside a residual in {quant}",
+        "no: serve the adapter/ folder beside it",
+    ),
+    "lora": (
+        "a LoRA adapter for a residual in {quant}",
+        "only on {residual}, not on the original base",
+    ),
+    "init": (
+        "the start beside a residual in {quant}",
+        "no: only right beside that residual, one folder up",
+    ),
     "decomposed": ("a residual in {quant} with its start in pissa_init/", "only both together"),
 }
 """Of what was made around a quantised residual."""
@@ -122,11 +149,17 @@ def inspect(
         report.errors = _errors(path, kind, record, base, text, workers, progress)
     if record is not None:
         if record.base:
-            report.base = {key: value for key, value in asdict(record.base).items() if key != "tensors"}
+            report.base = {
+                key: value for key, value in asdict(record.base).items() if key != "tensors"
+            }
         if record.recipe:
-            left_out = {"targets"} | (set() if record.recipe.quant else {"quant", "double_quant", "iterations"})
+            left_out = {"targets"} | (
+                set() if record.recipe.quant else {"quant", "double_quant", "iterations"}
+            )
             left_out |= {key for key in ("options", "ranks") if not getattr(record.recipe, key)}
-            report.recipe = {key: value for key, value in asdict(record.recipe).items() if key not in left_out}
+            report.recipe = {
+                key: value for key, value in asdict(record.recipe).items() if key not in left_out
+            }
         report.layers = [asdict(layer) for layer in record.layers]
         if base is not None:
             try:
@@ -156,7 +189,11 @@ def _meaning(kind: str, record: Record | None) -> tuple[str, str]:
     if record is None or not record.beside or kind not in ON_RESIDUAL:
         what, safe = MEANING[kind]
         lost = record.notes.get("error") if record and kind == "lora" else None
-        cut = f", the best of rank {record.notes['rank']}: {lost:.1%} of the change is lost" if record and lost else ""
+        cut = (
+            f", the best of rank {record.notes['rank']}: {lost:.1%} of the change is lost"
+            if record and lost
+            else ""
+        )
         return what + cut, safe
     residual = record.notes.get("residual", "its residual")
     what, safe = (text.format(quant=record.beside, residual=residual) for text in ON_RESIDUAL[kind])
@@ -170,7 +207,9 @@ def _check_base(record: Record, kind: str, base: Path, what: str) -> None:
         if is_residual(Checkpoint.open(base).config):
             return check_folder(replace(record, base=served_on), base, what)
         if kind == "lora":
-            raise WrongBaseError(f"{what} was made for the residual {served_on.name}, not for the original {base}")
+            raise WrongBaseError(
+                f"{what} was made for the residual {served_on.name}, not for the original {base}"
+            )
     return check_folder(record, base, what)
 
 
@@ -194,7 +233,12 @@ def _errors(
     check_workers(workers)
     check_folder(record, original, str(path))
     return quantisation_errors(
-        path, record.recipe, original, text=Path(text) if text else None, workers=workers, progress=progress
+        path,
+        record.recipe,
+        original,
+        text=Path(text) if text else None,
+        workers=workers,
+        progress=progress,
     )
 
 
@@ -217,7 +261,8 @@ def _shares(changes: dict[Target, Lora], base: Path) -> list[float]:
     skeleton = build_skeleton(checkpoint.folder)
     stored = stored_targets(list(changes), parameter_names(skeleton, checkpoint.tensors), base)
     return [
-        principal_share(target.to_matrix(checkpoint.read(name)), changes[target]) for name, target in stored.items()
+        principal_share(target.to_matrix(checkpoint.read(name)), changes[target])
+        for name, target in stored.items()
     ]
 
 
@@ -226,7 +271,9 @@ def _pair_layers(folder: Path) -> list[dict[str, Any]]:
     scale = adapter_scale(config, folder)
     pairs = adapter_targets(config, Checkpoint.open(folder, need_config=False))
     return [
-        _row(target.weight, target.matrix_shape, product_singular_values(left, right, scale).tolist())
+        _row(
+            target.weight, target.matrix_shape, product_singular_values(left, right, scale).tolist()
+        )
         for target, (left, right) in pairs.items()
     ]
 

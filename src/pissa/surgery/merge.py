@@ -30,7 +30,13 @@ from pissa.records import Record, versions
 from pissa.splits import Lora
 from pissa.surgery.decompose import STORED, check_dtype, output_dtype
 from pissa.surgery.folders import Changes, principal_share, read_changes, refuse_principal
-from pissa.surgery.packing import PackedWeights, is_residual, packed_modules, packed_names, quantisation_config
+from pissa.surgery.packing import (
+    PackedWeights,
+    is_residual,
+    packed_modules,
+    packed_names,
+    quantisation_config,
+)
 from pissa.surgery.pairing import refuse_half_a_residual, refuse_other_kind
 from pissa.surgery.pipeline import check_workers
 from pissa.surgery.streaming import SHARDS, Piece, StreamJob
@@ -72,25 +78,33 @@ def merge(
 class _Job(StreamJob):
     """One merge: which stored tensor takes which change, and under which name it is written."""
 
-    def __init__(self, checkpoint: Checkpoint, found: Changes, run: Path, asked: MergeSettings) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, found: Changes, run: Path, asked: MergeSettings
+    ) -> None:
         self.checkpoint, self.found, self.run, self.asked = checkpoint, found, run, asked
         self.dtype, self.shard_bytes = asked.dtype, parse_bytes(asked.max_shard_bytes)
         packer = self.packer = quantiser(asked.quant) if asked.quant else None
         refuse_other_kind(checkpoint, found, run, self.advice())
         # A run that trained a head belongs to a model class that the base's own config does not name.
-        self.head_config: dict[str, Any] | None = found.record.notes.get("model_config") if found.record else None
+        self.head_config: dict[str, Any] | None = (
+            found.record.notes.get("model_config") if found.record else None
+        )
         self.skeleton = build_skeleton(
             checkpoint.folder, config=self.head_config, trust_remote_code=asked.trust_remote_code
         )
         modules = dict(self.skeleton.named_modules())
         for target in found.changes:
             if target.module not in modules:
-                raise WrongBaseError(f"{run} changes `{target.weight}`, which {checkpoint.name} lacks. {self.advice()}")
+                raise WrongBaseError(
+                    f"{run} changes `{target.weight}`, which {checkpoint.name} lacks. {self.advice()}"
+                )
         self.prefix = getattr(self.skeleton, "base_model_prefix", "")
         self.parameters = parameter_names(self.skeleton, checkpoint.tensors)
         self.packed = PackedWeights(checkpoint)
         self.changes: dict[str, tuple[Target, Lora]] = {}
-        for name, target in stored_targets(list(found.changes), self.parameters, checkpoint.folder).items():
+        for name, target in stored_targets(
+            list(found.changes), self.parameters, checkpoint.folder
+        ).items():
             change = found.changes[target]
             # An adapter's file has one flag "transposed" for all its layers; the model knows which of them are.
             kind = kind_of(modules[target.module]) or target.kind
@@ -101,15 +115,24 @@ class _Job(StreamJob):
                     f"{list(own.matrix_shape)} in {checkpoint.name}. {self.advice()}"
                 )
             self.changes[name] = own, change
-        self.packed_out = packed_modules(packer, [target for target, _ in self.changes.values()]) if packer else set()
+        self.packed_out = (
+            packed_modules(packer, [target for target, _ in self.changes.values()])
+            if packer
+            else set()
+        )
         refuse_half_a_residual(checkpoint, self.packed.names, self.changes, run)
         self.extras = {_module_name(name): tensor for name, tensor in found.extras.items()}
         # Canonical, as the record of the run has them.
-        self.keys = {name: canonical(self.parameters.get(name, name), self.prefix) for name in checkpoint.tensors}
+        self.keys = {
+            name: canonical(self.parameters.get(name, name), self.prefix)
+            for name in checkpoint.tensors
+        }
         served_on = found.record.served_on if found.record else None
         self.recorded = dict(served_on.tensors) if served_on else {}
         if packer:
-            quantisation_config(packer, self.skeleton, self.packed_out, torch.float32)  # refuses now, not at the end
+            quantisation_config(
+                packer, self.skeleton, self.packed_out, torch.float32
+            )  # refuses now, not at the end
 
     def late(self) -> set[str]:
         """The state of each packed weight, whose JSON has a length of its own."""
@@ -136,7 +159,12 @@ class _Job(StreamJob):
                 digest.update(tensor_digest(tensor).encode())
             digest.update(name.encode())
         extras = {name: tensor_digest(tensor) for name, tensor in self.extras.items()}
-        return {"dtype": self.dtype, "quant": self.asked.quant, "changes": digest.hexdigest(), "extras": extras}
+        return {
+            "dtype": self.dtype,
+            "quant": self.asked.quant,
+            "changes": digest.hexdigest(),
+            "extras": extras,
+        }
 
     def shape(self, name: str, kind: str, target: Target) -> tuple[int, ...]:
         """Of the weight as the model has it, whatever the checkpoint stores."""
@@ -186,7 +214,9 @@ class _Job(StreamJob):
         """Refuse a base that lacks a tensor, or an adapter that holds a part of it; then the small files."""
         absent = self.recorded.keys() - self.keys.values()
         if absent:
-            raise WrongBaseError(f"`{sorted(absent)[0]}` is absent from {self.checkpoint.name}. {self.advice()}")
+            raise WrongBaseError(
+                f"`{sorted(absent)[0]}` is absent from {self.checkpoint.name}. {self.advice()}"
+            )
         shares = [piece.facts["share"] for piece in pieces if "share" in piece.facts]
         refuse_principal(self.run, shares, self.checkpoint.name)
         self.write_config(staging)
@@ -231,7 +261,9 @@ class _Job(StreamJob):
         dtype = next(self.weight_dtype(name) for name in self.changes)
         config["dtype"] = str(dtype).removeprefix("torch.")
         if self.packer:
-            config["quantization_config"] = quantisation_config(self.packer, self.skeleton, self.packed_out, dtype)
+            config["quantization_config"] = quantisation_config(
+                self.packer, self.skeleton, self.packed_out, dtype
+            )
         write_json(folder / "config.json", config)
 
     def record(self, pieces: list[Piece]) -> Record:

@@ -67,7 +67,11 @@ def quantisation_config(
 
     linear = [name for name, module in skeleton.named_modules() if kind_of(module) in PACKABLE]
     skipped = [name for name in linear if name not in packed]
-    skipped += [head for head in HEADS if head not in skipped and all(should_convert_module(n, [head]) for n in packed)]
+    skipped += [
+        head
+        for head in HEADS
+        if head not in skipped and all(should_convert_module(n, [head]) for n in packed)
+    ]
     odd = [name for name in linear if should_convert_module(name, skipped) != (name in packed)]
     if odd:
         raise InputError(
@@ -117,19 +121,27 @@ class PackedWeights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._quantiser = checkpoint, quantiser_of_checkpoint(checkpoint)
         mark = f".{self._quantiser.mark}" if self._quantiser else None
-        modules = (name.removesuffix(mark) for name in checkpoint.tensors if mark and name.endswith(mark))
+        modules = (
+            name.removesuffix(mark) for name in checkpoint.tensors if mark and name.endswith(mark)
+        )
         self.names = {f"{module}.weight" for module in modules}
 
     def parts(self, weight: str) -> dict[str, Tensor]:
         """The parts of a weight by their names in its module."""
         module = weight.removesuffix("weight")
-        own = [name for name in self._checkpoint.tensors if name.startswith(module) and name != f"{module}bias"]
+        own = [
+            name
+            for name in self._checkpoint.tensors
+            if name.startswith(module) and name != f"{module}bias"
+        ]
         return {name.removeprefix(module): self._checkpoint.read(name) for name in own}
 
     def dense(self, weight: str) -> Tensor:
         """What a weight stands for, [out, in]."""
         if self._quantiser is None:
-            raise CheckpointError(f"{self._checkpoint.name} has no weights in few bits, so none is `{weight}`")
+            raise CheckpointError(
+                f"{self._checkpoint.name} has no weights in few bits, so none is `{weight}`"
+            )
         return self._quantiser.dense(self.parts(weight))
 
     def weight_of(self, name: str) -> str | None:

@@ -29,7 +29,9 @@ def check_workers(workers: int | None) -> None:
         raise InputError(f"workers is {workers}, expected 1 or more, or none for one a core")
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None) -> Iterator[Result]:
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
+) -> Iterator[Result]:
     """``work(item)`` for each item, in order; a few results may wait, so that a slow disk does not stop the workers.
 
     Args:

@@ -53,8 +53,13 @@ def quantisation_errors(
         text: ``|E X| / |W X|`` over all tokens X and the weights that see them.
     """
     init = folder / INIT
-    starts = adapter_targets(read_json(init / plain.CONFIG), Checkpoint.open(init, need_config=False))
-    pairs, by_module = WeightPairs(base, folder, starts), {target.module: pair for target, pair in starts.items()}
+    starts = adapter_targets(
+        read_json(init / plain.CONFIG), Checkpoint.open(init, need_config=False)
+    )
+    pairs, by_module = (
+        WeightPairs(base, folder, starts),
+        {target.module: pair for target, pair in starts.items()},
+    )
     inputs = layer_inputs(base, pairs.targets, text) if text else {}
     total = sum(map(pairs.nbytes, pairs.targets))
     loftq = Adaptation.of(dataclasses.replace(recipe, method=LOFTQ, options={}))
@@ -68,7 +73,9 @@ def quantisation_errors(
         this = weight.float() - frozen.float() - recipe.scale * (left.float() @ right.float())
         others = _others(loftq, recipe.method, target.weight, weight, frozen.dtype)
         errors = {**others, THIS: this, WEIGHT: weight.float()}
-        return target, {form: _norms(error, inputs.get(target.module)) for form, error in errors.items()}
+        return target, {
+            form: _norms(error, inputs.get(target.module)) for form, error in errors.items()
+        }
 
     for target, found in in_order(work, pairs.targets, workers):
         for kind in (target.module.rpartition(".")[2], ALL):
@@ -78,10 +85,14 @@ def quantisation_errors(
         if progress:
             progress(target.weight, done, total)
     kinds = [*sorted(sums.keys() - {ALL}), ALL]
-    return [{"type": kind, "weights": counts[kind], "errors": _relative(sums[kind])} for kind in kinds]
+    return [
+        {"type": kind, "weights": counts[kind], "errors": _relative(sums[kind])} for kind in kinds
+    ]
 
 
-def _others(loftq: Adaptation, this: str, name: str, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def _others(
+    loftq: Adaptation, this: str, name: str, weight: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """What the quantizer alone is off by, and LoftQ where `this` method is another one."""
     wide, packer, errors = weight.float(), loftq.quantizer, {}
     if packer is not None:
@@ -100,7 +111,10 @@ def _norms(matrix: Tensor, rows: Tensor | None) -> dict[str, float]:
 
 def _added(one: Sums, other: Sums) -> Sums:
     return {
-        form: {norm: one[form].get(norm, 0.0) + other[form].get(norm, 0.0) for norm in {**one[form], **other[form]}}
+        form: {
+            norm: one[form].get(norm, 0.0) + other[form].get(norm, 0.0)
+            for norm in {**one[form], **other[form]}
+        }
         for form in one
     }
 
@@ -109,7 +123,9 @@ def _relative(sums: Sums) -> Sums:
     whole = sums[WEIGHT]
     return {
         form: {
-            norm: (value / whole[norm]) ** (1.0 if norm == "nuclear" else 0.5) if whole[norm] else 0.0
+            norm: (value / whole[norm]) ** (1.0 if norm == "nuclear" else 0.5)
+            if whole[norm]
+            else 0.0
             for norm, value in norms.items()
         }
         for form, norms in sums.items()

@@ -73,7 +73,9 @@ def residual_config(
     return written | ({"quantization_config": packing} if packing else {})
 
 
-def init_config(recipe: Recipe, targets: list[Target], skeleton: nn.Module, final: Path) -> dict[str, Any]:  # JSON
+def init_config(
+    recipe: Recipe, targets: list[Target], skeleton: nn.Module, final: Path
+) -> dict[str, Any]:  # JSON
     """The adapter config of the start: it names the residual's folder, where alone it is right."""
     name = type(skeleton).__name__
     return plain.adapter_config(

@@ -51,7 +51,11 @@ class Piece:
 
     def receipt(self, late: set[str]) -> str:
         """A line that stands for the piece once it is written; `late` tensors, JSON, are in it."""
-        texts = {name: bytes(tensor.tolist()).decode() for name, tensor in self.tensors.items() if name in late}
+        texts = {
+            name: bytes(tensor.tolist()).decode()
+            for name, tensor in self.tensors.items()
+            if name in late
+        }
         return json.dumps({"name": self.name, "facts": self.facts, "tensors": texts}) + "\n"
 
     @classmethod
@@ -128,7 +132,10 @@ class StreamJob(ABC):
             # What was written but not yet on the disk outlives a killed process, not a machine.
             "boot": _BOOT.read_text() if _BOOT.is_file() else "",
             "shard_bytes": self.shard_bytes,
-            "source": {path: [str(folder.resolve()), file.st_size, file.st_mtime_ns] for path, file in stats.items()},
+            "source": {
+                path: [str(folder.resolve()), file.st_size, file.st_mtime_ns]
+                for path, file in stats.items()
+            },
             "versions": versions(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -144,7 +151,9 @@ class StreamJob(ABC):
         """Write it to `out`, on from where a killed run of the same key left it."""
         plans = self._plans()
         needs = sum(map(plan_bytes, plans.values()))
-        with staged_output(out, force=force, needs_bytes=needs, inputs=self.inputs(), job=self.key) as staging:
+        with staged_output(
+            out, force=force, needs_bytes=needs, inputs=self.inputs(), job=self.key
+        ) as staging:
             pieces = self._write(staging, plans, workers, progress)
             record = self.finish(staging, Path(out), pieces)
             (staging / PIECES).unlink()
@@ -169,7 +178,9 @@ class StreamJob(ABC):
         """Write all that a killed run did not finish; pieces in the order of the source."""
         late = self.late()
         pieces = {piece.name: piece for piece in finished(staging / PIECES)}
-        done = {key for name in pieces for plan in self.planned(name).values() for key in plan} - late
+        done = {
+            key for name in pieces for plan in self.planned(name).values() for key in plan
+        } - late
         file_of = {key: file for file, plan in plans.items() for key in plan}
         total = sum(info.nbytes for info in self.checkpoint.tensors.values())
         done_bytes = 0
@@ -182,7 +193,9 @@ class StreamJob(ABC):
                     files[file] = stack.enter_context(CheckpointWriter(*shards))
                 else:
                     (staging / file).parent.mkdir(parents=True, exist_ok=True)
-                    files[file] = stack.enter_context(TensorFile(staging / file, plan, done=written))
+                    files[file] = stack.enter_context(
+                        TensorFile(staging / file, plan, done=written)
+                    )
             receipts = stack.enter_context((staging / PIECES).open("a", encoding="utf-8"))
             for piece in pieces.values():
                 for key, tensor in piece.tensors.items():

@@ -28,7 +28,9 @@ def common_arguments(settings: TrainSettings, folder: str, evaluate: bool) -> di
         folder: where checkpoints go.
         evaluate: whether there is something to evaluate on.
     """
-    schedule = "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler
+    schedule = (
+        "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler
+    )
     return {
         "output_dir": folder,
         "learning_rate": settings.learning_rate,
@@ -40,7 +42,8 @@ def common_arguments(settings: TrainSettings, folder: str, evaluate: bool) -> di
         "num_train_epochs": settings.epochs,
         "per_device_train_batch_size": settings.micro_batch_size,
         "per_device_eval_batch_size": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.batch_size // (settings.micro_batch_size * processes()),
+        "gradient_accumulation_steps": settings.batch_size
+        // (settings.micro_batch_size * processes()),
         _CHECKPOINTING: settings.gradient_checkpointing,
         "seed": settings.seed,
         "data_seed": settings.seed,
@@ -73,5 +76,7 @@ def one_device(arguments: TrainingArguments) -> TrainingArguments:
 def device(settings: TrainSettings) -> str:
     """`cpu` or `cuda`."""
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: got cuda, expected a CUDA device, which torch does not see: use device: cpu")
+        raise ConfigError(
+            "device: got cuda, expected a CUDA device, which torch does not see: use device: cpu"
+        )
     return chosen_device(None if settings.device == "auto" else settings.device).type

@@ -56,8 +56,12 @@ def observations(
     rows, source = examples.train, {"name": settings.data}
     if settings.calibration:
         others, source = read(settings.calibration, settings.data_split)
-        rows = task.encode(Rows(renamed(others, settings.fields), [], []), tokenizer, settings).train
-    return _observed(load(), task, rows[: settings.calibration_rows], source, tokenizer, settings, [need])
+        rows = task.encode(
+            Rows(renamed(others, settings.fields), [], []), tokenizer, settings
+        ).train
+    return _observed(
+        load(), task, rows[: settings.calibration_rows], source, tokenizer, settings, [need]
+    )
 
 
 def for_method(
@@ -79,7 +83,9 @@ def for_method(
     needs = method.observes
     if needs is None:
         if calibration:
-            raise InputError(f"calibration is {calibration}, but {method.name} needs the weights alone: leave it out")
+            raise InputError(
+                f"calibration is {calibration}, but {method.name} needs the weights alone: leave it out"
+            )
         return None
     if calibration is None:
         raise InputError(
@@ -101,7 +107,9 @@ def calibrate(model: str, data: str, rows: int, needs: list[str], **settings: An
         settings: further keys of a run, as `fields`, `template`, `max_length`, `targets`, `rank`.
     """
     chosen = {key: value for key, value in settings.items() if value is not None}
-    run = load_settings(None, {"output": "unused", "model": model, "data": data, "calibration_rows": rows, **chosen})
+    run = load_settings(
+        None, {"output": "unused", "model": model, "data": data, "calibration_rows": rows, **chosen}
+    )
     read_rows, source = read(run.data, run.data_split)
     tokenizer = load_tokenizer(run)
     examples = language.encode(Rows(renamed(read_rows[:rows], run.fields), [], []), tokenizer, run)
@@ -131,10 +139,16 @@ def _observed(
     def batches() -> Iterator[dict[str, Any]]:
         for start in range(0, len(rows), settings.micro_batch_size):
             batch = collate(rows[start : start + settings.micro_batch_size])
-            yield {key: value.to(where) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+            yield {
+                key: value.to(where)
+                for key, value in batch.items()
+                if isinstance(value, torch.Tensor)
+            }
 
     most = max(COMPONENTS, math.ceil(float(settings.options.get("rho", 0)))) * settings.rank
-    seen = observe(model, batches(), needs, targets=settings.targets, components=most, seed=settings.seed)
+    seen = observe(
+        model, batches(), needs, targets=settings.targets, components=most, seed=settings.seed
+    )
     read_here = {"rows_read": total, "micro_batch_size": settings.micro_batch_size}
     seen.facts["data"] = {**source, **read_here, "processes": count}
     return seen

@@ -9,7 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from pissa.adapters import exact
@@ -96,11 +103,15 @@ class Checkpoints(TrainerCallback):
         if self.resumed:
             exact.read(self.model, self.resumed)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Called when the trainer has written everything."""
         distributed.wait()
         folder = Path(str(args.output_dir))
-        exact.write(self.model, folder / f"checkpoint-{state.global_step}", first=distributed.is_first())
+        exact.write(
+            self.model, folder / f"checkpoint-{state.global_step}", first=distributed.is_first()
+        )
         if not state.is_world_process_zero:
             return
         (folder / f"checkpoint-{state.global_step}" / WHOLE).touch()
@@ -119,7 +130,11 @@ class EarlyStop(TrainerCallback):
 
     def __init__(self, patience: int, metrics: Path):
         self.patience = patience
-        self.seen = [(line["step"], line["eval_loss"]) for line in read_metrics(metrics) if "eval_loss" in line]
+        self.seen = [
+            (line["step"], line["eval_loss"])
+            for line in read_metrics(metrics)
+            if "eval_loss" in line
+        ]
 
     def reason(self) -> str | None:
         """Where and why the run stops, or None."""

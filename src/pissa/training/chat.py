@@ -69,7 +69,12 @@ class Chat:
                 + ("less, or start again" if ids else "something")
             )
         inputs = torch.tensor([ids], device=self.model.device)
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampling: dict[str, Any] = {
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": float(temperature)}
         written = self.model.generate(
@@ -77,7 +82,9 @@ class Chat:
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=room,
             eos_token_id=self.end_tokens() or None,
-            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0,
+            pad_token_id=self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else 0,
             streamer=streamer,
             **sampling,
         )
@@ -107,12 +114,21 @@ class Chat:
             return scripts([row], "none", self.tokenizer)[0]
         messages = []
         for prompt, answer in zip(prompts, [*answers, last], strict=True):
-            messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        return scripts([Row({"messages": messages}, "the prompt")], self.template, self.tokenizer)[0]
+            messages += [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": answer},
+            ]
+        return scripts([Row({"messages": messages}, "the prompt")], self.template, self.tokenizer)[
+            0
+        ]
 
 
 def open_chat(
-    path: str | Path, *, base: str | None = None, template: str | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    base: str | None = None,
+    template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Chat:
     """Load what is to answer, after checking that run and base belong together.
 
@@ -139,5 +155,7 @@ def _template(record: dict[str, Any], tokenizer: Any, run: Path) -> str:
         return "chat" if tokenizer.chat_template else RAW
     template = record["data"].get("template")
     if template not in TEMPLATES:  # written by an earlier version
-        raise InputError(f"{run}/run.json does not say which template the run saw: name it with --template")
+        raise InputError(
+            f"{run}/run.json does not say which template the run saw: name it with --template"
+        )
     return str(template)

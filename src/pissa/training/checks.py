@@ -17,7 +17,17 @@ from pissa.training.calibration import SAVED
 from pissa.training.distributed import layout
 
 NEUTRAL = frozenset(
-    {"model", "revision", "data", "data_split", "eval_data", "eval_split", "output", "force", "trust_remote_code"}
+    {
+        "model",
+        "revision",
+        "data",
+        "data_split",
+        "eval_data",
+        "eval_split",
+        "output",
+        "force",
+        "trust_remote_code",
+    }
     | {"logging_steps", "report_to", "save_steps", "save_total_limit", "calibration"}
 )
 """What may differ on resuming: where things lie (their content is compared) and what does not touch a weight."""
@@ -44,7 +54,9 @@ def check(settings: TrainSettings, resume: bool) -> Choice | None:
         except InputError as error:
             mistakes.append(f"svd: {error}")
         try:
-            choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
+            choice = choose(
+                settings.method, settings.quant, settings.iterations, settings.double_quant
+            )
             choice.method.checked(settings.options)
         except InputError as error:
             mistakes.append(f"method: {error}")
@@ -65,9 +77,13 @@ def check(settings: TrainSettings, resume: bool) -> Choice | None:
             if getattr(settings, key)
         ]
         if residual.is_decomposed(settings.model):
-            mistakes.append(f"model: got {settings.model}, a residual, expected a whole model with full")
+            mistakes.append(
+                f"model: got {settings.model}, a residual, expected a whole model with full"
+            )
     if settings.old_data and settings.task != "language":
-        mistakes.append(f"old_data: got it beside task {settings.task}, expected language: a new head knows nothing")
+        mistakes.append(
+            f"old_data: got it beside task {settings.task}, expected language: a new head knows nothing"
+        )
     if settings.old_data and not (settings.eval_data or settings.eval_size):
         mistakes.append(
             "old_data: got it without eval_data or eval_size, expected one of them: both losses are taken together"
@@ -110,7 +126,9 @@ def _about_calibration(settings: TrainSettings, choice: Choice) -> list[str]:
     if residual.is_decomposed(settings.model):
         return [f"{got} null with {settings.model}, which was decomposed with what was seen then"]
     if settings.task != "language" and not settings.calibration.endswith(SAVED):
-        return [f"{got} null or a file of observations with task {settings.task}: a class of other rows is another one"]
+        return [
+            f"{got} null or a file of observations with task {settings.task}: a class of other rows is another one"
+        ]
     return []
 
 

@@ -11,7 +11,13 @@ from pissa.errors import DataError
 from pissa.training.data import Row, Rows, check_rows
 from pissa.training.examples import Examples
 from pissa.training.heads import collator as collator
-from pissa.training.heads import encode_texts, head_trainer, load_with_head, text_columns, text_problem
+from pissa.training.heads import (
+    encode_texts,
+    head_trainer,
+    load_with_head,
+    text_columns,
+    text_problem,
+)
 from pissa.training.models import position_limit
 
 
@@ -26,10 +32,16 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
     check_rows([*rows.train, *rows.evaluation], lambda row: problem(row, columns))
     names = _sorted_names({_name(row) for row in rows.train})
     if len(names) < 2:
-        raise DataError(f"{rows.sources[0]['name']}: got the single class {names[0]!r}, expected two or more")
+        raise DataError(
+            f"{rows.sources[0]['name']}: got the single class {names[0]!r}, expected two or more"
+        )
     check_rows(
         rows.evaluation,
-        lambda row: None if _name(row) in names else f"label: got {_name(row)!r}, expected one of {', '.join(names)}",
+        lambda row: (
+            None
+            if _name(row) in names
+            else f"label: got {_name(row)!r}, expected one of {', '.join(names)}"
+        ),
     )
     index = {name: number for number, name in enumerate(names)}
     train, evaluation = (
@@ -51,7 +63,12 @@ def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> A
 
 
 def build_trainer(
-    model: Any, tokenizer: Any, examples: Examples, settings: TrainSettings, folder: str, callbacks: list[Any]
+    model: Any,
+    tokenizer: Any,
+    examples: Examples,
+    settings: TrainSettings,
+    folder: str,
+    callbacks: list[Any],
 ) -> Any:
     """Transformers' Trainer, with accuracy (and F1 and Matthews' correlation for two classes) at each evaluation."""
     return head_trainer(model, tokenizer, examples, settings, folder, callbacks, measures)
@@ -59,7 +76,11 @@ def build_trainer(
 
 def measures(prediction: Any) -> dict[str, float]:
     """Accuracy, and for two classes F1 of the second."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    logits = (
+        prediction.predictions[0]
+        if isinstance(prediction.predictions, tuple)
+        else prediction.predictions
+    )
     guess, truth = np.argmax(logits, axis=-1), prediction.label_ids
     found = {"accuracy": float(np.mean(guess == truth))}
     if logits.shape[-1] == 2:
@@ -72,7 +93,9 @@ def measures(prediction: Any) -> dict[str, float]:
 def _matthews(guess: np.ndarray, truth: np.ndarray) -> float:
     """Matthews' correlation of two classes, CoLA's score; 0 where one class is missing."""
     spread = np.std(guess) * np.std(truth)
-    return float(np.mean((guess - guess.mean()) * (truth - truth.mean())) / spread) if spread else 0.0
+    return (
+        float(np.mean((guess - guess.mean()) * (truth - truth.mean())) / spread) if spread else 0.0
+    )
 
 
 def problem(row: Row, columns: tuple[str, ...]) -> str | None:

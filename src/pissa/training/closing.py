@@ -42,9 +42,13 @@ class CloseLeft(TrainerCallback):
                 self.layers += [(layer, adapter, form) for layer in layers]
                 eta = attachment.recipe.options.get("eta") if eta is None else eta
         if not self.layers:
-            raise InputError("this model has no left factor beside a core to close: attach lamda or lamda++ first")
+            raise InputError(
+                "this model has no left factor beside a core to close: attach lamda or lamda++ first"
+            )
         if eta is None:
-            raise InputError("nothing says when the left factor is to be closed: give eta, a share of the steps")
+            raise InputError(
+                "nothing says when the left factor is to be closed: give eta, a share of the steps"
+            )
         self.eta = float(eta)
         self.kept: list[Tensor] = []
 
@@ -58,8 +62,14 @@ class CloseLeft(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember what must not move."""
-        counts = [closed(left.shape[1], state.global_step, state.max_steps, self.eta) for left in self.factors]
-        self.kept = [left.detach()[:, :count].clone() for left, count in zip(self.factors, counts, strict=True)]
+        counts = [
+            closed(left.shape[1], state.global_step, state.max_steps, self.eta)
+            for left in self.factors
+        ]
+        self.kept = [
+            left.detach()[:, :count].clone()
+            for left, count in zip(self.factors, counts, strict=True)
+        ]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -128,7 +128,9 @@ def renamed(rows: list[Row], names: Mapping[Any, str]) -> list[Row]:
     def lacks(row: Row) -> str | None:
         missing = [repr(name) for name in names.values() if name not in row.fields]
         return (
-            f"got fields {', '.join(row.fields)}, expected {', '.join(missing)} as `fields` says" if missing else None
+            f"got fields {', '.join(row.fields)}, expected {', '.join(missing)} as `fields` says"
+            if missing
+            else None
         )
 
     check_rows(rows, lacks)
@@ -147,20 +149,28 @@ def _file_of_split(folder: Path, split: str) -> Path:
     found = [path for suffix in READERS if (path := folder / f"{split}{suffix}").is_file()]
     if len(found) != 1:
         got = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{folder}: got {got}, expected one file {split}.(json|jsonl|csv|tsv|parquet): name the file")
+        raise DataError(
+            f"{folder}: got {got}, expected one file {split}.(json|jsonl|csv|tsv|parquet): name the file"
+        )
     return found[0]
 
 
 def _read_hub(data: str, split: str) -> tuple[list[Row], dict[str, Any]]:
     name, _, subset = data.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).suffix in READERS:
-        raise DataError(f"{data} does not exist: expected a file, a folder, or a Hub id such as openai/gsm8k:main")
+        raise DataError(
+            f"{data} does not exist: expected a file, a folder, or a Hub id such as openai/gsm8k:main"
+        )
     datasets = require("datasets", "train")
     try:
         table = _load_hub(datasets, name, subset, split)
     except Exception as error:  # the Hub client raises many kinds
-        raise DataError(f"{data} is no file here and split {split!r} cannot be had from the Hub: {error}") from error
-    rows = [Row(dict(fields), f"{data}, {split}, row {index}") for index, fields in enumerate(table, 1)]
+        raise DataError(
+            f"{data} is no file here and split {split!r} cannot be had from the Hub: {error}"
+        ) from error
+    rows = [
+        Row(dict(fields), f"{data}, {split}, row {index}") for index, fields in enumerate(table, 1)
+    ]
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row.fields, sort_keys=True, default=str).encode())
@@ -199,7 +209,9 @@ def _read_json(path: Path) -> Iterator[Row]:
             elif text[position : position + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
+        raise DataError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})"
+        ) from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -210,18 +222,24 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             try:
                 fields = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
+                raise DataError(
+                    f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})"
+                ) from error
             yield _row(fields, f"{path}, line {number}")
 
 
 def _row(fields: Any, where: str) -> Row:
     if not isinstance(fields, dict):
-        raise DataError(f"{where}: got {type(fields).__name__}, expected an object with named fields")
+        raise DataError(
+            f"{where}: got {type(fields).__name__}, expected an object with named fields"
+        )
     return Row(fields, where)
 
 
 def _read_table(path: Path, **dialect: Any) -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default, 128 KiB, is less than a long document
+    csv.field_size_limit(
+        min(sys.maxsize, 2**31 - 1)
+    )  # the default, 128 KiB, is less than a long document
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, **dialect)
         try:
@@ -232,7 +250,9 @@ def _read_table(path: Path, **dialect: Any) -> Iterator[Row]:
                 if not cells:
                     continue
                 if len(cells) != len(header):
-                    raise DataError(f"{where}: got {len(cells)} fields, expected {len(header)}: {', '.join(header)}")
+                    raise DataError(
+                        f"{where}: got {len(cells)} fields, expected {len(header)}: {', '.join(header)}"
+                    )
                 yield Row(dict(zip(header, cells, strict=True)), where)
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: {error}") from error
@@ -257,4 +277,10 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         yield Row(fields, f"{path}, row {number}")
 
 
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv, ".parquet": _read_parquet}
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}

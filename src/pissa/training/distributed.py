@@ -46,7 +46,10 @@ def layout() -> dict[str, Any]:
     """What must be the same on resuming: how many processes, and what is spread over them."""
     if processes() == 1:
         return {"count": 1, "sharding": "none"}
-    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "deepspeed"), ("ACCELERATE_USE_FSDP", "fsdp")):
+    for variable, name in (
+        ("ACCELERATE_USE_DEEPSPEED", "deepspeed"),
+        ("ACCELERATE_USE_FSDP", "fsdp"),
+    ):
         if os.environ.get(variable, "false").lower() == "true":
             return {"count": processes(), "sharding": name}
     return {"count": processes(), "sharding": "ddp"}
@@ -77,12 +80,16 @@ def join(settings: TrainSettings, device: str) -> TrainSettings:
         )
     if layout()["sharding"] == "fsdp":
         if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise ConfigError("fsdp_version: got 1, expected 2 in the file of accelerate: frozen parts need FSDP2")
+            raise ConfigError(
+                "fsdp_version: got 1, expected 2 in the file of accelerate: frozen parts need FSDP2"
+            )
         if os.environ.get(_RAM_EFFICIENT, "false").lower() == "true":
             # Processes beyond the first would hold empty weights, of which no start can be made or checked.
             os.environ[_RAM_EFFICIENT] = "false"
             if is_first():
-                logger.warning("fsdp_cpu_ram_efficient_loading is off: every process loads the base, and checks it")
+                logger.warning(
+                    "fsdp_cpu_ram_efficient_loading is off: every process loads the base, and checks it"
+                )
     if not dist.is_initialized():
         PartialState(cpu=device == "cpu")
     return settings
@@ -95,7 +102,11 @@ def check_same_layout(before: dict[str, Any], out: Path) -> None:
         ConfigError: naming what differs.
     """
     old, now = before.get("processes", {"count": 1, "sharding": "none"}), layout()
-    mistakes = [f"{key}: got {now[key]}, expected {old[key]} as the run began" for key in now if now[key] != old[key]]
+    mistakes = [
+        f"{key}: got {now[key]}, expected {old[key]} as the run began"
+        for key in now
+        if now[key] != old[key]
+    ]
     if mistakes:
         raise config_error(mistakes, f"the processes to resume {out} with")
 
@@ -160,9 +171,13 @@ def adapt(trainer: Any) -> None:
     """
     sharding = layout()["sharding"]
     if sharding in ("fsdp", "deepspeed") and isinstance(trainer.model, PeftModel):
-        trainer.save_model = lambda output_dir=None, _internal_call=False: _save_model(trainer, output_dir)
+        trainer.save_model = lambda output_dir=None, _internal_call=False: _save_model(
+            trainer, output_dir
+        )
     if sharding == "fsdp" and isinstance(trainer.model, PeftModel):
-        trainer._load_from_checkpoint = lambda folder, model=None: _load_checkpoint(trainer.model, Path(folder))
+        trainer._load_from_checkpoint = lambda folder, model=None: _load_checkpoint(
+            trainer.model, Path(folder)
+        )
 
 
 def _save_model(trainer: Any, folder: str | None) -> None:
@@ -217,4 +232,6 @@ def _hear() -> Any:
 def _told(error: Exception) -> tuple[str, str]:
     """An error as the other processes hear of it: its kind and its message."""
     known = isinstance(error, PissaError)
-    return type(error).__name__, str(error) if known else f"the first process stopped: {type(error).__name__}: {error}"
+    return type(error).__name__, str(
+        error
+    ) if known else f"the first process stopped: {type(error).__name__}: {error}"

@@ -24,7 +24,18 @@ from pissa.errors import BusyError, OutputError
 from pissa.surgery.folders import RESIDUAL
 
 RECORD, SETTINGS, METRICS, REPORTS = "run.json", "settings.yaml", "metrics.jsonl", "tensorboard"
-OURS = (SETTINGS, METRICS, "loss.png", "report.html", "adapter", "state", "model", "checkpoints", REPORTS, RESIDUAL)
+OURS = (
+    SETTINGS,
+    METRICS,
+    "loss.png",
+    "report.html",
+    "adapter",
+    "state",
+    "model",
+    "checkpoints",
+    REPORTS,
+    RESIDUAL,
+)
 CLEARED = "cleared"
 LOCK = ".lock"
 WHOLE = "whole"
@@ -46,7 +57,9 @@ def previous_run(out: Path, *, resume: bool, force: bool) -> dict[str, Any] | No
     if RECORD not in found:
         raise OutputError(f"{out} is not empty and holds no run: choose another folder")
     if not (resume or force):
-        raise OutputError(f"{out} holds a run: go on with --resume, replace it with --force, or choose another folder")
+        raise OutputError(
+            f"{out} holds a run: go on with --resume, replace it with --force, or choose another folder"
+        )
     record = read_json(out / RECORD)
     return record if resume and record.get("status") != CLEARED else None
 
@@ -68,9 +81,13 @@ def held(out: Path) -> Iterator[None]:
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BusyError(f"another process is training into {out}: wait for it, or choose another folder") from error
+            raise BusyError(
+                f"another process is training into {out}: wait for it, or choose another folder"
+            ) from error
         except (ImportError, OSError):  # Windows, or a file system without locks
-            logger.warning("%s cannot be locked on this system: see to it that one process writes there", out)
+            logger.warning(
+                "%s cannot be locked on this system: see to it that one process writes there", out
+            )
         try:
             yield
         finally:
@@ -159,4 +176,8 @@ def _kept(out: Path) -> dict[str, Any]:
 
 def _entries(out: Path) -> set[str]:
     """What lies there, but for what an interrupted atomic write leaves."""
-    return {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
+    return (
+        {path.name for path in out.iterdir() if not path.name.startswith(".")}
+        if out.is_dir()
+        else set()
+    )

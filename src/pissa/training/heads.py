@@ -40,16 +40,25 @@ def text_problem(row: Row, columns: tuple[str, ...]) -> str | None:
 
 
 def encode_texts(
-    rows: list[Row], columns: tuple[str, ...], label: Callable[[Row], int | float], tokenizer: Any, limit: int
+    rows: list[Row],
+    columns: tuple[str, ...],
+    label: Callable[[Row], int | float],
+    tokenizer: Any,
+    limit: int,
 ) -> list[dict[str, Any]]:
     """Tokens and label of each row."""
     if not rows:
         return []
     encoded = tokenizer(
-        *([row.fields[column] for row in rows] for column in columns), truncation=True, max_length=limit
+        *([row.fields[column] for row in rows] for column in columns),
+        truncation=True,
+        max_length=limit,
     )
     keys = list(encoded.keys())
-    return [{**{key: encoded[key][number] for key in keys}, "labels": label(row)} for number, row in enumerate(rows)]
+    return [
+        {**{key: encoded[key][number] for key in keys}, "labels": label(row)}
+        for number, row in enumerate(rows)
+    ]
 
 
 def load_with_head(settings: TrainSettings, tokenizer: Any, **head: Any) -> Any:
@@ -96,10 +105,16 @@ def head_trainer(
         model.enable_input_require_grads()  # else nothing below the first adapter is differentiated
     return transformers.Trainer(
         model,
-        one_device(transformers.TrainingArguments(**common_arguments(settings, folder, bool(examples.evaluation)))),
+        one_device(
+            transformers.TrainingArguments(
+                **common_arguments(settings, folder, bool(examples.evaluation))
+            )
+        ),
         data_collator=collator(tokenizer),
         train_dataset=datasets.Dataset.from_list(examples.train),
-        eval_dataset=datasets.Dataset.from_list(examples.evaluation) if examples.evaluation else None,
+        eval_dataset=datasets.Dataset.from_list(examples.evaluation)
+        if examples.evaluation
+        else None,
         processing_class=tokenizer,
         compute_metrics=measures,
         callbacks=callbacks,

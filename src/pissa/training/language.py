@@ -31,7 +31,9 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
     """
     limit = position_limit(tokenizer, settings)
     train, train_notes = _encode_rows(rows.train, tokenizer, settings.template, limit)
-    evaluation, evaluation_notes = _encode_rows(rows.evaluation, tokenizer, settings.template, limit)
+    evaluation, evaluation_notes = _encode_rows(
+        rows.evaluation, tokenizer, settings.template, limit
+    )
     old, old_notes = _encode_rows(rows.old, tokenizer, settings.template, limit)
     notes = {key: train_notes[key] + evaluation_notes[key] + old_notes[key] for key in train_notes}
     for name, read, kept in (
@@ -45,9 +47,15 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
             )
     if notes["rows_dropped"]:
         logger.warning(
-            "rows left out because no response fits within the first %d tokens: %d", limit, notes["rows_dropped"]
+            "rows left out because no response fits within the first %d tokens: %d",
+            limit,
+            notes["rows_dropped"],
         )
-    facts = {"max_length": limit, "template": chosen(settings.template, shape_of(rows.train[0])), **notes}
+    facts = {
+        "max_length": limit,
+        "template": chosen(settings.template, shape_of(rows.train[0])),
+        **notes,
+    }
     return Examples(train, evaluation, facts, old=old)
 
 
@@ -70,13 +78,20 @@ def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> A
 
 def collator(tokenizer: Any) -> packing.PackingCollator:
     """Rows to a padded batch."""
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    padding = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
     # Our own collator keeps TRL from setting pad tokens in the model's config.
     return packing.PackingCollator(padding or 0)
 
 
 def build_trainer(
-    model: Any, tokenizer: Any, examples: Examples, settings: TrainSettings, folder: str, callbacks: list[Any]
+    model: Any,
+    tokenizer: Any,
+    examples: Examples,
+    settings: TrainSettings,
+    folder: str,
+    callbacks: list[Any],
 ) -> Any:
     """TRL's SFTTrainer on data that is tokenised already, so that it changes neither data nor model."""
     trl, datasets = require("trl", "train"), require("datasets", "train")
@@ -97,8 +112,12 @@ def build_trainer(
         model,
         one_device(arguments),
         data_collator=collator(tokenizer),
-        train_dataset=packing.packed(rows, examples.notes["max_length"]) if settings.packing else rows,
-        eval_dataset=datasets.Dataset.from_list(examples.evaluation) if examples.evaluation else None,
+        train_dataset=packing.packed(rows, examples.notes["max_length"])
+        if settings.packing
+        else rows,
+        eval_dataset=datasets.Dataset.from_list(examples.evaluation)
+        if examples.evaluation
+        else None,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -111,13 +130,19 @@ def _encode_rows(
     if not rows:
         return [], {"rows_cut": 0, "rows_dropped": 0}
     written = scripts(list(rows), template, tokenizer)
-    encoded = [(ids[:limit], labels[:limit], len(ids) > limit) for ids, labels in tokens(written, tokenizer)]
+    encoded = [
+        (ids[:limit], labels[:limit], len(ids) > limit)
+        for ids, labels in tokens(written, tokenizer)
+    ]
     kept = [
         {"input_ids": ids, "labels": labels}
         for ids, labels, _ in encoded
         if any(label != MASKED for label in labels[1:])
     ]
-    return kept, {"rows_cut": sum(cut for _, _, cut in encoded), "rows_dropped": len(rows) - len(kept)}
+    return kept, {
+        "rows_cut": sum(cut for _, _, cut in encoded),
+        "rows_dropped": len(rows) - len(kept),
+    }
 
 
 def tokens(written: Iterable[Script], tokenizer: Any) -> Iterable[tuple[list[int], list[int]]]:
@@ -130,7 +155,9 @@ def tokens(written: Iterable[Script], tokenizer: Any) -> Iterable[tuple[list[int
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for chunk in _batched(written, 1000):
         texts = [text for script in chunk for text, _ in script.parts]
-        pieces = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+        pieces = iter(
+            tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        )
         for script in chunk:
             ids = [] if script.ready else list(start)
             labels = [MASKED] * len(ids)

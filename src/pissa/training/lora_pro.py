@@ -85,11 +85,15 @@ class LoraPro(Optimizer):
             {"params": paired, "form": form, "cap": cap, "damping": damping},
             {"params": others},
         ]
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
         note_optimizer(model, "lora_pro")
 
     @staticmethod
-    def numbers_kept(shapes: Iterable[tuple[int, int]], form: str = "adamw", **options: float) -> int:
+    def numbers_kept(
+        shapes: Iterable[tuple[int, int]], form: str = "adamw", **options: float
+    ) -> int:
         """How many numbers in float32 it keeps for weights of these shapes [out, in]."""
         return 2 * sum(math.prod(shape) for shape in shapes) if form == "adamw" else 0
 
@@ -104,14 +108,18 @@ class LoraPro(Optimizer):
         parameters = iter(paired["params"])
         for pair, left, right in zip(self.pairs, parameters, parameters, strict=True):
             if left.grad is not None:
-                for parameter, update in zip((left, right), self._updates(pair, left, right, paired), strict=True):
+                for parameter, update in zip(
+                    (left, right), self._updates(pair, left, right, paired), strict=True
+                ):
                     _descend(parameter, update.view_as(parameter), paired)
         for parameter in others["params"]:
             if parameter.grad is not None:
                 _descend(parameter, self._direction(parameter, parameter.grad, others), others)
         return loss
 
-    def _updates(self, pair: Pair, left: Tensor, right: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _updates(
+        self, pair: Pair, left: Tensor, right: Tensor, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         """What lr times is to be subtracted from the pair, [out, r] and [r, in]."""
         layer, adapter = pair
         gB, gA = (part.grad.flatten(1) for part in (left, right))  # type: ignore[union-attr]
@@ -129,11 +137,18 @@ class LoraPro(Optimizer):
         state, (beta, beta_squares) = self.state[parameter], group["betas"]
         if not state:
             state["step"] = torch.zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            state["exp_avg"], state["exp_avg_sq"] = (
+                torch.zeros_like(gradient),
+                torch.zeros_like(gradient),
+            )
         state["step"] += 1
         count = float(state["step"])
         mean = state["exp_avg"].lerp_(gradient, 1 - beta)
-        squares = state["exp_avg_sq"].mul_(beta_squares).addcmul_(gradient, gradient, value=1 - beta_squares)
+        squares = (
+            state["exp_avg_sq"]
+            .mul_(beta_squares)
+            .addcmul_(gradient, gradient, value=1 - beta_squares)
+        )
         root = (squares / (1 - beta_squares**count)).sqrt_().add_(group["eps"])
         direction: Tensor = mean / (1 - beta**count) / root
         return direction
@@ -142,14 +157,20 @@ class LoraPro(Optimizer):
 def _pairs(model: nn.Module) -> list[Pair]:
     """Every layer with the adapter whose two factors, or their drift, train there."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    adapters = [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.scaling]
+    adapters = [
+        (layer, name) for layer in layers for name in layer.active_adapters if name in layer.scaling
+    ]
     pairs = [pair for pair in adapters if _trains_both(*pair)]
     if not pairs:
-        raise InputError("no layer trains a pair of factors: expected a model from pissa.attach(model, 'lora_pro')")
+        raise InputError(
+            "no layer trains a pair of factors: expected a model from pissa.attach(model, 'lora_pro')"
+        )
     for layer, name in pairs:
         dtype = factors.parameters(layer, name)[0].dtype
         if dtype not in (torch.float32, torch.float64):
-            raise InputError(f"adapter {name!r} is in {dtype}, expected float32: resuming would round its moments")
+            raise InputError(
+                f"adapter {name!r} is in {dtype}, expected float32: resuming would round its moments"
+            )
     return pairs
 
 

@@ -40,13 +40,22 @@ def load_base(settings: TrainSettings, auto: str, **options: Any) -> tuple[Any, 
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
     transformers.set_seed(settings.seed)
     model, report = _load(
-        settings, getattr(transformers, auto), use_safetensors=True, dtype=dtype, output_loading_info=True, **options
+        settings,
+        getattr(transformers, auto),
+        use_safetensors=True,
+        dtype=dtype,
+        output_loading_info=True,
+        **options,
     )
     if report["mismatched_keys"]:
         raise CheckpointError(
             f"{settings.model} has tensors of another shape than its config.json says: {report['mismatched_keys']}"
         )
-    if settings.attn_implementation.startswith("flash") and model.dtype == torch.float32 and not settings.bf16:
+    if (
+        settings.attn_implementation.startswith("flash")
+        and model.dtype == torch.float32
+        and not settings.bf16
+    ):
         raise ConfigError(
             f"attn_implementation: got {settings.attn_implementation} on a float32 model, expected bf16: true or "
             "dtype: bfloat16 beside it"
@@ -59,25 +68,37 @@ def load_base(settings: TrainSettings, auto: str, **options: Any) -> tuple[Any, 
 def position_limit(tokenizer: Any, settings: TrainSettings) -> int:
     """max_length, or less where the model has fewer positions."""
     config = _load(settings, transformers.AutoConfig)
-    most = min(getattr(config, "max_position_embeddings", None) or settings.max_length, tokenizer.model_max_length)
+    most = min(
+        getattr(config, "max_position_embeddings", None) or settings.max_length,
+        tokenizer.model_max_length,
+    )
     if most < settings.max_length:
         logger.warning(
-            "max_length %d is more than the model takes: rows are cut at %d tokens", settings.max_length, most
+            "max_length %d is more than the model takes: rows are cut at %d tokens",
+            settings.max_length,
+            most,
         )
     return int(min(most, settings.max_length))
 
 
 def _check_liger(model_type: str) -> None:
     """transformers only warns of a model without such kernels."""
-    known = importlib.import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
+    known = importlib.import_module(
+        "liger_kernel.transformers.monkey_patch"
+    ).MODEL_TYPE_TO_APPLY_LIGER_FN
     if model_type not in known:
-        raise ConfigError(f"liger: got true, expected false for a model of type {model_type}: it has no such kernels")
+        raise ConfigError(
+            f"liger: got true, expected false for a model of type {model_type}: it has no such kernels"
+        )
 
 
 def _load(settings: TrainSettings, auto: Any, **options: Any) -> Any:
     try:
         return auto.from_pretrained(
-            settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code, **options
+            settings.model,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if "attn_implementation" in options and "attention" in str(error).lower():

@@ -72,20 +72,38 @@ def open_model(
     record, path, name, own_revision, adapter = find_model(Path(path), base)
     revision = revision or own_revision
     dtype = dtype or record.get("settings", {}).get("dtype", "auto")
-    loaded = {"model": name, "revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    loaded = {
+        "model": name,
+        "revision": revision,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+    }
     settings = TrainSettings.model_validate({**loaded, "data": "none", "output": "none"})
     model, missing = load_base(settings, "AutoModelForCausalLM")
     if missing:
-        raise InputError(f"{name} has no weights for {missing[0]}: it is no causal language model and cannot answer")
+        raise InputError(
+            f"{name} has no weights for {missing[0]}: it is no causal language model and cannot answer"
+        )
     if not _in_few_bits(model):
         model = model.to(chosen_device(device))
-    own = next((place for place in (path / "adapter", path) if (place / "tokenizer_config.json").is_file()), None)
-    tokenizer = load_tokenizer(settings.model_copy(update={"model": str(own), "revision": None}) if own else settings)
+    own = next(
+        (
+            place
+            for place in (path / "adapter", path)
+            if (place / "tokenizer_config.json").is_file()
+        ),
+        None,
+    )
+    tokenizer = load_tokenizer(
+        settings.model_copy(update={"model": str(own), "revision": None}) if own else settings
+    )
     on = runs.load(model, adapter, trainable=False) if adapter else model.eval()
     return Opened(on, tokenizer, _kind(path), name, revision, adapter, record)
 
 
-def find_model(path: Path, base: str | None) -> tuple[dict[str, Any], Path, str, str | None, Path | None]:
+def find_model(
+    path: Path, base: str | None
+) -> tuple[dict[str, Any], Path, str, str | None, Path | None]:
     """What `open_model` would load, refused where it cannot be.
 
     Returns:
@@ -112,7 +130,9 @@ def _run_record(path: Path) -> dict[str, Any]:
         return {}
     record = read_json(path / "run.json")
     if record.get("status") != "finished":
-        raise CheckpointError(f"{path} is not finished: go on with pissa train {path}/settings.yaml --resume")
+        raise CheckpointError(
+            f"{path} is not finished: go on with pissa train {path}/settings.yaml --resume"
+        )
     if (task := record.get("settings", {}).get("task", "language")) != "language":
         raise InputError(
             f"{path} learnt {task}: it gives a class or a score and no text, so there is "
@@ -126,7 +146,9 @@ def _model_of(path: Path, base: str | None) -> tuple[str, str | None, Path | Non
     kind = _kind(path)
     if kind in ("merged", "model", HUB):
         if base:
-            raise InputError(f"--base is {base}, but {path} is a whole model and needs none: leave it out")
+            raise InputError(
+                f"--base is {base}, but {path} is a whole model and needs none: leave it out"
+            )
         return str(path), None, None
     if kind == "decomposed":
         return base or str(path), None, path
@@ -147,4 +169,6 @@ def _model_of(path: Path, base: str | None) -> tuple[str, str | None, Path | Non
 
 
 def _in_few_bits(model: Any) -> bool:
-    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+    return bool(
+        getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    )

@@ -24,7 +24,9 @@ class PackingCollator:
     def __init__(self, pad_token_id: int):
         sft = require("trl.trainer.sft_trainer", "train")
         self.padded = sft.DataCollatorForLanguageModeling(pad_token_id=pad_token_id)
-        self.packed = sft.DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=True)
+        self.packed = sft.DataCollatorForLanguageModeling(
+            pad_token_id=pad_token_id, padding_free=True
+        )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch for the model."""
@@ -57,7 +59,9 @@ def check_rows_stay_apart(model: Any) -> None:
     attention = model.config._attn_implementation
     if attention.startswith("flash") and model.device.type == "cpu":
         return  # runs on a GPU only, and takes the lengths themselves
-    ids = [number % model.config.get_text_config().vocab_size for number in range(2 * _FIRST + _SECOND)]
+    ids = [
+        number % model.config.get_text_config().vocab_size for number in range(2 * _FIRST + _SECOND)
+    ]
     one, other, row = ids[:_FIRST], ids[_FIRST : 2 * _FIRST], ids[2 * _FIRST :]
     was_training = model.training
     try:
@@ -75,9 +79,14 @@ def check_rows_stay_apart(model: Any) -> None:
 def _logits(model: Any, *rows: list[int]) -> Tensor:
     """Of the last tokens, of rows in one batch as it is when training."""
     ids = [number for row in rows for number in row]
-    batch = PackingCollator(0)([{"input_ids": ids, "labels": ids, "seq_lengths": [len(row) for row in rows]}])
+    batch = PackingCollator(0)(
+        [{"input_ids": ids, "labels": ids, "seq_lengths": [len(row) for row in rows]}]
+    )
     del batch["labels"]
-    on_device = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    on_device = {
+        key: value.to(model.device) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
     with torch.no_grad():
         logits: Tensor = model(**on_device, use_cache=False).logits
     return logits[0, -_SECOND:].float()

@@ -12,7 +12,13 @@ from pissa.errors import require
 from pissa.training.data import Row, Rows, check_rows
 from pissa.training.examples import Examples
 from pissa.training.heads import collator as collator
-from pissa.training.heads import encode_texts, head_trainer, load_with_head, text_columns, text_problem
+from pissa.training.heads import (
+    encode_texts,
+    head_trainer,
+    load_with_head,
+    text_columns,
+    text_problem,
+)
 from pissa.training.models import position_limit
 
 
@@ -38,7 +44,12 @@ def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> A
 
 
 def build_trainer(
-    model: Any, tokenizer: Any, examples: Examples, settings: TrainSettings, folder: str, callbacks: list[Any]
+    model: Any,
+    tokenizer: Any,
+    examples: Examples,
+    settings: TrainSettings,
+    folder: str,
+    callbacks: list[Any],
 ) -> Any:
     """Transformers' Trainer, with both correlations at each evaluation."""
     require("scipy", "train")
@@ -48,7 +59,11 @@ def build_trainer(
 def measures(prediction: Any) -> dict[str, float]:
     """Pearson's and Spearman's correlation, STS-B's scores; 0 where all predictions are equal."""
     stats = require("scipy.stats", "train")
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    logits = (
+        prediction.predictions[0]
+        if isinstance(prediction.predictions, tuple)
+        else prediction.predictions
+    )
     guess, truth = np.ravel(logits), np.ravel(prediction.label_ids)
     if np.ptp(guess) == 0 or np.ptp(truth) == 0:
         return {"pearson": 0.0, "spearman": 0.0}

@@ -52,7 +52,9 @@ def with_quantised_base(
     target = out / RESIDUAL
     if before:
         if not target.is_dir():
-            raise CheckpointError(f"{target} is gone, and the run cannot go on without it: start it again with --force")
+            raise CheckpointError(
+                f"{target} is gone, and the run cannot go on without it: start it again with --force"
+            )
         return settings.model_copy(update={"model": str(target)})
 
     observations = seen()
@@ -127,4 +129,8 @@ def differences(
         "double_quant": settings.double_quant or recipe.double_quant,
         "svd": recipe.svd if settings.svd == DEFAULT_SVD else settings.svd,
     }
-    return [(key, value, getattr(recipe, key)) for key, value in asked.items() if value != getattr(recipe, key)]
+    return [
+        (key, value, getattr(recipe, key))
+        for key, value in asked.items()
+        if value != getattr(recipe, key)
+    ]

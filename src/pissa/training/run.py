@@ -22,7 +22,15 @@ from pissa.errors import BusyError, DivergedError, require
 from pissa.observe import Observations
 from pissa.records import versions
 from pissa.surgery.folders import RESIDUAL
-from pissa.training import classification, distributed, folder, language, regression, residual, starting
+from pissa.training import (
+    classification,
+    distributed,
+    folder,
+    language,
+    regression,
+    residual,
+    starting,
+)
 from pissa.training.arguments import device
 from pissa.training.calibration import observations
 from pissa.training.callbacks import (
@@ -69,7 +77,9 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     settings = distributed.join(settings, device(settings))
     check_layout(settings, choice)
     out = Path(settings.output).expanduser()
-    before = distributed.on_first(lambda: folder.previous_run(out, resume=resume, force=settings.force))
+    before = distributed.on_first(
+        lambda: folder.previous_run(out, resume=resume, force=settings.force)
+    )
     if before:
         check_same_settings(before, settings, out)
         distributed.check_same_layout(before, out)
@@ -83,8 +93,15 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     reset_peak(device(settings))
     with quiet(), ExitStack() as stack:
         distributed.on_first(lambda: stack.enter_context(folder.held(out)))
-        if distributed.on_first(lambda: folder.previous_run(out, resume=resume, force=settings.force)) != before:
-            raise BusyError(f"another process has written into {out} just now: look at it, then start again")
+        if (
+            distributed.on_first(
+                lambda: folder.previous_run(out, resume=resume, force=settings.force)
+            )
+            != before
+        ):
+            raise BusyError(
+                f"another process has written into {out} just now: look at it, then start again"
+            )
 
         def seen_by(load: Callable[[], Any]) -> Observations | None:  # loads a transformers model
             return observations(load, task, examples, tokenizer, settings, choice)
@@ -107,35 +124,56 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         seen = None if started else seen_by(lambda: model)
         with distributed.first_ahead(out):
             model, base = starting.start(model, loaded, choice, before, out / "state", seen)
-            facts = {"data": data, "base": {**base, "name": settings.model}, "labels": examples.names}
+            facts = {
+                "data": data,
+                "base": {**base, "name": settings.model},
+                "labels": examples.names,
+            }
             if distributed.is_first():
-                record = before or _open_run(out, settings, {**facts, "processes": distributed.layout()}, kept)
+                record = before or _open_run(
+                    out, settings, {**facts, "processes": distributed.layout()}, kept
+                )
                 if isinstance(model, PeftModel) and not (out / "state").is_dir():
                     runs.save(model, out)  # the start, so that nothing is decomposed twice
         newest, seconds = distributed.on_first(lambda: folder.where_to_go_on(out))
         metrics = Metrics(out / folder.METRICS, seconds)
         stop = EarlyStop(settings.early_stopping, out / folder.METRICS)
-        callbacks = [metrics, Checkpoints(settings.save_total_limit, model, newest), stop, *starting.callbacks(model)]
-        trainer = task.build_trainer(model, tokenizer, examples, settings, str(out / "checkpoints"), callbacks)
+        callbacks = [
+            metrics,
+            Checkpoints(settings.save_total_limit, model, newest),
+            stop,
+            *starting.callbacks(model),
+        ]
+        trainer = task.build_trainer(
+            model, tokenizer, examples, settings, str(out / "checkpoints"), callbacks
+        )
         trainer.optimizer = starting.optimizer(model, settings)
         if examples.old:
-            trainer.add_callback(OldLoss(trainer, require("datasets", "train").Dataset.from_list(examples.old)))
+            trainer.add_callback(
+                OldLoss(trainer, require("datasets", "train").Dataset.from_list(examples.old))
+            )
         try:
             place_reports(trainer, out / folder.REPORTS)
             _run(trainer, newest, stop)
         except DivergedError as error:
             if distributed.is_first():
-                write_json(out / folder.RECORD, {**record, "status": "diverged", "reason": str(error)})
+                write_json(
+                    out / folder.RECORD, {**record, "status": "diverged", "reason": str(error)}
+                )
             raise
         _save(trainer, tokenizer, out)
         return distributed.on_first(lambda: _close_run(out, record, trainer, metrics, stop))
 
 
-def _open_run(out: Path, settings: TrainSettings, facts: dict[str, Any], kept: str) -> dict[str, Any]:
+def _open_run(
+    out: Path, settings: TrainSettings, facts: dict[str, Any], kept: str
+) -> dict[str, Any]:
     """Clear what an earlier run left, but for what is `kept`, then say what this one is."""
     out.mkdir(parents=True, exist_ok=True)
     folder.clear(out, but=kept)
-    packages = versions() | {name: require(name, "train").__version__ for name in ("trl", "datasets", "accelerate")}
+    packages = versions() | {
+        name: require(name, "train").__version__ for name in ("trl", "datasets", "accelerate")
+    }
     written = settings.model_dump(mode="json")
     record = {"status": "running", "settings": written, **facts, "versions": packages}
     write_json(out / folder.RECORD, record)
@@ -153,7 +191,10 @@ def _run(trainer: Any, newest: Path | None, stop: EarlyStop) -> None:
         # Killed between the last step and the end. The trainer's own resume would train one step more here.
         trainer._load_from_checkpoint(str(newest))
         exact.read(trainer.model, newest)
-        trainer.state.global_step, trainer.state.max_steps = folder.step_of(newest), folder.all_steps(newest)
+        trainer.state.global_step, trainer.state.max_steps = (
+            folder.step_of(newest),
+            folder.all_steps(newest),
+        )
         return
     distributed.partition(trainer)
     trainer.args.eval_on_start = newest is None and trainer.eval_dataset is not None
@@ -170,17 +211,28 @@ def _save(trainer: Any, tokenizer: Any, out: Path) -> None:
             tokenizer.save_pretrained(out / "adapter")
     else:
         # DeepSpeed's engine is asked for its shards; a run that was over when it was resumed has none.
-        no_engine = distributed.layout()["sharding"] == "deepspeed" and trainer.model_wrapped is trainer.model
-        weights = trainer.model.state_dict() if no_engine else trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        no_engine = (
+            distributed.layout()["sharding"] == "deepspeed"
+            and trainer.model_wrapped is trainer.model
+        )
+        weights = (
+            trainer.model.state_dict()
+            if no_engine
+            else trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        )
         if distributed.is_first():
             trainer.model.save_pretrained(out / "model", state_dict=weights)
             tokenizer.save_pretrained(out / "model")
 
 
-def _close_run(out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics, stop: EarlyStop) -> dict[str, Any]:
+def _close_run(
+    out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics, stop: EarlyStop
+) -> dict[str, Any]:
     """Write the results into run.json, which makes the run finished."""
     lines = folder.read_metrics(out / folder.METRICS)
-    last = {key: next((line[key] for line in reversed(lines) if key in line), None) for key in LOSSES}
+    last = {
+        key: next((line[key] for line in reversed(lines) if key in line), None) for key in LOSSES
+    }
     scores = {key: value for line in lines for key, value in line.items() if key in SCORES}
     record = {
         **record,
@@ -192,7 +244,9 @@ def _close_run(out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics
         "seconds": round(metrics.seconds, 3),
         "peak_memory_bytes": peak_bytes(trainer.args.device.type),
         "trainable_parameters": sum(
-            getattr(part, "ds_numel", part.numel()) for part in trainer.model.parameters() if part.requires_grad
+            getattr(part, "ds_numel", part.numel())
+            for part in trainer.model.parameters()
+            if part.requires_grad
         ),
         **last,
         **scores,

@@ -44,11 +44,16 @@ def start(
         state: where the run keeps its start.
         seen: what the method needs to have been seen of the base.
     """
-    base: dict[str, Any] = {"name": settings.model, "revision": settings.revision, "dtype": str(model.dtype)}
+    base: dict[str, Any] = {
+        "name": settings.model,
+        "revision": settings.revision,
+        "dtype": str(model.dtype),
+    }
     if choice is None:
         if model.dtype == torch.float16:
             mistake = (
-                "dtype: got float16, expected bfloat16 or float32 with full: AdamW's small steps vanish in float16"
+                "dtype: got float16, expected bfloat16 or float32 with full: AdamW's small steps "
+                "vanish in float16"
             )
             raise config_error([mistake], "the settings")
         tensors = model_tensors(model, skip=head_modules(model))
@@ -93,16 +98,22 @@ def start(
 def _load_decomposed(model: nn.Module, settings: TrainSettings, choice: Choice) -> PeftModel:
     """The start that lies beside a residual, which the settings must not contradict."""
     heads = [*head_modules(model), *(settings.modules_to_save or ())]
-    attached = load_initial(model, Path(settings.model), modules_to_save=heads, method=choice.method)
+    attached = load_initial(
+        model, Path(settings.model), modules_to_save=heads, method=choice.method
+    )
     recipe = adaptation_of(attached).recipe
     mistakes = [
         f"{key}: got {got!r}, expected {expected!r}, as {settings.model} was decomposed"
         for key, got, expected in residual.differences(recipe, settings, choice)
     ]
     if settings.targets != "all-linear":
-        asked = find_targets(attached.get_base_model(), settings.targets, quantised=recipe.quant is not None)
+        asked = find_targets(
+            attached.get_base_model(), settings.targets, quantised=recipe.quant is not None
+        )
         if {target.module for target in asked} != set(recipe.targets):
-            mistakes.append(f"targets: got {settings.targets!r}, expected those of {settings.model}, or all-linear")
+            mistakes.append(
+                f"targets: got {settings.targets!r}, expected those of {settings.model}, or all-linear"
+            )
     if mistakes:
         raise config_error(mistakes, "the settings")
     return attached
@@ -116,7 +127,9 @@ def optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer | None:
     if adaptation.method.optimizer is None:
         return None
     make, options = brought(adaptation.method.optimizer), adaptation.recipe.options
-    made: Optimizer = make(model, settings.learning_rate, weight_decay=settings.weight_decay, **options)
+    made: Optimizer = make(
+        model, settings.learning_rate, weight_decay=settings.weight_decay, **options
+    )
     runs.note_optimizer(model, adaptation.method.name)
     return made
 

@@ -103,7 +103,9 @@ def _messages_problem(messages: Any) -> str | None:
     if not isinstance(messages, list) or not messages:
         return f"messages: got {type(messages).__name__}, {expected}"
     for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
             return f"messages: got {message!r}, {expected}"
     if not any(message["role"] == "assistant" for message in messages):
         return "messages: got no message with role assistant, so there is nothing to learn"
@@ -117,13 +119,21 @@ def _script(row: Row, shape: str, template: str, tokenizer: Any) -> Script:
     if shape == "prompt":
         return Script([(fields["prompt"], False), (fields["completion"], True)])
     if shape == "messages":
-        messages = [{"role": message["role"], "content": message["content"]} for message in fields["messages"]]
+        messages = [
+            {"role": message["role"], "content": message["content"]}
+            for message in fields["messages"]
+        ]
     else:
         asked, answered = SHAPES[shape]
         instruction = "\n".join(
-            part for part in (fields[asked], fields.get("input") if shape == "instruction" else "") if part
+            part
+            for part in (fields[asked], fields.get("input") if shape == "instruction" else "")
+            if part
         )
-        messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": fields[answered]}]
+        messages = [
+            {"role": "user", "content": instruction},
+            {"role": "assistant", "content": fields[answered]},
+        ]
     if template == "chat":
         return Script(_chat_parts(messages, tokenizer, row.where), ready=True)
     if template == "alpaca":
@@ -133,8 +143,13 @@ def _script(row: Row, shape: str, template: str, tokenizer: Any) -> Script:
 
 def _alpaca_parts(messages: list[dict[str, str]], where: str) -> list[tuple[str, bool]]:
     if [message["role"] for message in messages] != ["user", "assistant"]:
-        raise DataError(f"{where}: the alpaca template takes one user and one assistant message: use chat or plain")
-    return [(ALPACA.format(instruction=messages[0]["content"]), False), (messages[1]["content"], True)]
+        raise DataError(
+            f"{where}: the alpaca template takes one user and one assistant message: use chat or plain"
+        )
+    return [
+        (ALPACA.format(instruction=messages[0]["content"]), False),
+        (messages[1]["content"], True),
+    ]
 
 
 def _plain_parts(messages: list[dict[str, str]], names: bool) -> list[tuple[str, bool]]:
@@ -147,7 +162,9 @@ def _plain_parts(messages: list[dict[str, str]], names: bool) -> list[tuple[str,
     return parts
 
 
-def _chat_parts(messages: list[dict[str, str]], tokenizer: Any, where: str) -> list[tuple[str, bool]]:
+def _chat_parts(
+    messages: list[dict[str, str]], tokenizer: Any, where: str
+) -> list[tuple[str, bool]]:
     """What the tokenizer's template adds for each assistant message carries loss, its end mark too."""
 
     def render(count: int, ask: bool) -> str:
@@ -160,7 +177,10 @@ def _chat_parts(messages: list[dict[str, str]], tokenizer: Any, where: str) -> l
     try:
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                for text, learn in ((render(index, ask=True), False), (render(index + 1, ask=False), True)):
+                for text, learn in (
+                    (render(index, ask=True), False),
+                    (render(index + 1, ask=False), True),
+                ):
                     if not text.startswith(done):
                         raise DataError(
                             f"{where}: the tokenizer's chat template rewrites earlier messages, so what the response "
@@ -171,5 +191,7 @@ def _chat_parts(messages: list[dict[str, str]], tokenizer: Any, where: str) -> l
     except DataError:
         raise
     except Exception as error:  # Jinja's errors, and what templates raise themselves
-        raise DataError(f"{where}: the tokenizer's chat template refuses these messages: {error}") from error
+        raise DataError(
+            f"{where}: the tokenizer's chat template refuses these messages: {error}"
+        ) from error
     return parts

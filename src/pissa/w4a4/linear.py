@@ -51,7 +51,9 @@ class W4A4Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         half = {"dtype": torch.float16, "device": device}
         packed, groups = -(-in_features // 2), -(-in_features // GROUP)
-        self.register_buffer("codes", torch.empty(out_features, packed, dtype=torch.uint8, device=device))
+        self.register_buffer(
+            "codes", torch.empty(out_features, packed, dtype=torch.uint8, device=device)
+        )
         self.register_buffer("scales", torch.empty(out_features, groups, **half))  # type: ignore[arg-type]
         self.register_buffer("smooth", torch.empty(in_features, **half))  # type: ignore[arg-type]
         self.register_buffer("left", torch.empty(out_features, rank, **half))  # type: ignore[arg-type]
@@ -105,8 +107,13 @@ class W4A4Linear(nn.Module):
 
     def with_lora(self, lora: Lora) -> W4A4Linear:
         """The layer with a plain LoRA beside its branch: factors stacked, rounded to float16, codes as they are."""
-        layer = W4A4Linear(self.in_features, self.out_features, self.rank + lora.rank, self.bias, self.codes.device)
-        stacked = {"left": torch.cat([self.left, lora.B.half()], 1), "right": torch.cat([self.right, lora.A.half()])}
+        layer = W4A4Linear(
+            self.in_features, self.out_features, self.rank + lora.rank, self.bias, self.codes.device
+        )
+        stacked = {
+            "left": torch.cat([self.left, lora.B.half()], 1),
+            "right": torch.cat([self.right, lora.A.half()]),
+        }
         layer.load_state_dict({**self.state_dict(), **stacked})
         return layer
 

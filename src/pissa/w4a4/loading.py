@@ -21,7 +21,9 @@ from pissa.w4a4.model import refuse_saving
 from pissa.w4a4.writing import KIND, WEIGHTS
 
 
-def load_w4a4(folder: str | Path, *, device: str = "cpu", trust_remote_code: bool = False) -> nn.Module:
+def load_w4a4(
+    folder: str | Path, *, device: str = "cpu", trust_remote_code: bool = False
+) -> nn.Module:
     """The transformers model of a folder that `svdquant` wrote, its 4-bit layers in place, in evaluation mode.
 
     Args:
@@ -40,15 +42,21 @@ def load_w4a4(folder: str | Path, *, device: str = "cpu", trust_remote_code: boo
     for target in find_targets(skeleton, note["modules"]):
         rows, columns = target.matrix_shape
         bias = model.get_submodule(target.module).bias
-        model.set_submodule(target.module, W4A4Linear(columns, rows, note["rank"], bias, device="meta"))
+        model.set_submodule(
+            target.module, W4A4Linear(columns, rows, note["rank"], bias, device="meta")
+        )
     stored = Checkpoint.open(folder / WEIGHTS, need_config=False)
-    model.load_state_dict({name: stored.read(name) for name in stored.tensors}, strict=False, assign=True)
+    model.load_state_dict(
+        {name: stored.read(name) for name in stored.tensors}, strict=False, assign=True
+    )
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     absent = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
     if absent:
-        raise CheckpointError(f"{folder / WEIGHTS} lacks `{absent[0]}` of {len(absent)}: write the folder again")
+        raise CheckpointError(
+            f"{folder / WEIGHTS} lacks `{absent[0]}` of {len(absent)}: write the folder again"
+        )
     return refuse_saving(model.to(device).eval())
 
 
@@ -61,9 +69,13 @@ def w4a4_note(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     note = config.get("pissa")
     if not isinstance(note, dict) or note.get("kind") != KIND:
-        raise CheckpointError(f"{folder} is no 4-bit model of svdquant: its config.json does not say so")
+        raise CheckpointError(
+            f"{folder} is no 4-bit model of svdquant: its config.json does not say so"
+        )
     if note.get("group") != GROUP:
-        raise CheckpointError(f"{folder} has groups of {note.get('group')!r}, expected {GROUP}: update pissa")
+        raise CheckpointError(
+            f"{folder} has groups of {note.get('group')!r}, expected {GROUP}: update pissa"
+        )
     return note
 
 

@@ -57,7 +57,9 @@ def quantise_model(
         observations.check({name: weight})
         inputs = observations.get("inputs", name).to(weight.device)
         matrix = target.to_matrix(weight)
-        split = method.split(matrix, rank, svd=svd, seed=seed, name=target.weight, observed=inputs, options=options)
+        split = method.split(
+            matrix, rank, svd=svd, seed=seed, name=target.weight, observed=inputs, options=options
+        )
         layers[target.module] = W4A4Linear.from_split(split, module.bias)
     for name, layer in layers.items():
         model.set_submodule(name, layer)

@@ -72,7 +72,9 @@ def svdquant(source: str | Path, out: str | Path, settings: FourBitSettings) -> 
     check_targets(found, asked.rank)
     kinds = {target.module: target.kind for target in found}
     alpha = float(asked.rank)
-    recipe = Recipe(method.name, asked.rank, alpha, asked.svd, asked.seed, KIND, kinds, options=checked)
+    recipe = Recipe(
+        method.name, asked.rank, alpha, asked.svd, asked.seed, KIND, kinds, options=checked
+    )
     job = _Job(checkpoint, skeleton, found, recipe, method, asked.observations, shard_bytes)
     return job.into(out, force=asked.force, workers=asked.workers, progress=asked.progress)
 
@@ -106,7 +108,11 @@ class _Job(StreamJob):
             return {SHARDS: {self.parameters.get(name, name): (info.dtype, info.shape)}}
         rows, columns = target.matrix_shape
         empty = W4A4Linear(columns, rows, self.recipe.rank, device="meta").state_dict()
-        return {SHARDS: {f"{target.module}.{key}": (p.dtype, tuple(p.shape)) for key, p in empty.items()}}
+        return {
+            SHARDS: {
+                f"{target.module}.{key}": (p.dtype, tuple(p.shape)) for key, p in empty.items()
+            }
+        }
 
     def facts(self) -> dict[str, Any]:  # JSON
         """Recipe and observations."""
@@ -155,7 +161,9 @@ class _Job(StreamJob):
         layers = [Layer(**facts["layer"]) for facts in split]
         errors = {facts["layer"]["name"]: facts["output_error"] for facts in split}
         origin = Base(name, source.revision, combined(digests), digests)
-        return Record(KIND, self.recipe, origin, layers, notes={"output_errors": errors}, versions=versions())
+        return Record(
+            KIND, self.recipe, origin, layers, notes={"output_errors": errors}, versions=versions()
+        )
 
     def write_config(self, folder: Path) -> None:
         """Config and tokenizer of the base; the config says what the weights are."""
@@ -163,7 +171,12 @@ class _Job(StreamJob):
             shutil.copyfile(file, folder / file.name)
         config = json.loads((folder / "config.json").read_text())
         modules = list(self.recipe.targets)
-        config["pissa"] = {"kind": KIND, "rank": self.recipe.rank, "group": GROUP, "modules": modules}
+        config["pissa"] = {
+            "kind": KIND,
+            "rank": self.recipe.rank,
+            "group": GROUP,
+            "modules": modules,
+        }
         write_json(folder / "config.json", config)
 
 

@@ -50,6 +50,8 @@ class Core(ZeroCore):
         hidden = F.linear(x.to(right.dtype), right)
         change = F.linear(through_core(module, active_adapter, hidden), moved_left(start, moved))
         if moved.left is not None:
-            change = change + F.linear(F.linear(hidden, module.start_core[active_adapter]), moved.left)
+            change = change + F.linear(
+                F.linear(hidden, module.start_core[active_adapter]), moved.left
+            )
         scaled: Tensor = module.scaling[active_adapter] * change
         return result + scaled

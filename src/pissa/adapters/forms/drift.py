@@ -31,7 +31,9 @@ class DriftProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dL: Tensor, dR: Tensor, L0: Tensor, R0: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, dL: Tensor, dR: Tensor, L0: Tensor, R0: Tensor, scale: float
+    ) -> Tensor:
         """One product with both right factors, one with both left ones."""
         rank = dR.shape[0]
         flat = x.reshape(-1, x.shape[-1])
@@ -76,7 +78,11 @@ class Drift(Variant):
         dL, dR = factors.trained(module, active_adapter)
         scale = module.scaling[active_adapter]
         if isinstance(module, (Embedding, _ConvNd)):
-            return result + starts.product(module, x, L0 + dL, dR, scale) + starts.product(module, x, dL, R0, scale)
+            return (
+                result
+                + starts.product(module, x, L0 + dL, dR, scale)
+                + starts.product(module, x, dL, R0, scale)
+            )
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             narrow = torch.get_autocast_dtype(device)

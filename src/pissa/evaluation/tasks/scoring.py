@@ -19,7 +19,9 @@ EXAMPLES = (2, 3, 4)
 isolation = cache(find_isolation)
 
 
-def _paper(task: str, needs: Callable[[], Isolation | None]) -> Callable[[dict[str, Any], list[str]], Metrics]:
+def _paper(
+    task: str, needs: Callable[[], Isolation | None]
+) -> Callable[[dict[str, Any], list[str]], Metrics]:
     def process_results(doc: dict[str, Any], results: list[str]) -> Metrics:
         item = score(task, results[0], doc, isolation=needs())
         authors = item.authors.correct if item.authors else False

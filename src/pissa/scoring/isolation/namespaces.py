@@ -17,7 +17,14 @@ import sys
 from contextlib import suppress
 
 NOBODY = 65534
-NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = 1 << 17, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30
+NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = (
+    1 << 17,
+    1 << 26,
+    1 << 27,
+    1 << 28,
+    1 << 29,
+    1 << 30,
+)
 READ_ONLY, NO_SUID, NO_DEV, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 DETACH = 2
 SET_DEATH_SIGNAL, SET_DUMPABLE, SET_NO_NEW_PRIVILEGES = 1, 4, 38
@@ -37,7 +44,14 @@ def call(name: str, *arguments: object) -> None:
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     """Attach a file system or a folder."""
-    call("mount", source.encode(), target.encode(), kind and kind.encode(), flags, data and data.encode())
+    call(
+        "mount",
+        source.encode(),
+        target.encode(),
+        kind and kind.encode(),
+        flags,
+        data and data.encode(),
+    )
 
 
 def enter_namespaces() -> None:
@@ -56,8 +70,14 @@ def enter_namespaces() -> None:
             process = f"/proc/{os.getppid()}"
             if not root:
                 write(f"{process}/setgroups", "deny")
-            write(f"{process}/uid_map", f"0 0 1\n{NOBODY} {NOBODY} 1" if root else f"{NOBODY} {os.getuid()} 1")
-            write(f"{process}/gid_map", f"0 0 1\n{NOBODY} {NOBODY} 1" if root else f"{NOBODY} {os.getgid()} 1")
+            write(
+                f"{process}/uid_map",
+                f"0 0 1\n{NOBODY} {NOBODY} 1" if root else f"{NOBODY} {os.getuid()} 1",
+            )
+            write(
+                f"{process}/gid_map",
+                f"0 0 1\n{NOBODY} {NOBODY} 1" if root else f"{NOBODY} {os.getgid()} 1",
+            )
         os._exit(0)
     os.close(wait)
     call("unshare", NEW_USER | NEW_MOUNTS | NEW_PIDS | NEW_NET | NEW_IPC | NEW_UTS)
@@ -65,7 +85,9 @@ def enter_namespaces() -> None:
     os.close(go)
     if os.waitpid(writer, 0)[1]:
         raise PermissionError("the ids of the user namespace cannot be written")
-    with suppress(OSError):  # where /proc/sys cannot be written, the program may make namespaces within its own
+    with suppress(
+        OSError
+    ):  # where /proc/sys cannot be written, the program may make namespaces within its own
         write("/proc/sys/user/max_user_namespaces", "0")
 
 
@@ -106,7 +128,9 @@ def bind(path: str) -> None:
     mount(old, path, None, BIND | RECURSIVE)
     attributes = READ_ONLY | NO_SUID | (0 if path in DEVICES else NO_DEV)
     said = struct.pack("4Q", attributes, 0, 0, 0)
-    call("syscall", MOUNT_SETATTR, -1, path.encode(), 0x8000, said, len(said))  # 0x8000: with all mounts below
+    call(
+        "syscall", MOUNT_SETATTR, -1, path.encode(), 0x8000, said, len(said)
+    )  # 0x8000: with all mounts below
 
 
 def first_process(command: list[str]) -> int:

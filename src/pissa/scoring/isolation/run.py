@@ -175,7 +175,11 @@ def run(program: str, isolation: Isolation, tests: str = "") -> Outcome:
     # No limit on the number of processes binds root, not even within a user namespace; `namespaces` drops root itself.
     user = NOBODY if isolation.walls == "bubblewrap" and os.getuid() == 0 else None
     bare = isolation.walls == "none"
-    place = tempfile.TemporaryDirectory(prefix="pissa-", ignore_cleanup_errors=True) if bare else nullcontext("/")
+    place = (
+        tempfile.TemporaryDirectory(prefix="pissa-", ignore_cleanup_errors=True)
+        if bare
+        else nullcontext("/")
+    )
     channel, theirs = socket.socketpair()
     with place as folder, channel:
         try:
@@ -250,16 +254,24 @@ def _listen(process: _Program, channel: socket.socket, token: str, isolation: Is
                 break
             over = process.poll() is not None
     took = time.monotonic() - start
-    printed, answer = (part[: most[source]].decode("utf-8", "replace") for source, part in heard.items())
+    printed, answer = (
+        part[: most[source]].decode("utf-8", "replace") for source, part in heard.items()
+    )
     if not begun:
-        raise InputError(f"{isolation.walls}: {_visible(printed).strip() or reason or 'ended'}"[-500:])
+        raise InputError(
+            f"{isolation.walls}: {_visible(printed).strip() or reason or 'ended'}"[-500:]
+        )
     passed, reason = _ending(reason, answer[len(BEGUN) :], token, process.returncode)
-    return Outcome(passed, _visible(reason, "")[:LONGEST], _visible(printed)[: limits.output_bytes], took)
+    return Outcome(
+        passed, _visible(reason, "")[:LONGEST], _visible(printed)[: limits.output_bytes], took
+    )
 
 
 def _visible(text: str, kept: str = "\n\t") -> str:
     """With what a terminal would obey, or show in another order, written out as in a Python string."""
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _resident(process: int) -> int:
@@ -267,7 +279,9 @@ def _resident(process: int) -> int:
     folder, pages = Path(f"/proc/{process}"), 0
     with suppress(OSError):  # ended meanwhile
         pages = int((folder / "statm").read_text().split()[1])
-        children = [child for task in folder.glob("task/*/children") for child in task.read_text().split()]
+        children = [
+            child for task in folder.glob("task/*/children") for child in task.read_text().split()
+        ]
         return pages * resource.getpagesize() + sum(_resident(int(child)) for child in children)
     return pages * resource.getpagesize()
 
@@ -289,7 +303,9 @@ def _stop(process: subprocess.Popen[bytes], bare: bool) -> None:
     if not bare and process.poll() is None:
         # With the first process of a namespace the kernel ends all others, and only then lets its parent know.
         with suppress(OSError):
-            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            for child in (
+                Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            ):
                 os.kill(int(child), signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)

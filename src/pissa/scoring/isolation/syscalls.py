@@ -23,7 +23,10 @@ REFUSED = {
         "userfaultfd": 282, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "memfd_secret": 447,
     },
 }  # fmt: skip
-SOCKETS = {"x86_64": {"socket": 41, "socketpair": 53}, "aarch64": {"socket": 198, "socketpair": 199}}
+SOCKETS = {
+    "x86_64": {"socket": 41, "socketpair": 53},
+    "aarch64": {"socket": 198, "socketpair": 199},
+}
 FAMILIES = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10}
 """Of sockets that may be made; without a network they reach the program itself."""
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -68,4 +71,6 @@ def syscall_filter(machine: str | None = None) -> bytes:
     program = [(_LOAD, 0, _ARCH)]
     for place, (opcode, operand, target) in enumerate(checks):
         program.append((opcode, places[target] - place - 1 if target else 0, operand))
-    return b"".join(struct.pack("HBBI", opcode, jump, 0, operand) for opcode, jump, operand in program)
+    return b"".join(
+        struct.pack("HBBI", opcode, jump, 0, operand) for opcode, jump, operand in program
+    )

@@ -27,7 +27,11 @@ def visible() -> list[str]:
     prefix = os.path.realpath(sys.base_prefix)
     system = ["/usr", *sorted(glob("/lib*")), "/etc/ld.so.cache", "/nix/store"]
     paths = [path for path in system if os.path.lexists(path)]
-    return paths if any(prefix == path or prefix.startswith(path + "/") for path in paths) else [*paths, prefix]
+    return (
+        paths
+        if any(prefix == path or prefix.startswith(path + "/") for path in paths)
+        else [*paths, prefix]
+    )
 
 
 def _inside() -> list[str]:
@@ -54,10 +58,26 @@ def bubblewrap(size: int) -> list[str]:
                "--uid", str(NOBODY), "--gid", str(NOBODY), "--hostname", "none"]
     # fmt: on
     for path in visible():
-        command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
+        command += (
+            ["--symlink", os.readlink(path), path]
+            if os.path.islink(path)
+            else ["--ro-bind", path, path]
+        )
     for device in DEVICES:
         command += ["--dev-bind", device, device]
-    return [*command, "--size", str(size), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--", *_inside()]
+    return [
+        *command,
+        "--size",
+        str(size),
+        "--tmpfs",
+        "/tmp",
+        "--remount-ro",
+        "/",
+        "--chdir",
+        "/tmp",
+        "--",
+        *_inside(),
+    ]
 
 
 def namespaces(size: int) -> list[str]:
@@ -75,7 +95,11 @@ def none(size: int) -> list[str]:
     return _inside()
 
 
-WALLS: dict[str, Callable[[int], list[str]]] = {"bubblewrap": bubblewrap, "namespaces": namespaces, "none": none}
+WALLS: dict[str, Callable[[int], list[str]]] = {
+    "bubblewrap": bubblewrap,
+    "namespaces": namespaces,
+    "none": none,
+}
 """In order of preference."""
 
 
