@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from pissa.adapters import quantized, twins
 from pissa.adapters.adaptation import Adaptation, refuse_untrained
 from pissa.adapters.factors import Starts
+from pissa.adapters.forms import Form
 from pissa.adapters.plain import whole
 from pissa.adapters.splitting import given_observations
-from pissa.adapters.storing import describe, store
 from pissa.checkpoint.fingerprint import canonical, combined, fingerprint, model_tensors
 from pissa.checkpoint.targets import Target, find_targets, head_modules, plain_modules, short_names
 from pissa.checks import chosen_device, scale_of
@@ -161,12 +161,7 @@ def split_model(
         weight, name, rank = matrix(target), target.weight, settled.recipe.rank_of(target.module)
         split = settled.split(weight, name, weight.dtype, rank=rank, observed=seen(target))
         starts[target.module] = split.start.on(modules[target.module].weight.device)
-        kept = settled.recipe.base_form == "keep"
-        layers.append(
-            describe(name, split)
-            if kept
-            else store(name, split, split.left.dtype, weight.dtype).layer
-        )
+        layers.append(settled.form.describe(name, split, weight.dtype))
     return settled, starts, layers
 
 
@@ -179,7 +174,7 @@ def wrap(
 ) -> PeftModel:
     """Put peft's layers around the targets, and adapters in the attachment's form at their start."""
     recipe, form = attachment.recipe, attachment.adaptation.form
-    _refuse_neighbours(model, adapter, recipe.base_form)
+    _refuse_neighbours(model, adapter, form)
     inner = plain_model(model)
     config = LoraConfig(
         r=recipe.rank,
@@ -251,18 +246,14 @@ def adaptation_of(model: PeftModel, adapter_name: str = "default") -> Adaptation
     return attachments_of(model)[adapter_name].adaptation
 
 
-def _refuse_neighbours(model: nn.Module, adapter: str, base_form: str) -> None:
+def _refuse_neighbours(model: nn.Module, adapter: str, form: Form) -> None:
     """What the adapters that a model has already do not bear."""
     present = list(model.peft_config) if isinstance(model, PeftModel) else []
     if adapter in present:
         raise InputError(
             f"adapter {adapter!r} exists on this model: choose another adapter_name, or delete it first"
         )
-    if present and base_form == "residual":
-        raise InputError(
-            f"base='residual' would change the weights under the adapters that the model has ({', '.join(present)}): "
-            "attach with base='keep', or delete them first"
-        )
+    form.refuse_neighbours(present)
 
 
 def _refuse_residual(model: nn.Module) -> None:

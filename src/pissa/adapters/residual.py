@@ -14,19 +14,19 @@ from pissa.checkpoint.targets import target_of
 from pissa.errors import WrongBaseError
 
 
-def install(layer: Any, adapter: str, *, on_residual: bool) -> None:
+def install(layer: Any, adapter: str, *, split: bool) -> None:
     """Take the start of a layer's adapter out of its weight, with W kept on the CPU.
 
     Args:
         layer: a peft layer that holds the start of this adapter and no other adapter.
         adapter: its name.
-        on_residual: the weight is the residual already (a decomposed folder); then the undo is computed.
+        split: the weight is the residual already (a decomposed folder); then the undo is computed.
     """
     weight = layer.get_base_layer().weight
     left, right = starts.taken(starts.one(layer, adapter))
     product = layer.scaling[adapter] * (left.float() @ right.float())
     product = target_of("", layer.get_base_layer()).from_matrix(product)
-    if on_residual:
+    if split:
         layer.original_weight = (weight.data.float() + product).to(weight.dtype).cpu()
     else:
         layer.original_weight = weight.data.cpu().clone()

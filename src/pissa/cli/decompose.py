@@ -35,6 +35,7 @@ def decompose(
     import dataclasses
 
     import pissa
+    from pissa.adapters.forms import form_of
     from pissa.presets import choose
 
     choice = choose(settings.method, settings.quant, settings.iterations, settings.double_quant)
@@ -54,7 +55,8 @@ def decompose(
     in_bits = f" in {record.beside}" if record.beside else ""
     start = f"its start ({settings.method}, rank {settings.rank})"
     show.say(f"{out}: residual of {model}{in_bits} and {start}, {len(record.layers)} weights")
-    if method.optimizer or "core" in method.parts:
+    form = form_of(method, "residual", choice.quant is not None)
+    if method.optimizer or form.beside_pair:
         show.say(
             f"it trains as {settings.method} with pissa train and pissa.load; stock peft trains the pair as a LoRA"
         )

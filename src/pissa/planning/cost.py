@@ -132,10 +132,10 @@ def host_cost(planned: Planned, device: Device, kind: str, process: int) -> Host
         0 if planned.packed and kind != "cpu" else device.weights + device.adapters + device.starts
     )
     originals = 0
-    if planned.recipe and planned.recipe.base_form == "residual" and not planned.packed:
-        originals = planned.source.dtype.itemsize * sum(
-            math.prod(target.shape) for target in planned.targets
-        )
+    if planned.adaptation:
+        sizes = sum(math.prod(target.shape) for target in planned.targets)
+        form = planned.adaptation.form
+        originals = form.original_bytes(planned.source.dtype.itemsize * sizes)
     return Host(process, loading, splitting, originals)
 
 

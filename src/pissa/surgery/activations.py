@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +34,8 @@ def layer_inputs(folder: Path, targets: Iterable[Target], text: Path) -> dict[st
     """
     tokens = _tokens(folder, text)
     try:
-        model = (
-            type(build_skeleton(folder))
-            .from_pretrained(folder, dtype="auto", use_safetensors=True)
-            .eval()
-        )  # type: ignore[attr-defined]
+        kind: Any = type(build_skeleton(folder))  # of transformers, as the config says
+        model = kind.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded by transformers ({error})") from error
     linear = [target for target in targets if target.kind in PACKABLE]

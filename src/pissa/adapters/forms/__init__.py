@@ -19,7 +19,7 @@ def forms() -> list[type[Form]]:
     """All forms, read from this folder."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    found = [kind for kind in _below(Form) if not inspect.isabstract(kind)]
+    found = {kind for kind in _below(Form) if not inspect.isabstract(kind)}
     return sorted(found, key=lambda kind: kind.__module__)
 
 

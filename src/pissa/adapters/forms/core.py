@@ -55,3 +55,13 @@ class Core(ZeroCore):
             )
         scaled: Tensor = module.scaling[active_adapter] * change
         return result + scaled
+
+    def product(self, layer: Any, adapter: str, x: Tensor) -> Tensor:
+        """``s L C R0 x``, where the layer holds only the rest of the weight."""
+        start, moved = starts.one(layer, adapter), self.trained(layer, adapter)
+        _, right = start.pair
+        hidden = F.linear(x.to(right.dtype), right)
+        inner = through_core(layer, adapter, hidden)
+        inner = inner + F.linear(hidden, layer.start_core[adapter])
+        product: Tensor = layer.scaling[adapter] * F.linear(inner, moved_left(start, moved))
+        return product

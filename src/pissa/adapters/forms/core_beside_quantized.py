@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from pissa.adapters import quantized, sharding, starts
-from pissa.adapters.forms.core_on_residual import CoreOnResidual
+from pissa.adapters.forms.core import Core
 from pissa.method import Method
 from pissa.splits import Factors, Lora
 
 
-class CoreBesideQuantized(CoreOnResidual):
+class CoreBesideQuantized(Core):
     """The base holds Q, the adapter adds the whole product."""
 
     @staticmethod
@@ -33,6 +35,12 @@ class CoreBesideQuantized(CoreOnResidual):
         self.begin(layer, adapter, start)
         quantized.refuse_merging(layer)
         layer.register_forward_hook(starts.give_back_principal)
+
+    def forward(  # type: ignore[override]
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """The quantized part's `result` plus the product's output."""
+        return result + self.product(module, active_adapter, x)
 
     def emit(self, layer: Any, adapter: str, state: dict[str, Any], keys: tuple[str, str]) -> None:
         """``L @ (C R0)``."""

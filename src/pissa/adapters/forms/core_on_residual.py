@@ -8,17 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pissa.adapters import residual, starts
+from pissa.adapters import starts
 from pissa.adapters.forms.core import Core
-from pissa.adapters.forms.zero_core import moved_left, through_core
+from pissa.adapters.forms.on_residual import OnResidual
 from pissa.method import Method
-from pissa.splits import Factors
 
 
-class CoreOnResidual(Core):
+class CoreOnResidual(OnResidual, Core):
     """The base holds what the start left of W, the adapter adds the whole product."""
 
     @staticmethod
@@ -27,22 +25,11 @@ class CoreOnResidual(Core):
         started = "core" in method.parts and not method.zero_start
         return started and base == "residual" and not quantized
 
-    def install(self, layer: Any, adapter: str, start: Factors, *, split: bool) -> None:
-        """Take the start out of the weight, unless that was done already."""
-        self.begin(layer, adapter, start)
-        residual.install(layer, adapter, on_residual=split)
-
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """The frozen part's `result` plus the product's output."""
-        start, moved = starts.one(module, active_adapter), self.trained(module, active_adapter)
-        _, right = start.pair
-        hidden = F.linear(x.to(right.dtype), right)
-        inner = through_core(module, active_adapter, hidden)
-        inner = inner + F.linear(hidden, module.start_core[active_adapter])
-        change: Tensor = module.scaling[active_adapter] * F.linear(inner, moved_left(start, moved))
-        return result + change
+        return result + self.product(module, active_adapter, x)
 
     def merged_change(self, layer: Any, adapter: str) -> Tensor:
         """``s L C R0``."""

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pissa.adapters import factors, residual, starts
+from pissa.adapters import factors, starts
 from pissa.adapters.forms.drift import Drift
+from pissa.adapters.forms.on_residual import OnResidual
 from pissa.method import Method
-from pissa.splits import Factors
 
 
-class DriftOnResidual(Drift):
+class DriftOnResidual(OnResidual, Drift):
     """The base holds W - s L0 R0, the adapter adds s L R."""
 
     @staticmethod
@@ -26,11 +26,6 @@ class DriftOnResidual(Drift):
         """Both factors train from a part that is taken out of the weight."""
         started = method.parts == ("left", "right") and not method.zero_start
         return started and base == "residual" and not quantized
-
-    def install(self, layer: Any, adapter: str, start: Factors, *, split: bool) -> None:
-        """Take the start out of the weight, unless that was done already."""
-        self.begin(layer, adapter, start)
-        residual.install(layer, adapter, on_residual=split)
 
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any

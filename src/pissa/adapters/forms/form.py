@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from pissa.adapters import factors, sharding, starts
 from pissa.adapters.plain import whole
+from pissa.adapters.storing import describe
 from pissa.checkpoint.targets import target_of
 from pissa.errors import InputError
 from pissa.method import Method
-from pissa.splits import Factors, Lora
+from pissa.records import Layer
+from pissa.splits import Factors, Lora, Split
 
 PARTS_OF_A_START = ("left", "right", "core", "pattern")
 
@@ -138,6 +140,27 @@ class Form(ABC):
         return Factors(**kept), trained
 
     # What others are told.
+
+    def describe(self, name: str, split: Split, dtype: torch.dtype) -> Layer:
+        """The line in `pissa.json` of a weight that is split on a live model.
+
+        Args:
+            name: of the tensor.
+            split: of it.
+            dtype: of the layer's weight.
+        """
+        return describe(name, split)
+
+    def original_bytes(self, weight_bytes: int) -> int:
+        """What is kept of a weight on the host, beside the layer."""
+        return 0
+
+    def refuse_neighbours(self, present: list[str]) -> None:
+        """Refuse adapters that a model has already and that this form does not bear.
+
+        Raises:
+            InputError: naming them.
+        """
 
     def tell_stock_tools(self, model: Any, adapter: str) -> None:
         """Make peft's config say the rank and alpha of what its `save_pretrained` writes."""
