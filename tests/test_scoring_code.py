@@ -12,7 +12,8 @@ import pytest
 
 from pissa.errors import DataError, InputError
 from pissa.scoring import code, code_extraction
-from pissa.scoring.isolation.run import Isolation, Limits, find_isolation
+from pissa.scoring.isolation.probe import find_isolation
+from pissa.scoring.isolation.run import Isolation, Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in MBPP's own solutions
 

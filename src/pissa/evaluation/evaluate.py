@@ -40,7 +40,7 @@ from pissa.evaluation.questions import SOURCES, Questions, examples, questions
 from pissa.evaluation.result import FORMAT, TaskResult
 from pissa.evaluation.tracks import MT_BENCH, PAPER, Protocol, protocol
 from pissa.scoring.answers import check_permission
-from pissa.scoring.isolation.run import find_isolation
+from pissa.scoring.isolation.probe import find_isolation
 
 RESULTS = "results.json"
 
