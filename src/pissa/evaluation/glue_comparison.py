@@ -1,4 +1,4 @@
-"""One task of `pissa glue`: its comparison by GLUE's measures, each method at the rate that its dev score chose."""
+"""One task of `pissa glue` by GLUE's measures: each method at the rate its dev score chose."""
 
 from __future__ import annotations
 

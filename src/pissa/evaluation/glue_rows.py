@@ -1,4 +1,7 @@
-"""The rows of GLUE's tasks: official files, files in the Hub's columns, or the Hub; checked, and staged for runs."""
+"""The rows of GLUE's tasks, checked and staged for runs.
+
+They are in official files, in files with the Hub's columns, or on the Hub.
+"""
 
 from __future__ import annotations
 
