@@ -24,9 +24,11 @@ from pissa.comparison.outcome import Outcome
 from pissa.errors import ConfigError, DataError, InputError, OutputError, PissaError
 from pissa.evaluation import glue as running
 from pissa.evaluation.glue import glue, rates_of, read_rates, report, scores_on
+from pissa.evaluation.glue_comparison import TaskComparison, spread
 from pissa.evaluation.glue_page import seconds
-from pissa.evaluation.glue_results import FLOOR, Results, TaskComparison, spread
-from pissa.evaluation.glue_tasks import MISMATCHED, TASKS, load, named, stage
+from pissa.evaluation.glue_results import FLOOR, Results
+from pissa.evaluation.glue_rows import load, stage
+from pissa.evaluation.glue_tasks import MISMATCHED, TASKS, named
 from pissa.training.folder import read_metrics
 from training_runs import save_tokenizer
 

@@ -21,9 +21,11 @@ from pathlib import Path
 import pytest
 
 from pissa.errors import InputError
+from pissa.scoring.isolation import probe
 from pissa.scoring.isolation import run as running
 from pissa.scoring.isolation import walls as building
-from pissa.scoring.isolation.run import Isolation, Limits, find_isolation, run
+from pissa.scoring.isolation.probe import find_isolation
+from pissa.scoring.isolation.run import Isolation, Limits, run
 from pissa.scoring.isolation.syscalls import AUDIT_ARCH, REFUSED, SOCKETS, syscall_filter
 
 LIMITS = Limits(seconds=1, memory_bytes=2**28, file_bytes=2**21, output_bytes=2**14)
@@ -35,11 +37,11 @@ TESTS = "assert f(1) == 2\nassert len([f(0)]) == 1\n"
 @pytest.fixture(params=["bubblewrap", "namespaces"])
 def walls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every wall of this machine; for root bubblewrap may need an interpreter that is not in root's home."""
-    problem = running._problem(request.param)
+    problem = probe._problem(request.param)
     if problem and request.param == "bubblewrap" and os.path.exists(SYSTEM):
         monkeypatch.setattr(building, "interpreter", lambda: os.path.realpath(SYSTEM))
         monkeypatch.setattr(sys, "base_prefix", "/usr")
-        problem = running._problem.__wrapped__(request.param)
+        problem = probe._problem.__wrapped__(request.param)
     if problem and request.param == "namespaces" and kernel_permits():
         pytest.fail(f"the kernel permits namespaces, but ours do not come up: {problem}")
     if problem:
@@ -448,10 +450,10 @@ def test_what_a_terminal_would_obey_is_written_out(walls: str) -> None:
 
 
 def test_walls_without_the_filter_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    if running._problem("namespaces"):
+    if probe._problem("namespaces"):
         pytest.skip("no namespaces here")
     monkeypatch.setattr(running, "syscall_filter", lambda: b"")
-    assert "no system call is refused" in running._problem.__wrapped__("namespaces")
+    assert "no system call is refused" in probe._problem.__wrapped__("namespaces")
 
 
 def test_walls_that_do_not_come_up_are_no_verdict(
@@ -467,7 +469,7 @@ def test_walls_are_not_believed_but_tried(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(
         building.WALLS, "namespaces", building.none
     )  # starts programs, isolates nothing
-    assert "it is not nobody" in running._problem.__wrapped__("namespaces")
+    assert "it is not nobody" in probe._problem.__wrapped__("namespaces")
 
 
 @pytest.fixture
@@ -478,9 +480,9 @@ def no_walls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         building.WALLS, "namespaces", lambda size: [*building.namespaces(size)[:-1], "x"]
     )
     monkeypatch.setattr(building, "visible", lambda: ["/no/such/folder"])
-    running._problem.cache_clear()
+    probe._problem.cache_clear()
     yield
-    running._problem.cache_clear()
+    probe._problem.cache_clear()
 
 
 @pytest.mark.usefixtures("no_walls")

@@ -26,7 +26,8 @@ from pissa.evaluation.evaluate import evaluate
 from pissa.evaluation.harness import Asked
 from pissa.evaluation.judge import Judge, conversation, rating_of
 from pissa.evaluation.model import subject
-from pissa.evaluation.mt_bench import RUNS_ON, mt_bench, settings_of
+from pissa.evaluation.mt_bench import mt_bench, settings_of
+from pissa.evaluation.mt_bench_turns import RUNS_ON
 from pissa.evaluation.questions import Questions, questions
 from pissa.evaluation.result import TaskResult
 from pissa.evaluation.tracks import protocol
@@ -140,7 +141,7 @@ def found(tmp_path: Path) -> Questions:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of 12 tokens."""
-    monkeypatch.setattr("pissa.evaluation.mt_bench.TOKENS", 12)
+    monkeypatch.setattr("pissa.evaluation.mt_bench_turns.TOKENS", 12)
 
 
 ASKED = Asked(None, 2, "hf", None, False)

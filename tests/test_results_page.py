@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from pissa.cli.eval import print_results
-from pissa.evaluation import page
-from pissa.evaluation.page import results_table, visible, write_answers, write_results
+from pissa.evaluation import answers_page
+from pissa.evaluation.answers_page import write_answers
+from pissa.evaluation.page import results_table, visible, write_results
 from pissa.evaluation.paired import Paired, against_base, paired
 from pissa.evaluation.result import Perplexity, Score, TaskResult
 from pissa.evaluation.tracks import file_stem, protocol
@@ -539,7 +540,7 @@ def test_all_of_gsm8k_is_a_page_of_a_few_megabytes_without_script_or_network(pla
 def test_past_the_limit_of_a_page_it_says_what_it_leaves_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "MOST", 3)
+    monkeypatch.setattr(answers_page, "MOST", 3)
     seen = Page(
         write_answers(result([]), [sample(bool(n % 2)) for n in range(8)], tmp_path / "a.html")
     )

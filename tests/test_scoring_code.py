@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from pissa.errors import DataError, InputError
-from pissa.scoring import code
-from pissa.scoring.isolation.run import Isolation, Limits, find_isolation
+from pissa.scoring import code, code_extraction
+from pissa.scoring.isolation.probe import find_isolation
+from pissa.scoring.isolation.run import Isolation, Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in MBPP's own solutions
 
@@ -291,9 +292,9 @@ def test_no_solution_passes_for_another_question(
 def test_all_solutions_are_found_in_prose_as_they_are(task: str, shared: Path) -> None:
     for doc in read(shared, task):
         name, prompt, whole = code.entry_point(doc), doc.get("prompt", ""), gold(doc)
-        assert _same(code.extract(fenced(doc), name, prompt), whole), doc["task_id"]
-        body = code.extract(bare(doc) + "\n# Example usage\nDon't read on", name, prompt)
-        assert _same(code.whole(body or "", name, prompt), whole), doc["task_id"]
+        assert _same(code_extraction.extract(fenced(doc), name, prompt), whole), doc["task_id"]
+        body = code_extraction.extract(bare(doc) + "\n# Example usage\nDon't read on", name, prompt)
+        assert _same(code_extraction.whole(body or "", name, prompt), whole), doc["task_id"]
 
 
 def _same(code: str | None, other: str) -> bool:
@@ -338,12 +339,15 @@ def test_the_reason_says_what_went_wrong(output: str, reason: str, isolation: Is
 
 
 def test_what_is_extracted_is_the_code_alone() -> None:
-    assert code.extract(f"Sure.\n{FENCED}\nDone.", "add", ADD["prompt"]) == ADD_CODE.rstrip()
-    assert code.extract(BODY + "\nprint(add(1, 2))\nDone", "add", ADD["prompt"]) == BODY.rstrip(
-        "\n"
-    )
     assert (
-        code.extract(f"x = 1\n{AREA_CODE}\ny = 2\nprint(y)", "area")
+        code_extraction.extract(f"Sure.\n{FENCED}\nDone.", "add", ADD["prompt"])
+        == ADD_CODE.rstrip()
+    )
+    assert code_extraction.extract(
+        BODY + "\nprint(add(1, 2))\nDone", "add", ADD["prompt"]
+    ) == BODY.rstrip("\n")
+    assert (
+        code_extraction.extract(f"x = 1\n{AREA_CODE}\ny = 2\nprint(y)", "area")
         == f"x = 1\n{AREA_CODE.rstrip()}"
     )
 
@@ -374,23 +378,29 @@ def test_what_is_extracted_is_the_code_alone() -> None:
 def test_of_a_long_answer_a_bounded_amount_is_read(
     lines: list[str], prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, parse = [], code._parse
-    monkeypatch.setattr(code, "_parse", lambda text: read.append(len(text)) or parse(text))
-    code.extract("\n".join(lines), "area", prompt)
-    assert len(read) <= 20 * code.MOST_PLACES
-    assert max(read, default=0) <= 3 * code.LONGEST + len(prompt)  # with indentation
+    read, parse = [], code_extraction._parse
+    monkeypatch.setattr(
+        code_extraction, "_parse", lambda text: read.append(len(text)) or parse(text)
+    )
+    code_extraction.extract("\n".join(lines), "area", prompt)
+    assert len(read) <= 20 * code_extraction.MOST_PLACES
+    assert max(read, default=0) <= 3 * code_extraction.LONGEST + len(prompt)  # with indentation
     readable = lines[0] in (
         "x0 = 0",
         "from a import b0",
     )  # and need not be read again from each of its lines
-    assert sum(read) <= (20 if readable else 2 * code.MOST_PLACES) * code.LONGEST
+    assert (
+        sum(read) <= (20 if readable else 2 * code_extraction.MOST_PLACES) * code_extraction.LONGEST
+    )
 
 
 def test_code_is_found_after_much_that_only_looks_like_code() -> None:
     prose = "from the task it's clear\nx = y z\n" * 40
-    assert code.extract(prose + AREA_CODE, "area") == AREA_CODE.rstrip()
+    assert code_extraction.extract(prose + AREA_CODE, "area") == AREA_CODE.rstrip()
     constants = "".join(f"x{n} = {n}\n" for n in range(500))
-    assert code.extract(constants + AREA_CODE, "area") == (constants + AREA_CODE).rstrip()
+    assert (
+        code_extraction.extract(constants + AREA_CODE, "area") == (constants + AREA_CODE).rstrip()
+    )
 
 
 def test_a_question_of_another_data_set_is_an_error() -> None:

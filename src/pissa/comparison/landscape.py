@@ -1,8 +1,6 @@
 """The loss around the start, on the plane in which the paths of several runs lie best.
 
-A run is a path of changes ``D_i = B_i A_i`` of all adapted weights together, from the start, where D = 0. The two
-leading directions of all points of all paths come from the Gram matrix ``<D_i, D_j> = sum (B_i^T B_j) * (A_i A_j^T)``,
-so nothing larger than a factor is formed for them. (The picture of the PiSSA authors' repository, for language models.)
+It is the picture of the PiSSA authors' repository, for language models.
 """
 
 from __future__ import annotations
@@ -18,10 +16,10 @@ from torch import Tensor
 
 from pissa.checkpoint.output import read_json, write_json
 from pissa.checkpoint.targets import Target, plain_modules
+from pissa.comparison.plane import Changes, direction_of, plane_of
 from pissa.config import TrainSettings
 from pissa.errors import InputError, require
 from pissa.reports.curves import COLOURS, MARKERS
-from pissa.splits import Lora
 from pissa.surgery.folders import read_changes
 from pissa.training import language
 from pissa.training.data import load_rows
@@ -32,7 +30,6 @@ from pissa.training.quiet import quiet
 MARGIN = 0.35
 """Of the paths' extent, around them."""
 FILE = "landscape.json"
-Changes = dict[Target, Lora]
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,8 @@ def landscape(
     settings = _shared_settings(runs)
     points = {name: _points(path) for name, path in runs.items()}
     everything = [changes for path in points.values() for changes in path.values()]
-    coordinates, weights, share = _plane(everything)
-    directions = [_direction(everything, weights[:, k]) for k in range(2)]
+    coordinates, weights, share = plane_of(everything)
+    directions = [direction_of(everything, weights[:, k]) for k in range(2)]
     paths, steps, taken = {}, {}, 0
     for name, path in points.items():
         found = coordinates[taken : taken + len(path)].tolist()
@@ -212,45 +209,6 @@ def _points(run: Path) -> dict[int, Changes]:
         )
     found[int(read_json(run / RECORD)["steps"])] = final.changes
     return found
-
-
-def _inner(one: Changes, other: Changes) -> float:
-    """``<D, D'>`` over all weights; a weight that only one of them changes adds nothing."""
-    total = 0.0
-    for target in one.keys() & other.keys():
-        a, b = one[target], other[target]
-        total += float(((a.B.double().T @ b.B.double()) * (a.A.double() @ b.A.double().T)).sum())
-    return total
-
-
-def _plane(points: list[Changes]) -> tuple[Tensor, Tensor, float]:
-    """The plane of the two leading directions.
-
-    Returns:
-        Coordinates [n, 2] of the points, the directions as sums of points [n, 2], the share of squared lengths held.
-    """
-    gram = torch.tensor([[_inner(a, b) for b in points] for a in points], dtype=torch.float64)
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    if len(points) < 2 or values[1] <= 1e-12 * values[0]:
-        raise InputError(
-            "the paths lie on one line: take two runs, or runs with checkpoints between start and end"
-        )
-    root, leading = values[:2].sqrt(), vectors[:, :2]
-    vectors[:, :2] = leading * leading.sum(0).sign().where(
-        leading.sum(0) != 0, 1.0
-    )  # most paths go right and up
-    return vectors[:, :2] * root, vectors[:, :2] / root, float(values[:2].sum() / values.sum())
-
-
-def _direction(points: list[Changes], weights: Tensor) -> dict[Target, Tensor]:
-    """``sum_i w_i D_i`` [out, in] in float32, by target."""
-    total: dict[Target, Tensor] = {}
-    for changes, weight in zip(points, weights.tolist(), strict=True):
-        for target, change in changes.items():
-            delta = weight * change.delta().float()
-            total[target] = total[target].add_(delta) if target in total else delta
-    return total
 
 
 def _nearest(axis: list[float], value: float) -> int:

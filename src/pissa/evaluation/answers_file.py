@@ -10,7 +10,7 @@ from pissa.errors import DataError
 from pissa.evaluation.questions import questions
 from pissa.records import versions
 from pissa.scoring.answers import CODE, check_permission, check_task, score_rows
-from pissa.scoring.isolation.run import find_isolation
+from pissa.scoring.isolation.probe import find_isolation
 from pissa.scoring.verdict import summary
 from pissa.training.data import read
 

@@ -21,6 +21,7 @@ from typing import Any
 from pissa.checkpoint.output import read_json, write_json
 from pissa.checks import chosen_device
 from pissa.errors import ConfigError, OutputError
+from pissa.evaluation.answers_page import write_answers
 from pissa.evaluation.benchmark import benchmark, job_of, scoring_versions
 from pissa.evaluation.harness import TASKS, Asked
 from pissa.evaluation.judge import Judge
@@ -35,12 +36,12 @@ from pissa.evaluation.model import (
     subject,
 )
 from pissa.evaluation.mt_bench import mt_bench, settings_of
-from pissa.evaluation.page import write_answers, write_results
+from pissa.evaluation.page import write_results
 from pissa.evaluation.questions import SOURCES, Questions, examples, questions
 from pissa.evaluation.result import FORMAT, TaskResult
 from pissa.evaluation.tracks import MT_BENCH, PAPER, Protocol, protocol
 from pissa.scoring.answers import check_permission
-from pissa.scoring.isolation.run import find_isolation
+from pissa.scoring.isolation.probe import find_isolation
 
 RESULTS = "results.json"
 

@@ -23,9 +23,11 @@ from pissa.comparison.grid import Cell, cells, check_common, check_jobs, numbers
 from pissa.config import TrainSettings, config_error, load_settings
 from pissa.config.spellings import ALIASES
 from pissa.errors import DataError, InputError, OutputError, did_you_mean
+from pissa.evaluation.glue_comparison import DATA, FURTHER, TaskComparison
 from pissa.evaluation.glue_page import write_glue
-from pissa.evaluation.glue_results import DATA, FURTHER, PAGE, RESULT, Results, TaskComparison
-from pissa.evaluation.glue_tasks import FACTS, TASKS, Loaded, Task, load, stage, staged
+from pissa.evaluation.glue_results import PAGE, RESULT, Results
+from pissa.evaluation.glue_rows import FACTS, Loaded, load, stage, staged
+from pissa.evaluation.glue_tasks import TASKS, Task
 from pissa.surgery.folders import RESIDUAL
 from pissa.training import classification
 from pissa.training.checks import check

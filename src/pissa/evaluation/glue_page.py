@@ -10,7 +10,9 @@ from typing import Any
 from pissa.comparison.figures import style
 from pissa.comparison.grid import DIFFER
 from pissa.errors import require
-from pissa.evaluation.glue_results import FLOOR, PROTOCOL, SHORT, Results, TaskComparison, spread
+from pissa.evaluation.glue_comparison import TaskComparison, spread
+from pissa.evaluation.glue_results import FLOOR, PROTOCOL, Results
+from pissa.evaluation.glue_tasks import SHORT
 from pissa.reports.page import render, svg, write_page
 from pissa.reports.run_record import set_by_hand
 

@@ -20,7 +20,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -32,34 +31,17 @@ from pissa.evaluation.harness import Asked, Sample, quiet, write_samples
 from pissa.evaluation.judge import LEAST, MOST, Judge, Judgement, Message, conversation
 from pissa.evaluation.log import AnswerLog
 from pissa.evaluation.model import Subject, harness_model
+from pissa.evaluation.mt_bench_turns import Turn, answer_turns
 from pissa.evaluation.questions import Questions
 from pissa.evaluation.result import Score, TaskResult
 from pissa.evaluation.tracks import MT_BENCH, Protocol
 from pissa.scoring.verdict import Z
-from pissa.training.chat import Chat
 from pissa.training.data import read
-from pissa.training.templates import ALPACA
 
-TOKENS = 1024
-"""Of an answer at most."""
 WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories that are graded beside a reference answer, as in MT-Bench."""
 REFERENCES = "reference_answer_gpt-4.jsonl"
 """FastChat's file, beside the questions."""
-BLOCK = "\n\n### Instruction:\n{question}\n\n### Response:"
-RUNS_ON = "### Instruction:"
-"""Where an answer goes on to questions of its own."""
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """One answer: its question's row, 1 or 2, the prompt, what was made of the output, and whether that was cut."""
-
-    row: dict[str, Any]
-    number: int
-    prompt: str
-    answer: str
-    cut: bool
 
 
 def mt_bench(
@@ -100,7 +82,7 @@ def mt_bench(
     in_chat = subject.template in (None, "chat") and bool(
         getattr(lm.tokenizer, "chat_template", None)
     )
-    turns, notes = _answers(subject, lm, found.rows, in_chat, asked.backend, say)
+    turns, notes = answer_turns(subject, lm, found.rows, in_chat, asked.backend, say)
     lm.say = lambda done, total: say("right answers", done, total)
     firsts = [turn for turn in turns if turn.number == 1]
     pairs = [
@@ -171,67 +153,13 @@ def _references(found: Questions) -> tuple[dict[Any, list[str]], dict[str, Any] 
     return references, source
 
 
-def _answers(
-    subject: Subject, lm: Any, rows: Sequence[dict[str, Any]], in_chat: bool, backend: str, say: Say
-) -> tuple[list[_Turn], list[str]]:
-    """All first turns, then all second turns, with notes; in the order of the questions."""
-    from lm_eval.api.instance import Instance
-
-    settings: dict[str, Any] = {"until": [], "do_sample": False, "max_gen_toks": TOKENS}
-    if in_chat and backend == "hf":
-        # A base's own end mark need not be the one that the template writes after an answer.
-        settings["eos_token_id"] = Chat(subject.open().model, lm.tokenizer, "chat").end_tokens()
-    done: list[list[_Turn]] = [[] for _ in rows]
-    for number in (1, 2):
-        lm.say = lambda count, total, number=number: say(f"answers, turn {number}", count, total)
-        prompts = [
-            _prompt(lm, row["turns"][:number], [turn.answer for turn in before], in_chat)
-            for row, before in zip(rows, done, strict=True)
-        ]
-        outputs = lm.generate_until(
-            [Instance("generate_until", {}, (prompt, settings), 0) for prompt in prompts]
-        )
-        for row, before, prompt, output in zip(rows, done, prompts, outputs, strict=True):
-            answer, mark, _ = (output, "", "") if in_chat else output.partition(RUNS_ON)
-            before.append(_Turn(row, number, prompt, answer.strip(), bool(mark)))
-    turns = [turn for both in done for turn in both]
-    return turns, _notes(subject, lm, turns, in_chat)
-
-
-def _prompt(lm: Any, questions: Sequence[str], answers: Sequence[str], in_chat: bool) -> str:
-    """The conversation up to where the next answer begins."""
-    if in_chat:
-        messages = []
-        for question, answer in zip(questions, [*answers, None], strict=True):
-            messages.append({"role": "user", "content": question})
-            messages += [] if answer is None else [{"role": "assistant", "content": answer}]
-        return str(lm.apply_chat_template(messages))
-    prompt = ALPACA.format(instruction=questions[0])
-    for question, answer in zip(questions[1:], answers, strict=True):
-        prompt += answer + BLOCK.format(question=question)
-    return prompt
-
-
-def _notes(subject: Subject, lm: Any, turns: Sequence[_Turn], in_chat: bool) -> list[str]:
-    notes = ["asked in the tokenizer's chat template"] if in_chat else []
-    ran_on = sum(turn.cut for turn in turns)
-    if ran_on:
-        notes.append(
-            f"{ran_on} of {len(turns)} answers ran on into an instruction of their own and were cut there"
-        )
-    notes += lm.notes()
-    if not in_chat and subject.template not in (None, "alpaca"):
-        notes.append(f"trained in the template {subject.template!r}, asked in Alpaca's")
-    return notes
-
-
 def _judged(
-    judge: Judge, log: Any, turns: Sequence[_Turn], references: dict[Any, list[str]], say: Say
+    judge: Judge, log: Any, turns: Sequence[Turn], references: dict[Any, list[str]], say: Say
 ) -> list[Judgement]:
     """A judgement of each turn, several asked for at a time, each kept as soon as it is there."""
     from pissa.evaluation.log import request_key
 
-    keys, asked = [], dict[str, tuple[_Turn, list[Message]]]()
+    keys, asked = [], dict[str, tuple[Turn, list[Message]]]()
     for turn in turns:
         so_far = [other for other in turns if other.row is turn.row and other.number <= turn.number]
         right = references.get(turn.row["id"], [])
@@ -278,7 +206,7 @@ def _judged(
     return [log.answers[key] for key in keys]
 
 
-def _scores(turns: Sequence[_Turn], judgements: Sequence[Judgement | None]) -> dict[str, Score]:
+def _scores(turns: Sequence[Turn], judgements: Sequence[Judgement | None]) -> dict[str, Score]:
     """Means of ratings: of all, by turn, by category."""
     rated = [
         (turn, one["rating"])
@@ -312,7 +240,7 @@ def _score(rated: Sequence[tuple[Any, float]]) -> Score:
     )
 
 
-def _write_fastchat(path: Path, model: str, turns: Sequence[_Turn]) -> None:
+def _write_fastchat(path: Path, model: str, turns: Sequence[Turn]) -> None:
     """FastChat's lines; identity and time stamp are the same for the same answers."""
     lines = []
     for first, second in zip(turns[::2], turns[1::2], strict=True):
@@ -323,7 +251,7 @@ def _write_fastchat(path: Path, model: str, turns: Sequence[_Turn]) -> None:
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _sample(turn: _Turn, judgement: Judgement | None, references: dict[Any, list[str]]) -> Sample:
+def _sample(turn: Turn, judgement: Judgement | None, references: dict[Any, list[str]]) -> Sample:
     rating = judgement["rating"] if judgement else None
     return {
         "id": f"{turn.row['id']}, turn {turn.number}",

@@ -1,11 +1,10 @@
-"""results.html: models by benchmarks; MODEL/TASK.html: each answer, to be browsed without a script."""
+"""results.html: models by benchmarks."""
 
 from __future__ import annotations
 
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ TITLES = {
     "ours": "our scorer", "authors": "authors' scorer", "gold": "perplexity", "judge": "judge, 1 to 10",
     "": "no judge",
 }  # fmt: skip
-MOST = 5000
-"""Answers on a page: as many as the largest of our benchmarks has."""
 READING = (
     "A share is given with its standard error; below it is Wilson's 95 % interval. Both say what another draw of as "
     "many questions could change, not what another training would.",
@@ -92,38 +89,6 @@ def write_results(found: list[TaskResult], out: Path) -> Path:
     return write_page(out / "results.html", visible(html))
 
 
-def write_answers(result: TaskResult, samples: list[dict[str, Any]], path: Path) -> Path:
-    """Write the page of one model's answers to one benchmark; past the first 5,000 it says that it leaves some out.
-
-    Args:
-        result: what they came to.
-        samples: id, correct (None without a verdict), extracted, reason, authors, prompt, output, gold.
-        path: of the HTML file, OUT/MODEL/TASK.html.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    answers = [_answer(sample) for sample in samples]
-    wrong = [answer for answer in answers if answer["verdict"] == "wrong"]
-    shown = answers[:MOST]
-    html = render(
-        "answers.html",
-        result=result,
-        stem=file_stem(result.task, result.track),
-        limited=_limited(result),
-        shown=shown,
-        count=len(answers),
-        verdicts=Counter(answer["verdict"] for answer in answers),
-        filters=_filters(shown),
-        reasons=Counter(answer["reason"] or "no reason given" for answer in wrong).most_common(),
-        scored_twice=any(answer["authors"] for answer in answers),
-        only_ours=sum(answer["disagree"] and answer["verdict"] == "right" for answer in answers),
-        only_authors=sum(answer["disagree"] and answer["verdict"] == "wrong" for answer in answers),
-        figures={_title(name): figure(name, score) for name, score in result.scores.items()},
-    )
-    return write_page(path, visible(html))
-
-
 def results_table(found: list[TaskResult]) -> list[str]:
     """The numbers of results.html as Markdown, one table a track.
 
@@ -191,6 +156,19 @@ def figure(key: str, score: Score) -> list[str]:
     return [f"{100 * score.value:.1f}{error} %", *between]
 
 
+def title_of(key: str) -> str:
+    """A score as the head of a column has it."""
+    return TITLES.get(key, key.removesuffix(",none").replace(",", ", "))
+
+
+def limited_to(one: TaskResult) -> str:
+    """What was asked, where that is not all there is; else empty."""
+    if "of" in one.data:
+        return _asked(one) if one.data["rows"] < one.data["of"] else ""
+    limit = one.settings.get("limit")
+    return "" if limit is None else f"the first {limit:,} questions"
+
+
 def visible(text: str) -> str:
     """Characters that a reader would not see, or that turn what follows around, by their code: ⟨U+202E⟩."""
     return re.sub(r"[^\x20-\x7e\n\t]", lambda found: _seen(found[0]), text)
@@ -222,7 +200,7 @@ def _columns(group: Sequence[TaskResult]) -> dict[str, str]:
         "gold": any(one.gold for one in group),
     }
     return {
-        key: _title(key) for key in (headline, *(key for key, there in further.items() if there))
+        key: title_of(key) for key in (headline, *(key for key, there in further.items() if there))
     }
 
 
@@ -233,19 +211,15 @@ def _cell(one: TaskResult, key: str, pair: Paired | None) -> list[str]:
     if key == one.headline and pair:
         lines.append(f"{100 * pair.difference:+.1f} points to the base")
         lines.append(f"{pair.won:,} won, {pair.lost:,} lost of {pair.count:,}, p = {pair.p:.2g}")
-    if key == one.headline and _limited(one):
-        lines.append(f"only {_limited(one)}")
+    if key == one.headline and limited_to(one):
+        lines.append(f"only {limited_to(one)}")
     return lines
-
-
-def _title(key: str) -> str:
-    return TITLES.get(key, key.removesuffix(",none").replace(",", ", "))
 
 
 def _others(one: TaskResult) -> dict[str, list[str]]:
     """Scores that the table leaves out."""
     return {
-        _title(k): figure(k, score)
+        title_of(k): figure(k, score)
         for k, score in one.scores.items()
         if k not in (one.headline, "authors")
     }
@@ -255,14 +229,6 @@ def _asked(one: TaskResult) -> str:
     """How many questions, and of how many where not all were asked."""
     rows, of = one.data["rows"], one.data.get("of")
     return f"{rows:,} questions" if of in (None, rows) else f"{rows:,} of {of:,} questions"
-
-
-def _limited(one: TaskResult) -> str:
-    """What was asked, where that is not all there is; else empty."""
-    if "of" in one.data:
-        return _asked(one) if one.data["rows"] < one.data["of"] else ""
-    limit = one.settings.get("limit")
-    return "" if limit is None else f"the first {limit:,} questions"
 
 
 def _settings(one: TaskResult) -> str:
@@ -277,9 +243,9 @@ def _settings(one: TaskResult) -> str:
 def _warnings(found: Sequence[TaskResult]) -> list[str]:
     """What must be known before a number is quoted, the same sentence once for all models."""
     notes = [
-        (f"{one.task}: not all questions were asked, only {_limited(one)}", one)
+        (f"{one.task}: not all questions were asked, only {limited_to(one)}", one)
         for one in found
-        if _limited(one)
+        if limited_to(one)
     ]
     notes += [(f"{one.task}: {note}", one) for one in found for note in one.notes]
     notes += [(f"{one.task}: {_cut(one.gold)}", one) for one in found if one.gold and one.gold.cut]
@@ -297,45 +263,3 @@ def _warnings(found: Sequence[TaskResult]) -> list[str]:
 
 def _cut(gold: Perplexity) -> str:
     return f"{gold.cut:,} of {gold.answers:,} right answers do not fit the model: perplexity is of the part that does"
-
-
-def _answer(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """One answer as the page shows it."""
-    correct, authors = sample["correct"], sample["authors"]
-    return {
-        "id": sample["id"],
-        "verdict": _verdict(correct),
-        "disagree": bool(authors) and correct is not None and authors["correct"] != correct,
-        "reason": sample["reason"],
-        "authors": {**authors, "verdict": _verdict(authors["correct"])} if authors else None,
-        "taken": _short(_text(sample["extracted"])),
-        "wanted": _short(_text(sample["gold"]).rpartition("####")[2]),
-        **{key: _text(sample[key]) for key in ("prompt", "output", "extracted", "gold")},
-    }
-
-
-def _verdict(correct: bool | None) -> str:
-    return "no verdict" if correct is None else "right" if correct else "wrong"
-
-
-def _text(value: object) -> str:
-    return "" if value is None else plain(value)
-
-
-def _short(text: str, most: int = 60) -> str:
-    return line if len(line := " ".join(text.split())) <= most else f"{line[:most]}…"
-
-
-def _filters(answers: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
-    """By name the label of a filter and how many answers it shows; what none has, needs none."""
-    counts = Counter(answer["verdict"] for answer in answers)
-    filters = {
-        "all": ("all", len(answers)),
-        "right": ("right", counts["right"]),
-        "wrong": ("wrong", counts["wrong"]),
-    }
-    if counts["no verdict"]:
-        filters["open"] = ("no verdict", counts["no verdict"])
-    if any(answer["authors"] for answer in answers):
-        filters["disagree"] = ("scorers disagree", sum(answer["disagree"] for answer in answers))
-    return filters

@@ -11,7 +11,8 @@ from typing import Any
 
 from pissa.scoring.answers import score
 from pissa.scoring.code import verbatim
-from pissa.scoring.isolation.run import Isolation, find_isolation
+from pissa.scoring.isolation.probe import find_isolation
+from pissa.scoring.isolation.run import Isolation
 
 Metrics = dict[str, float]
 EXAMPLES = (2, 3, 4)
