@@ -16,6 +16,7 @@ from torch import Tensor
 from pissa.checks import check_rank, check_scale, check_weight, tolerance_of, typed
 from pissa.errors import InputError, did_you_mean
 from pissa.splits import Quantised, Split, is_finite
+from pissa.untyped import Json, Observed, Options
 
 WEIGHT, QUANTISER = "weight", "quantiser"
 OBSERVED = ("covariance", "components", "gradient", "inputs")
@@ -100,7 +101,7 @@ class Method:
         )
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         """The method's own settings with their defaults: what its function takes beyond what all take."""
         common = {"scale", "svd", "seed", "name", "quantisation", *OBSERVED}
         parameters = inspect.signature(self.start).parameters.values()
@@ -110,7 +111,7 @@ class Method:
             if p.kind is p.KEYWORD_ONLY and p.name not in common
         }
 
-    def checked(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    def checked(self, options: Options | None) -> Json:
         """All options, the given ones in their types (also from a command line's words), the others by default.
 
         Raises:
@@ -133,7 +134,7 @@ class Method:
         }
 
     def start_shapes(
-        self, rank: int, shape: tuple[int, int], options: Mapping[str, Any]
+        self, rank: int, shape: tuple[int, int], options: Options
     ) -> dict[str, tuple[int, ...]]:
         """The shapes of what a start consists of, by part, for a weight [out, in] of `shape`."""
         shapes: dict[str, tuple[int, ...]] = {"left": (shape[0], rank), "right": (rank, shape[1])}
@@ -143,7 +144,7 @@ class Method:
             shapes["pattern"] = (2, self.entries(rank, **options))
         return shapes
 
-    def required(self, observed: Any, name: str) -> Any:
+    def required(self, observed: Observed, name: str) -> Any:
         """What was observed, or an error where nothing was."""
         if observed is None:
             raise InputError(
@@ -166,8 +167,8 @@ class Method:
         seed: int = 0,
         name: str = "weight",
         quantisation: Quantisation | None = None,
-        observed: Any = None,
-        options: Mapping[str, Any] | None = None,
+        observed: Observed = None,
+        options: Options | None = None,
     ) -> Split:
         """Check the input, then split `weight`; factors are float32 (float64 for a float64 weight).
 

@@ -10,9 +10,9 @@ import importlib.metadata
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pissa.errors import CheckpointError
+from pissa.untyped import Json
 
 FORMAT = 1
 RECORD = "pissa.json"
@@ -36,7 +36,7 @@ class Recipe:
     double_quant: bool = False
     iterations: int = 1
     """Rounds of alternation between the low-rank part and the quantised rest."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Json = field(default_factory=dict)
     """The method's own settings."""
     ranks: dict[str, int] = field(default_factory=dict)
     """Module path to rank, where layers have ranks of their own; else empty."""
@@ -87,7 +87,7 @@ class Record:
     layers: list[Layer] = field(default_factory=list)
     residual: dict[str, dict[str, str]] = field(default_factory=dict)
     """Digests of the residual's own target tensors, where a residual was written."""
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Json = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -137,12 +137,12 @@ class Record:
             )
         return self.recipe
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """A JSON object; `from_json` reads it back."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], where: str) -> Record:
+    def from_json(cls, data: Json, where: str) -> Record:
         """Check and rebuild.
 
         Raises:

@@ -21,6 +21,7 @@ from pissa.presets import find
 from pissa.quant import Quantiser
 from pissa.records import Recipe
 from pissa.splits import Split
+from pissa.untyped import Observed
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Adaptation:
         dtype: torch.dtype,
         *,
         rank: int | None = None,
-        observed: Any = None,  # what `Observations.get` gives, a type for each need
+        observed: Observed = None,  # what `Observations.get` gives, a type for each need
     ) -> Split:
         """Split a weight [out, in], see `split_by`."""
         how = self.recipe, self.method, self.quantizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from pissa.observe import Observations
 from pissa.presets import choose
 from pissa.records import Base, Layer, Recipe, Record, versions
 from pissa.splits import Factors
+from pissa.untyped import Json, Options, PeftLayer
 
 
 @dataclass
@@ -64,7 +65,7 @@ def attach(
     modules_to_save: Iterable[str] | None = None,
     adapter_name: str = "default",
     observations: Observations | str | Path | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Options | None = None,
     device: str | None = None,
 ) -> PeftModel:
     """Split a model's weights and return it as a `peft.PeftModel`, ready to train.
@@ -212,7 +213,7 @@ def attachments_of(model: Any) -> dict[str, Attachment]:
     return attachments
 
 
-def adapter_layers(model: PeftModel, targets: list[Target]) -> dict[str, Any]:
+def adapter_layers(model: PeftModel, targets: list[Target]) -> dict[str, PeftLayer]:
     """The peft layer of each target by module path."""
     inner = model.get_base_model()
     return {target.module: inner.get_submodule(target.module) for target in targets}
@@ -230,7 +231,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def residual_note(model: nn.Module) -> dict[str, Any] | None:
+def residual_note(model: nn.Module) -> Json | None:
     """What a decomposed folder's `config.json` says of the model, if it is a residual."""
     note = getattr(getattr(model, "config", None), "pissa", None)
     return note if isinstance(note, dict) and note.get("kind") == "residual" else None

@@ -10,25 +10,26 @@ from torch import Tensor, nn
 
 from pissa.checkpoint.targets import Target
 from pissa.splits import Factors
+from pissa.untyped import PeftLayer
 
 Starts = Mapping[str, Factors]
 """Module path to factors."""
 
 
-def parameters(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+def parameters(layer: PeftLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """The adapter's own parameters, left and right, as peft stores them."""
     if isinstance(layer.get_base_layer(), nn.Embedding):
         return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
     return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
 
 
-def trained(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+def trained(layer: PeftLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """(left [out, r], right [r, in]): views of the adapter's own parameters as matrices."""
     left, right = parameters(layer, adapter)
     return left.flatten(1), right.flatten(1)
 
 
-def assign(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
+def assign(layer: PeftLayer, adapter: str, left: Tensor, right: Tensor) -> None:
     """Overwrite the adapter's own parameters."""
     own_left, own_right = trained(layer, adapter)
     with torch.no_grad():
@@ -36,14 +37,14 @@ def assign(layer: Any, adapter: str, left: Tensor, right: Tensor) -> None:
         own_right.copy_(right)
 
 
-def keys(layer: Any, adapter: str, prefix: str) -> tuple[str, str]:
+def keys(layer: PeftLayer, adapter: str, prefix: str) -> tuple[str, str]:
     """The state-dict keys of (left, right)."""
     if isinstance(layer.get_base_layer(), nn.Embedding):
         return f"{prefix}lora_embedding_B.{adapter}", f"{prefix}lora_embedding_A.{adapter}"
     return f"{prefix}lora_B.{adapter}.weight", f"{prefix}lora_A.{adapter}.weight"
 
 
-def as_stored(layer: Any, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def as_stored(layer: PeftLayer, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Factors in the shapes that peft stores."""
     base: Any = layer.get_base_layer()
     if isinstance(base, nn.Conv2d):

@@ -6,7 +6,6 @@ import dataclasses
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from safetensors import safe_open
@@ -24,6 +23,7 @@ from pissa.errors import CheckpointError, WrongBaseError
 from pissa.method import Method
 from pissa.records import Base, Recipe, Record
 from pissa.splits import Factors
+from pissa.untyped import Json
 
 
 def read_pairs(folder: Path, targets: dict[str, Target]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -169,7 +169,7 @@ def check_base(record: Record, model: nn.Module, what: str) -> bool:
     return split
 
 
-def _foreign_record(config: dict[str, Any], model: nn.Module, folder: Path) -> Record:
+def _foreign_record(config: Json, model: nn.Module, folder: Path) -> Record:
     """Folders that others made: residual at the root, the start in pissa_init/, nothing about the base."""
     if config.get("init_lora_weights") is not True:
         raise WrongBaseError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,6 +14,7 @@ from pissa.checkpoint.output import write_json
 from pissa.checkpoint.targets import Target
 from pissa.records import Record
 from pissa.splits import Lora
+from pissa.untyped import Json
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "pissa.json"
 INIT = "pissa_init"
@@ -35,7 +35,7 @@ def adapter_config(
     task_type: str | None = None,
     modules_to_save: list[str] | None = None,
     ranks: dict[str, int] | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """The keys of adapter_config.json that all versions of peft and the serving engines understand."""
     return {
         "peft_type": "LORA",
@@ -77,7 +77,7 @@ def write_plain_lora(
     folder: Path,
     changes: Mapping[Target, Lora],
     extras: Mapping[str, Tensor],
-    config: dict[str, Any],
+    config: Json,
     record: Record,
 ) -> None:
     """Write weights, then the config, then `pissa.json`.

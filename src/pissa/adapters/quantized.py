@@ -11,15 +11,16 @@ from typing import Any
 
 from pissa.adapters import starts
 from pissa.errors import InputError
+from pissa.untyped import PeftLayer
 
 
-def refuse_merging(layer: Any) -> None:
+def refuse_merging(layer: PeftLayer) -> None:
     """Let a peft layer over a quantised part refuse what would lose what was trained, and a second adapter."""
     for name, override in _OVERRIDES.items():
         setattr(layer, name, MethodType(override, layer))
 
 
-def keep_codes(layer: Any) -> None:
+def keep_codes(layer: PeftLayer) -> None:
     """Keep bitsandbytes from repacking the part under a peft layer.
 
     On some processors it does so at the first forward without gradients, an evaluation say: for good, with scales
@@ -46,7 +47,7 @@ def _refuse(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def _delete(layer: Any, adapter: str) -> None:
+def _delete(layer: PeftLayer, adapter: str) -> None:
     if set(starts.of(layer)) <= {adapter}:
         _refuse()
     type(layer).delete_adapter(layer, adapter)

@@ -12,9 +12,10 @@ from torch import nn
 from pissa.adapters import starts
 from pissa.checkpoint.targets import target_of
 from pissa.errors import WrongBaseError
+from pissa.untyped import PeftLayer, StateDict
 
 
-def install(layer: Any, adapter: str, *, split: bool) -> None:
+def install(layer: PeftLayer, adapter: str, *, split: bool) -> None:
     """Take the start of a layer's adapter out of its weight, with W kept on the CPU.
 
     Args:
@@ -41,12 +42,12 @@ def install(layer: Any, adapter: str, *, split: bool) -> None:
         setattr(layer, name, MethodType(override, layer))
 
 
-def _restore(layer: Any) -> None:
+def _restore(layer: PeftLayer) -> None:
     layer.get_base_layer().weight.data.copy_(layer.original_weight)
 
 
 def _unload(
-    layer: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    layer: PeftLayer, merge: bool, safe_merge: bool, adapter_names: list[str] | None
 ) -> nn.Module:
     if merge:
         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -56,7 +57,7 @@ def _unload(
     return plain
 
 
-def _delete(layer: Any, adapter: str) -> None:
+def _delete(layer: PeftLayer, adapter: str) -> None:
     type(layer).delete_adapter(layer, adapter)
     if starts.of(layer):
         return  # a twin, for which the weight must stay the residual
@@ -66,13 +67,13 @@ def _delete(layer: Any, adapter: str) -> None:
         delattr(layer, name)
 
 
-def _emit_original(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _emit_original(layer: PeftLayer, state: StateDict, prefix: str, metadata: Any) -> None:
     """state_dict hook: an adapter's pair belongs on the original; peft writes both into one file for an embedding."""
     if hasattr(layer, "original_weight") and f"{prefix}base_layer.weight" in state:
         state[f"{prefix}base_layer.weight"] = layer.original_weight
 
 
-def _take_original(layer: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+def _take_original(layer: PeftLayer, state: StateDict, prefix: str, *args: Any) -> None:
     """load_state_dict hook: the original is known, and the weight stays the residual."""
     key = f"{prefix}base_layer.weight"
     if hasattr(layer, "original_weight") and key in state:

@@ -33,6 +33,7 @@ from pissa.errors import CheckpointError, InputError, OutputError
 from pissa.method import Method, brought
 from pissa.records import Record
 from pissa.splits import Factors
+from pissa.untyped import Json
 
 
 def save(model: PeftModel, run: str | Path, *, adapter_name: str | None = None) -> Path:
@@ -209,7 +210,7 @@ def _load_plain(model: nn.Module, folder: Path, adapter: str, trainable: bool) -
     )
 
 
-def _model_config(model: nn.Module) -> dict[str, Any]:
+def _model_config(model: nn.Module) -> Json:
     """The config with the class that is really there: a new head is no part of the base's own config."""
     return {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}  # type: ignore[operator, union-attr]
 

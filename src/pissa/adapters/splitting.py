@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from pissa.presets import choose
 from pissa.quant import Quantiser, quantiser
 from pissa.records import Recipe
 from pissa.splits import Quantised, Split
+from pissa.untyped import Observed, Options
 
 
 def split(
@@ -31,8 +30,8 @@ def split(
     quant: str | None = None,
     iterations: int | None = None,
     double_quant: bool = False,
-    observed: Any = None,  # a tensor or Components, as the method needs
-    options: Mapping[str, Any] | None = None,  # names and values of the method's own
+    observed: Observed = None,  # a tensor or Components, as the method needs
+    options: Options | None = None,  # names and values of the method's own
 ) -> Split:
     """Split one weight.
 
@@ -91,7 +90,7 @@ def split_by(
     dtype: torch.dtype,
     *,
     rank: int | None = None,
-    observed: Any = None,  # as above
+    observed: Observed = None,  # as above
 ) -> Split:
     """Split a weight as a recipe says: the method, the quantizer, and how they take turns.
 

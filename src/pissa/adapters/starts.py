@@ -12,11 +12,12 @@ from torch import Tensor
 from pissa.adapters import factors
 from pissa.errors import InputError, WrongBaseError
 from pissa.splits import Factors
+from pissa.untyped import PeftLayer
 
 _BUFFERS = {part: f"start_{part}" for part in ("left", "right", "core", "pattern")}
 
 
-def _hold(layer: Any) -> None:
+def _hold(layer: PeftLayer) -> None:
     """Give a layer room for the start of each of its adapters."""
     if hasattr(layer, "start_left"):
         return
@@ -26,7 +27,7 @@ def _hold(layer: Any) -> None:
     layer.other_param_names = (*layer.other_param_names, *_BUFFERS.values())
 
 
-def put(layer: Any, adapter: str, start: Factors, like: Tensor) -> None:
+def put(layer: PeftLayer, adapter: str, start: Factors, like: Tensor) -> None:
     """Keep an adapter's start on its layer, in the dtype and on the device of `like`."""
     _hold(layer)
     for part, tensor in start.named().items():
@@ -35,12 +36,12 @@ def put(layer: Any, adapter: str, start: Factors, like: Tensor) -> None:
         getattr(layer, _BUFFERS[part])[adapter] = ready
 
 
-def of(layer: Any) -> dict[str, Factors]:
+def of(layer: PeftLayer) -> dict[str, Factors]:
     """The start of each started adapter of a layer."""
     return {adapter: one(layer, adapter) for adapter in getattr(layer, "start_left", ())}
 
 
-def one(layer: Any, adapter: str) -> Factors:
+def one(layer: PeftLayer, adapter: str) -> Factors:
     """The start of one started adapter of a layer."""
     held = ((part, getattr(layer, buffer)) for part, buffer in _BUFFERS.items())
     return Factors(**{part: tensors[adapter] for part, tensors in held if adapter in tensors})
@@ -54,7 +55,7 @@ def foreign(key: str, adapter: str) -> WrongBaseError:
     )
 
 
-def product(module: Any, x: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+def product(module: PeftLayer, x: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
     """``s left right x`` for each kind of layer."""
     if isinstance(module, Embedding):
         after = module._embed(x, right.T) @ left.T
@@ -74,7 +75,7 @@ def taken(start: Factors) -> tuple[Tensor, Tensor]:
     return (left if start.core is None else left @ start.core), right
 
 
-def give_back_principal(layer: Any, args: Any, output: Tensor) -> Tensor:
+def give_back_principal(layer: PeftLayer, args: Any, output: Tensor) -> Tensor:
     """forward hook of the residual form: what was taken out is there once, however many adapters are on."""
     there = of(layer)
     active = 0 if layer.disable_adapters else sum(name in there for name in layer.active_adapters)

@@ -17,6 +17,7 @@ from peft import PeftModel
 from pissa.adapters import starts
 from pissa.adapters.forms import on_layer
 from pissa.adapters.plain import whole
+from pissa.untyped import PeftLayer
 
 
 def offer(model: PeftModel) -> None:
@@ -29,7 +30,7 @@ def _add_adapter(
 ) -> None:
     """peft's `add_adapter`, which also knows a config that is the very one of an attached adapter."""
     source = next((name for name, config in model.peft_config.items() if config is peft_config), "")
-    layers: list[Any] = [layer for layer in model.modules() if source in starts.of(layer)]
+    layers: list[PeftLayer] = [layer for layer in model.modules() if source in starts.of(layer)]
     add = type(model).add_adapter
     if not layers:
         add(model, adapter_name, peft_config, *args, **options)

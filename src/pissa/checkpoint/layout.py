@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pissa.errors import CheckpointError, InputError
+from pissa.untyped import Json
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -136,7 +137,7 @@ def plan_bytes(plan: Plan) -> int:
     return sum(count_bytes(dtype, shape) for dtype, shape in plan.values())
 
 
-def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
+def _read_json_header(path: Path) -> tuple[Json, int]:
     """The header as it stands, and how many bytes of data follow it."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -157,8 +158,8 @@ def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, file_bytes - 8 - header_bytes
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> Json:
+    entries: Json = {}
     for name, entry in pairs:
         if name in entries:  # JSON parsers differ in which of the two they keep
             raise ValueError(f"the header has {name!r} twice")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa.errors import CheckpointError, OutputError
+from pissa.untyped import Json
 
 JOB = "job.txt"
 """In a staging folder that can be gone on with: the job's key."""
@@ -97,7 +98,7 @@ def write_text(path: str | Path, text: str) -> None:
         raise
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> Json:
     """Read a JSON object.
 
     Raises:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from pissa.checkpoint.layout import INDEX_NAME, SINGLE_NAME, TensorInfo, read_header
 from pissa.checkpoint.output import read_json
 from pissa.errors import CheckpointError, did_you_mean
+from pissa.untyped import Json
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CARRIED = (".json", ".txt", ".model", ".jinja")
@@ -34,7 +35,7 @@ class Checkpoint:
     folder: Path
     name: str
     revision: str | None
-    config: dict[str, Any]
+    config: Json
     tensors: dict[str, TensorInfo]
     _latest: tuple[str, Any] = field(default=("", None), init=False, repr=False)
 

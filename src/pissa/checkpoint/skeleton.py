@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +16,11 @@ from torch import nn
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.targets import Target
 from pissa.errors import CheckpointError
+from pissa.untyped import Json
 
 
 def build_skeleton(
-    folder: Path, *, config: dict[str, Any] | None = None, trust_remote_code: bool = False
+    folder: Path, *, config: Json | None = None, trust_remote_code: bool = False
 ) -> nn.Module:
     """The transformers model that `config.json` names, on the meta device, tied as when loaded.
 

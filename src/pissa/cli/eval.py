@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Context, Option
 
 from pissa.cli import options, show
 from pissa.errors import InputError
+from pissa.untyped import Json
 
 if TYPE_CHECKING:
     from pissa.evaluation.fidelity import Fidelity
@@ -99,7 +100,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run on its own base, which is checked, or any model; its base gets a row too."""
     given = _given(context, fidelity)
-    settings: dict[str, Any] = {
+    settings: Json = {
         "base": base,
         "device": device,
         "dtype": dtype,
@@ -215,7 +216,7 @@ def _judge(url: str | None, model: str, key_env: str, jobs: int) -> Judge | None
 
 
 def _fidelity(
-    models: list[str], text: str | None, output: str | None, settings: dict[str, Any], as_json: bool
+    models: list[str], text: str | None, output: str | None, settings: Json, as_json: bool
 ) -> None:
     from pissa.evaluation.fidelity import FILE, fidelity
     from pissa.training.quiet import quiet

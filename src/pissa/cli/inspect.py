@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Exit, Option
 
 from pissa.cli import options, show
 from pissa.errors import InputError
+from pissa.untyped import Json
 
 
 def inspect(
@@ -83,7 +84,7 @@ def inspect(
     raise Exit(1 if different else 0)
 
 
-def _words(recipe: dict[str, Any]) -> Iterator[str]:
+def _words(recipe: Json) -> Iterator[str]:
     """How it was split; options by name, and of layers' own ranks the least and the most."""
     for key, value in recipe.items():
         if key == "ranks":
@@ -94,7 +95,7 @@ def _words(recipe: dict[str, Any]) -> Iterator[str]:
             yield f"{key} {value}"
 
 
-def _print_layers(layers: list[dict[str, Any]]) -> None:
+def _print_layers(layers: list[Json]) -> None:
     rows = [
         [
             layer["name"],
@@ -114,7 +115,7 @@ def _print_layers(layers: list[dict[str, Any]]) -> None:
     )
 
 
-def _print_errors(errors: list[dict[str, Any]]) -> None:
+def _print_errors(errors: list[Json]) -> None:
     forms = errors[-1]["errors"]
     columns = [(norm, form) for norm in forms["this"] for form in forms]
     rows = []

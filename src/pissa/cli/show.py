@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from pissa.untyped import Json
+
 
 def print_json(data: Any) -> None:
     """Data on stdout."""
@@ -99,7 +101,7 @@ def steps_progress() -> Iterator[Callable[[str, str, int, int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
+        tasks: Json = {}
 
         def update(where: str, what: str, done: int, total: int) -> None:
             name = f"{where}: {what}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option
 
 from pissa.cli import options, show
 from pissa.errors import ConfigError
+from pissa.untyped import Json
 
 
 def train(
@@ -59,7 +60,7 @@ def train(
     show.say_next(*(command for _, command in next_commands(out, record)))
 
 
-def _course(record: dict[str, Any]) -> str:
+def _course(record: Json) -> str:
     """The first and the last loss, and why a run stopped early."""
     first, last = record.get("first_loss"), record.get("loss")
     losses = (
@@ -80,11 +81,11 @@ def _course(record: dict[str, Any]) -> str:
     )
 
 
-def split_words(words: list[str]) -> tuple[Path | None, dict[str, Any]]:
+def split_words(words: list[str]) -> tuple[Path | None, Json]:
     """The file, if the first word is one, and `--key value`, `--key=value` or a bare `--flag` as settings."""
     rest = list(words)
     config = Path(rest.pop(0)) if rest and not rest[0].startswith("--") else None
-    flags: dict[str, Any] = {}
+    flags: Json = {}
     own: list[str] = []
     while rest:
         word = rest.pop(0)

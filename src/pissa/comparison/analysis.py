@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from pissa.comparison.outcome import Curve, Outcome, mean_curve
 from pissa.comparison.statistics import Difference, Mean, holm, mean, paired
 from pissa.registry import CONTROL
+from pissa.untyped import Json
 
 BASELINE = "lora"
 
@@ -201,7 +201,7 @@ class Comparison:
         """Whether the loss on old data was taken."""
         return any(result.old for result in self.outcomes)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Everything that the page says, in numbers."""
         reference_rate = self.best.get(self.reference)
         measures = ["loss", *(["old"] if self.has_old else []), *self.scores]

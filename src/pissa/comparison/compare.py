@@ -34,6 +34,7 @@ from pissa.registry import CONTROL
 from pissa.training import train
 from pissa.training.checks import check
 from pissa.training.folder import RECORD, SETTINGS
+from pissa.untyped import Json
 
 RESULT, PAGE = "compare.json", "compare.html"
 EVALUATIONS = 10
@@ -258,7 +259,7 @@ def _train(cell: Cell, common: TrainSettings, out: Path) -> Cell:
     return cell
 
 
-def _facts(run: Path, out: Path) -> dict[str, Any]:
+def _facts(run: Path, out: Path) -> Json:
     """What all cells share, from one of them."""
     record = read_json(run / RECORD)
     common = yaml.safe_load((out / SETTINGS).read_text(encoding="utf-8"))

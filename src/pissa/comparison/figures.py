@@ -9,9 +9,10 @@ from pissa.comparison.analysis import Comparison, studied
 from pissa.errors import require
 from pissa.registry import CONTROL
 from pissa.reports.curves import COLOURS, MARKERS
+from pissa.untyped import Figure, Json
 
 
-def style(comparison: Comparison, method: str) -> dict[str, Any]:
+def style(comparison: Comparison, method: str) -> Json:
     """A colour for each method, which its control shares in dashes."""
     order = list(dict.fromkeys(studied(name) for name in comparison.methods))
     index = order.index(studied(method))
@@ -93,13 +94,13 @@ def old_against_new(comparison: Comparison) -> Any:
     return figure
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float) -> tuple[Figure, Figure]:
     module = require("matplotlib.figure", "train")
     figure = module.Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Figure) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:  # nothing to name while seeds are missing

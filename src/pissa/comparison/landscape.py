@@ -26,6 +26,7 @@ from pissa.training.data import load_rows
 from pissa.training.folder import RECORD, checkpoints, step_of
 from pissa.training.models import load_tokenizer
 from pissa.training.quiet import quiet
+from pissa.untyped import Json
 
 MARGIN = 0.35
 """Of the paths' extent, around them."""
@@ -54,7 +55,7 @@ class Landscape:
     share: float
     rows: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """As it is."""
         return asdict(self)
 
@@ -263,7 +264,7 @@ def _losses(
     return losses, len(held)
 
 
-def _loss(model: Any, rows: list[dict[str, Any]]) -> float:
+def _loss(model: Any, rows: list[Json]) -> float:
     """Mean over all tokens that carry loss; a row at a time, so padding plays no part."""
     total, count = 0.0, 0
     for row in rows:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pissa.checkpoint.output import read_json
 from pissa.comparison.grid import CELLS, Cell
 from pissa.training.callbacks import SCORES
 from pissa.training.folder import METRICS, RECORD, read_metrics
+from pissa.untyped import Json
 
 Curve = list[tuple[int, float]]
 """Pairs of optimiser step and value."""
@@ -60,7 +60,7 @@ class Outcome:
             return self.old[-1][1] if self.old and self.finished else math.nan
         return self.scores.get(measure, math.nan) if self.finished else math.nan
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Everything, for compare.json."""
         return {
             "method": self.cell.method,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pissa.comparison import figures
 from pissa.comparison.analysis import Comparison
@@ -12,9 +11,10 @@ from pissa.comparison.grid import DIFFER
 from pissa.comparison.landscape import draw, read
 from pissa.reports.page import render, svg, write_page
 from pissa.reports.run_record import set_by_hand
+from pissa.untyped import Json
 
 
-def write_comparison(comparison: Comparison, facts: dict[str, Any], path: Path) -> Path:
+def write_comparison(comparison: Comparison, facts: Json, path: Path) -> Path:
     """Write the page.
 
     Args:
@@ -65,7 +65,7 @@ def write_comparison(comparison: Comparison, facts: dict[str, Any], path: Path) 
     return write_page(path, html)
 
 
-def _cost(comparison: Comparison) -> dict[str, dict[str, Any]]:
+def _cost(comparison: Comparison) -> dict[str, Json]:
     """Medians over all finished cells of a method: time, memory, parameters."""
     costs = {}
     for method in comparison.methods:

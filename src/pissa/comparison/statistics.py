@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pissa.errors import require
+from pissa.untyped import Json
 
 SIGNIFICANT = 0.05
 
@@ -26,7 +27,7 @@ class Mean:
     error: float | None
     count: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Infinity, which JSON does not know, is null."""
         return {
             "mean": self.mean if math.isfinite(self.mean) else None,
@@ -68,7 +69,7 @@ class Difference:
         """Whether a difference is seen at all."""
         return self.adjusted is not None and self.adjusted < SIGNIFICANT
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """As it is, with the verdict."""
         verdict = (
             ("lower" if self.difference < 0 else "higher") if self.seen else "no difference seen"

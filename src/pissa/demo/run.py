@@ -16,6 +16,7 @@ from pissa.reports import plot_losses
 from pissa.surgery.convert import convert
 from pissa.surgery.decompose import decompose
 from pissa.training import quiet, train
+from pissa.untyped import Json
 
 HERE = Path(__file__).parent
 MODEL, DATA = HERE / "model", HERE / "data"
@@ -57,9 +58,7 @@ class Proof:
     moved: float
 
 
-def demo(
-    out: str | Path, *, force: bool = False, say: Callable[[str], None] = print
-) -> dict[str, Any]:
+def demo(out: str | Path, *, force: bool = False, say: Callable[[str], None] = print) -> Json:
     """Run the demo into a folder.
 
     Args:

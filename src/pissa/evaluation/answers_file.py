@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pissa.errors import DataError
 from pissa.evaluation.questions import questions
@@ -13,6 +12,7 @@ from pissa.scoring.answers import CODE, check_permission, check_task, score_rows
 from pissa.scoring.isolation.probe import find_isolation
 from pissa.scoring.verdict import summary
 from pissa.training.data import read
+from pissa.untyped import Json
 
 
 def score_file(
@@ -23,7 +23,7 @@ def score_file(
     allow_code_execution: bool = False,
     isolation: bool = True,
     say: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
+) -> Json:
     """Score a file of answers.
 
     Args:

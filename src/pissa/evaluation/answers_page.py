@@ -11,12 +11,13 @@ from pissa.evaluation.page import figure, limited_to, title_of, visible
 from pissa.evaluation.result import TaskResult
 from pissa.evaluation.tracks import file_stem
 from pissa.reports.page import plain, render, write_page
+from pissa.untyped import Json
 
 MOST = 5000
 """Answers on a page: as many as the largest of our benchmarks has."""
 
 
-def write_answers(result: TaskResult, samples: list[dict[str, Any]], path: Path) -> Path:
+def write_answers(result: TaskResult, samples: list[Json], path: Path) -> Path:
     """Write the page of one model's answers to one benchmark; past the first 5,000 it says that it leaves some out.
 
     Args:
@@ -48,7 +49,7 @@ def write_answers(result: TaskResult, samples: list[dict[str, Any]], path: Path)
     return write_page(path, visible(html))
 
 
-def _answer(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(sample: Mapping[str, Any]) -> Json:
     """One answer as the page shows it."""
     correct, authors = sample["correct"], sample["authors"]
     return {

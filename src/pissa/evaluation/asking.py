@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from pissa.evaluation.log import AnswerLog, request_key
+from pissa.untyped import Json
 
 LEAST_ROOM = 4
 """Where a prompt is too long, one in so many of the model's positions is left for the answer, and the prompt loses its
@@ -81,16 +82,16 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
         asked = [request.args for request in requests]
         lengths = {context: len(self.inner.tok_encode(context)) for context, _ in asked}
 
-        def run(batch: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+        def run(batch: Sequence[tuple[str, Json]]) -> list[str]:
             settings = {**batch[0][1], "max_gen_toks": room(batch)}
             work = [_request(context, settings) for context, _ in batch]
             return list(self.inner.generate_until(work, disable_tqdm=True))
 
-        def room(batch: Sequence[tuple[str, dict[str, Any]]]) -> int:
+        def room(batch: Sequence[tuple[str, Json]]) -> int:
             most, limit = self._most(batch[0][1]), int(self.inner.max_length)
             return min(most, max(limit - lengths[batch[0][0]], min(most, limit // LEAST_ROOM)))
 
-        def count(batch: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        def count(batch: Sequence[tuple[str, Json]]) -> None:
             self.asked += len(batch)
             self.cut += sum(
                 lengths[context] + room(batch) > self.inner.max_length for context, _ in batch
@@ -113,7 +114,7 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
             )
         return notes
 
-    def _most(self, settings: dict[str, Any]) -> int:
+    def _most(self, settings: Json) -> int:
         return int(settings.get("max_gen_toks", self.inner.max_gen_toks))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -198,7 +199,7 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
             self.say(done, len(once))
         return [self.log.answers[key] for key in keys]
 
-    def _batches(self, once: dict[str, Any], length: Callable[[Any], int]) -> list[list[str]]:
+    def _batches(self, once: Json, length: Callable[[Any], int]) -> list[list[str]]:
         """Keys by kind of request, longest first."""
         kinds: dict[str, list[str]] = {}
         for key, request in once.items():

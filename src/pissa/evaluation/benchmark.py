@@ -30,6 +30,7 @@ from pissa.scoring.answers import score, walls
 from pissa.scoring.code import verbatim
 from pissa.scoring.isolation.run import Isolation
 from pissa.scoring.verdict import Item, Share, summary
+from pissa.untyped import Json
 
 ANSWERING = ("torch", "transformers", "peft", "bitsandbytes")
 """Packages that answers depend on; scores depend on more."""
@@ -89,9 +90,7 @@ def benchmark(
     return result
 
 
-def job_of(
-    subject: Subject, protocol: Protocol, found: Questions | None, asked: Asked
-) -> dict[str, Any]:
+def job_of(subject: Subject, protocol: Protocol, found: Questions | None, asked: Asked) -> Json:
     """What must be the same for the answers to be the same."""
     places = ("path", "base", "name")  # may move
     source = source_of(found) or {}
@@ -110,14 +109,14 @@ def job_of(
     }
 
 
-def source_of(found: Questions | None) -> dict[str, Any] | None:
+def source_of(found: Questions | None) -> Json | None:
     """Of the questions, and of the examples that prompts show."""
     if found is None or found.examples is None:
         return found.source if found else None
     return {**found.source, "examples_sha256": found.examples.source.get("sha256")}
 
 
-def identity_of(subject: Subject, model: Any) -> dict[str, Any]:
+def identity_of(subject: Subject, model: Any) -> Json:
     """Which weights answered, and in what they were computed."""
     own = getattr(getattr(model, "model", None), "dtype", None)
     return {**subject.identity, "dtype": str(own).removeprefix("torch.") if own else subject.dtype}
@@ -129,7 +128,7 @@ def scoring_versions() -> dict[str, str]:
 
 
 def _scored(
-    protocol: Protocol, raw: list[dict[str, Any]], metrics: dict[str, Any], asked: Asked, say: Say
+    protocol: Protocol, raw: list[Json], metrics: Json, asked: Asked, say: Say
 ) -> tuple[list[Sample], dict[str, Score]]:
     if not protocol.ours:
         return _as_the_harness(protocol, raw), _metrics(metrics)
@@ -159,7 +158,7 @@ def _item(
     return verbatim(protocol.task, output, doc, walls(protocol.task, isolation))
 
 
-def _as_the_harness(protocol: Protocol, raw: list[dict[str, Any]]) -> list[Sample]:
+def _as_the_harness(protocol: Protocol, raw: list[Json]) -> list[Sample]:
     """Samples of a task that the harness scored: one row a question and filter."""
     metric, _, wanted = protocol.headline.partition(",")
     samples = []
@@ -183,7 +182,7 @@ def _as_the_harness(protocol: Protocol, raw: list[dict[str, Any]]) -> list[Sampl
     return samples
 
 
-def _metrics(results: dict[str, dict[str, Any]]) -> dict[str, Score]:
+def _metrics(results: dict[str, Json]) -> dict[str, Score]:
     """The harness's own figures; those of several tasks under one name each."""
     scores = {}
     for task, figures in results.items():
@@ -203,12 +202,12 @@ def _metrics(results: dict[str, dict[str, Any]]) -> dict[str, Score]:
     return scores
 
 
-def _share(found: dict[str, Any]) -> Score:
+def _share(found: Json) -> Score:
     low, high = found["interval"]
     return Score(found["value"], found["stderr"], (low, high), found["count"])
 
 
-def _gold(lm: Any, protocol: Protocol, raw: list[dict[str, Any]]) -> Perplexity | None:
+def _gold(lm: Any, protocol: Protocol, raw: list[Json]) -> Perplexity | None:
     """What the model thinks of the right answers, where the protocol is ours."""
     if protocol.track != PAPER:
         return None
@@ -232,7 +231,7 @@ def _trained_prompt(prompt: str) -> str:
     return head + mark
 
 
-def _questions(raw: list[dict[str, Any]]) -> int:
+def _questions(raw: list[Json]) -> int:
     """How many there are; the harness has a sample for each of its filters."""
     return len({(one["task"], one["doc_id"]) for one in raw})
 

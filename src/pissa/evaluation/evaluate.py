@@ -16,7 +16,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from pissa.checkpoint.output import read_json, write_json
 from pissa.checks import chosen_device
@@ -42,6 +41,7 @@ from pissa.evaluation.result import FORMAT, TaskResult
 from pissa.evaluation.tracks import MT_BENCH, PAPER, Protocol, protocol
 from pissa.scoring.answers import check_permission
 from pissa.scoring.isolation.probe import find_isolation
+from pissa.untyped import Json
 
 RESULTS = "results.json"
 
@@ -192,7 +192,7 @@ def _questions(asks: Protocol, data: str | None, limit: int | None) -> Questions
 
 
 def _subjects(
-    models: Sequence[str], base: str | None, base_row: bool, loading: dict[str, Any]
+    models: Sequence[str], base: str | None, base_row: bool, loading: Json
 ) -> list[Subject]:
     """The models, and behind them their bases, which are the right ones only if the runs say so; names of their own."""
     once = {os.path.realpath(path): path for path in models}

@@ -32,6 +32,7 @@ from pissa.records import Record, versions
 from pissa.surgery.folders import RESIDUAL
 from pissa.training.models import load_tokenizer
 from pissa.training.opening import Opened
+from pissa.untyped import Json
 from pissa.w4a4 import load_w4a4
 
 FORMAT, FILE = 1, "fidelity.json"
@@ -52,14 +53,14 @@ class Fidelity:
         versions: of the packages that matter.
     """
 
-    base: dict[str, Any]
-    text: dict[str, Any]
+    base: Json
+    text: Json
     device: str
     rows: list[Row]
     notes: list[str]
     versions: dict[str, str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Everything."""
         said = asdict(self)
         for row in said["rows"]:
@@ -116,7 +117,7 @@ def fidelity(
             raise InputError(f"{name} is {value}, expected {least} or more")
     chosen_device(device)
     content, source = read_text(Path(text))
-    loading: dict[str, Any] = {
+    loading: Json = {
         "device": device,
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
@@ -144,7 +145,7 @@ def fidelity(
         "max_length": batches[0].shape[1],
     }
 
-    def row(name: str, kind: str, identity: dict[str, Any], other: Any) -> Row:
+    def row(name: str, kind: str, identity: Json, other: Any) -> Row:
         found: list[Compared] = []
         for batch in batches:
             found += compare(opened.model, other, batch, name)

@@ -35,8 +35,9 @@ from pissa.training.data import Rows, read
 from pissa.training.folder import RECORD, SETTINGS
 from pissa.training.models import load_tokenizer
 from pissa.training.quiet import quiet
+from pissa.untyped import Json
 
-USUAL: dict[str, Any] = {
+USUAL: Json = {
     "rank": 8, "batch_size": 32, "epochs": 3, "max_length": 128, "warmup_ratio": 0.06, "lr_scheduler": "linear",
     "save_steps": 0,
 }  # fmt: skip

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from pissa.evaluation.glue_rows import FACTS
 from pissa.evaluation.glue_tasks import MISMATCHED, SHORT, Task
 from pissa.training import classification
 from pissa.training.data import read
+from pissa.untyped import Json
 
 DATA = "data"
 """Beside the tasks' comparisons: their rows."""
@@ -67,8 +67,8 @@ class TaskComparison:
     task: Task
     folder: Path
     comparison: Comparison
-    data: dict[str, Any]
-    facts: dict[str, Any]
+    data: Json
+    facts: Json
 
     @classmethod
     def read(cls, out: Path, task: Task) -> TaskComparison:
@@ -201,7 +201,7 @@ class TaskComparison:
             said.append(f"{title}: the best rate is at the edge of the grid for {edges}.")
         return said
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Scores are shares, not percent."""
         return {
             "title": self.task.title,

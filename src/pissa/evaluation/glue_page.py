@@ -15,6 +15,7 @@ from pissa.evaluation.glue_results import FLOOR, PROTOCOL, Results
 from pissa.evaluation.glue_tasks import SHORT
 from pissa.reports.page import render, svg, write_page
 from pissa.reports.run_record import set_by_hand
+from pissa.untyped import Figure
 
 OF_TASK = frozenset({"data", "eval_data", "output", "task", "model"})
 """Settings that say which task it is."""
@@ -95,7 +96,7 @@ def over_rates(results: Results) -> Any:
     return figure
 
 
-def _draw(axes: Any, result: TaskComparison) -> None:
+def _draw(axes: Figure, result: TaskComparison) -> None:
     comparison, measure = result.comparison, result.task.measures[0]
     for method in comparison.methods:
         grid = comparison.grid_of(method)

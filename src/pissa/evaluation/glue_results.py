@@ -6,13 +6,13 @@ import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pissa.comparison.analysis import Comparison
 from pissa.comparison.compare import RESULT as COMPARISON
 from pissa.errors import OutputError
 from pissa.evaluation.glue_comparison import Spread, TaskComparison
 from pissa.evaluation.glue_tasks import SHORT, TASKS
+from pissa.untyped import Json
 
 RESULT, PAGE = "glue.json", "glue.html"
 FLOOR = "majority class"
@@ -94,7 +94,7 @@ class Results:
         floors = ["\n".join(_percent(t.floor.get(m)) for m in t.task.measures) for t in self.tasks]
         return ["method", *columns, "average"], [*rows, [FLOOR, *floors, _percent(self.floor)]]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The content of glue.json."""
         return {
             "format": 1,

@@ -17,6 +17,7 @@ from pissa.checkpoint.output import read_json, staged_output, write_json
 from pissa.errors import DataError, OutputError
 from pissa.evaluation.glue_tasks import TASKS, Task, plain
 from pissa.training.data import Row, check_rows, hold_out, read
+from pissa.untyped import Json
 
 HUB = "nyu-mll/glue"
 SUFFIXES = (".tsv", ".parquet", ".jsonl")
@@ -40,7 +41,7 @@ class Loaded:
 
     task: Task
     rows: dict[str, list[Row]]
-    facts: dict[str, Any]
+    facts: Json
 
 
 def load(task: Task, data: str | None) -> Loaded:
@@ -104,12 +105,12 @@ def staged(loaded: Loaded, folder: Path) -> bool:
     return True
 
 
-def _content(facts: dict[str, Any]) -> list[Any]:
+def _content(facts: Json) -> list[Any]:
     """What must be the same wherever the files lie."""
     return [facts["rows"], *({**source, "name": part} for part, source in facts["sources"].items())]
 
 
-def _part(task: Task, part: str, data: str | None) -> tuple[list[Row], dict[str, Any]] | None:
+def _part(task: Task, part: str, data: str | None) -> tuple[list[Row], Json] | None:
     """A part's rows and their source, or None where a folder has no file for it."""
     if data is None:
         rows, source = read(f"{HUB}:{task.name}", part.replace("dev", "validation"))
@@ -159,7 +160,7 @@ def _expected(part: str) -> str:
     return f"{part}.({'|'.join(suffix[1:] for suffix in SUFFIXES)})"
 
 
-def _read_tsv(path: Path, task: Task) -> tuple[list[Row], dict[str, Any], int]:
+def _read_tsv(path: Path, task: Task) -> tuple[list[Row], Json, int]:
     """Rows of an official file: tabs between columns, quotation marks are text, a line is a row."""
     # Unlike training's own reader, since there a torn row is an error and the first line has names.
     content = path.read_bytes()

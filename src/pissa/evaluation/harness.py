@@ -18,6 +18,7 @@ from pissa.errors import ConfigError, did_you_mean
 from pissa.evaluation.questions import Questions
 from pissa.evaluation.tracks import Protocol
 from pissa.scoring.isolation.run import Isolation
+from pissa.untyped import Json
 
 TASKS = Path(__file__).parent / "tasks"
 SEED = 1234
@@ -25,7 +26,7 @@ SEED = 1234
 BOOTSTRAP = 1000
 RUN_UNSAID = ("cruxeval",)
 """Of the harness's tasks those that run programs and are not marked as unsafe."""
-Sample = dict[str, Any]
+Sample = Json
 """One answer: id, correct, extracted, reason, authors, prompt, output, gold."""
 
 
@@ -41,7 +42,7 @@ class Asked:
 
 
 @contextlib.contextmanager
-def loaded_task(protocol: Protocol, found: Questions | None) -> Iterator[dict[str, Any]]:
+def loaded_task(protocol: Protocol, found: Questions | None) -> Iterator[Json]:
     """The task on our rows, for `run_task`; its files are there as long as the block lasts.
 
     Raises:
@@ -77,8 +78,8 @@ def loaded_task(protocol: Protocol, found: Questions | None) -> Iterator[dict[st
 
 
 def run_task(
-    lm: Any, loaded: dict[str, Any], protocol: Protocol, limit: int | None
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    lm: Any, loaded: Json, protocol: Protocol, limit: int | None
+) -> tuple[list[Json], Json]:
     """The harness's samples, and its own metrics."""
     import lm_eval
 

@@ -16,10 +16,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from pissa.errors import ConfigError
+from pissa.untyped import Json
 
 KEY_ENV = "OPENAI_API_KEY"
 LEAST, MOST = 1.0, 10.0
@@ -230,5 +230,5 @@ def _seconds(header: str | None) -> float:
     return min(float(header), 60.0) if header and header.strip().isdecimal() else 0.0
 
 
-Judgement = dict[str, Any]
+Judgement = Json
 """What a log keeps: id, turn, rating or None, replies."""

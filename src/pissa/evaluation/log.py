@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa.errors import CheckpointError, OutputError
+from pissa.untyped import Json
 
 FORMAT = 1
 
@@ -27,7 +28,7 @@ def request_key(kind: str, *args: Any) -> str:
 class AnswerLog:
     """The answers of one model to one task."""
 
-    def __init__(self, path: Path, job: dict[str, Any], *, force: bool = False) -> None:
+    def __init__(self, path: Path, job: Json, *, force: bool = False) -> None:
         """Open it, or begin it.
 
         Args:
@@ -40,7 +41,7 @@ class AnswerLog:
             CheckpointError: it is no such file.
         """
         self.path = path
-        self.answers: dict[str, Any] = {}
+        self.answers: Json = {}
         self.reused = 0
         lines = _whole_lines(path)
         header = {"format": FORMAT, **job}
@@ -71,7 +72,7 @@ class AnswerLog:
         self.answers.update(batch)
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def _whole_lines(path: Path) -> list[Json]:
     """What is there, without a last line that a kill cut off; that one is cut away from the file too."""
     if not path.is_file():
         return []

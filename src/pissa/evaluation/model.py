@@ -29,6 +29,7 @@ from pissa.reports.commands import served_rank
 from pissa.surgery.folders import kind_of_folder
 from pissa.surgery.inspection import inspect
 from pissa.training.opening import HUB, HUB_ID, Opened, find_model, open_model
+from pissa.untyped import Json
 
 BACKENDS = ("hf", "vllm")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,7 +54,7 @@ class Subject:
     name: str
     path: str
     base: str | None
-    identity: dict[str, Any]
+    identity: Json
     revision: str | None = None
     template: str | None = None
     device: str | None = None
@@ -176,7 +177,7 @@ def harness_model(subject: Subject, backend: str, batch_size: int) -> Any:
     )
 
 
-def vllm_arguments(subject: Subject) -> dict[str, Any]:
+def vllm_arguments(subject: Subject) -> Json:
     """The harness's arguments for vLLM: a run is served as its plain LoRA on its base, prefixes are shared.
 
     Raises:

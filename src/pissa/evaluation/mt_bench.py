@@ -37,6 +37,7 @@ from pissa.evaluation.result import Score, TaskResult
 from pissa.evaluation.tracks import MT_BENCH, Protocol
 from pissa.scoring.verdict import Z
 from pissa.training.data import read
+from pissa.untyped import Json
 
 WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories that are graded beside a reference answer, as in MT-Bench."""
@@ -132,12 +133,12 @@ def mt_bench(
 
 def settings_of(
     subject: Subject, protocol: Protocol, found: Questions, asked: Asked, judge: Judge | None
-) -> dict[str, Any]:
+) -> Json:
     """What must be the same for the result to be the same: the answers' own, and the judge."""
     return {**job_of(subject, protocol, found, asked), "judge": judge.facts if judge else None}
 
 
-def _references(found: Questions) -> tuple[dict[Any, list[str]], dict[str, Any] | None]:
+def _references(found: Questions) -> tuple[dict[Any, list[str]], Json | None]:
     """Reference answers of both turns by question: FastChat's file, else what the questions carry."""
     file = Path(str(found.source["name"])).parent / REFERENCES
     known: dict[Any, list[str]] = {}

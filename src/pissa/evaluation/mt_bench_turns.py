@@ -10,6 +10,7 @@ from pissa.evaluation.benchmark import Say
 from pissa.evaluation.model import Subject
 from pissa.training.chat import Chat
 from pissa.training.templates import ALPACA
+from pissa.untyped import Json
 
 TOKENS = 1024
 """Of an answer at most."""
@@ -22,7 +23,7 @@ RUNS_ON = "### Instruction:"
 class Turn:
     """One answer: its question's row, 1 or 2, the prompt, what was made of the output, and whether that was cut."""
 
-    row: dict[str, Any]
+    row: Json
     number: int
     prompt: str
     answer: str
@@ -30,7 +31,7 @@ class Turn:
 
 
 def answer_turns(
-    subject: Subject, lm: Any, rows: Sequence[dict[str, Any]], in_chat: bool, backend: str, say: Say
+    subject: Subject, lm: Any, rows: Sequence[Json], in_chat: bool, backend: str, say: Say
 ) -> tuple[list[Turn], list[str]]:
     """Ask all first turns, then all second turns.
 
@@ -47,7 +48,7 @@ def answer_turns(
     """
     from lm_eval.api.instance import Instance
 
-    settings: dict[str, Any] = {"until": [], "do_sample": False, "max_gen_toks": TOKENS}
+    settings: Json = {"until": [], "do_sample": False, "max_gen_toks": TOKENS}
     if in_chat and backend == "hf":
         # A base's own end mark need not be the one that the template writes after an answer.
         settings["eos_token_id"] = Chat(subject.open().model, lm.tokenizer, "chat").end_tokens()

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pissa.evaluation.result import TaskResult
 from pissa.evaluation.tracks import file_stem
+from pissa.untyped import Json
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Paired:
         return float(min(1.0, 2 * tail / 2**unequal))
 
 
-def paired(first: Iterable[dict[str, Any]], second: Iterable[dict[str, Any]]) -> Paired | None:
+def paired(first: Iterable[Json], second: Iterable[Json]) -> Paired | None:
     """Compare two models over the questions that both were asked in the same words.
 
     Args:
@@ -112,7 +112,7 @@ def against_base(one: TaskResult, found: Sequence[TaskResult], out: Path) -> Pai
     return paired(*map(_samples, files)) if all(file.is_file() for file in files) else None
 
 
-def _samples(file: Path) -> Iterable[dict[str, Any]]:
+def _samples(file: Path) -> Iterable[Json]:
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pissa.errors import DataError
 from pissa.training.data import READERS, read
+from pissa.untyped import Json
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Questions:
         examples: for the few-shot prompts of the standard track, where they are drawn from data.
     """
 
-    rows: list[dict[str, Any]]
-    source: dict[str, Any]
+    rows: list[Json]
+    source: Json
     examples: Questions | None = None
 
 
@@ -138,7 +138,7 @@ def _file(task: str, source: Source, folder: Path) -> Path:
     )
 
 
-def _named(task: str, fields: dict[str, Any]) -> dict[str, Any]:
+def _named(task: str, fields: Json) -> Json:
     """Local files and the Hub name some columns in two ways."""
     row = dict(fields)
     if task == "math":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from pissa.errors import CheckpointError
+from pissa.untyped import Json
 
 FORMAT = 1
 SHARES = (
@@ -75,25 +75,25 @@ class TaskResult:
     """
 
     model: str
-    identity: dict[str, Any]
+    identity: Json
     task: str
     track: str
     protocol: str
     headline: str
     scores: dict[str, Score]
     gold: Perplexity | None
-    data: dict[str, Any]
+    data: Json
     notes: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Json = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Everything."""
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], where: str) -> TaskResult:
+    def from_json(cls, data: Json, where: str) -> TaskResult:
         """The same back.
 
         Raises:

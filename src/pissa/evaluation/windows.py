@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pissa.errors import DataError, InputError
 from pissa.training.data import READERS, read
+from pissa.untyped import Json, Tokenizer
 
 PIECE = 2**24
 """Logits that are compared at a time."""
@@ -63,7 +64,7 @@ class Row:
     model: str
     kind: str
     dtype: str
-    identity: dict[str, Any]
+    identity: Json
     loss: float
     loss_stderr: float | None
     perplexity: float
@@ -78,7 +79,7 @@ class Row:
     largest: float
 
 
-def read_text(path: Path) -> tuple[str, dict[str, Any]]:
+def read_text(path: Path) -> tuple[str, Json]:
     """A text, and its name and digest.
 
     Args:
@@ -106,13 +107,13 @@ def read_text(path: Path) -> tuple[str, dict[str, Any]]:
     return content, {"name": str(path), "sha256": digest}
 
 
-def encode(tokenizer: Any, content: str) -> list[int]:
+def encode(tokenizer: Tokenizer, content: str) -> list[int]:
     """Token ids without marks around them."""
     return list(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def windows(
-    model: Any, tokenizer: Any, ids: list[int], max_length: int, batch_size: int
+    model: Any, tokenizer: Tokenizer, ids: list[int], max_length: int, batch_size: int
 ) -> list[Tensor]:
     """Batches of token ids [windows, tokens], equally long; the last window may be shorter and is a batch of its own.
 
@@ -147,7 +148,9 @@ def windows(
     return batches
 
 
-def check_tokenizer(other: Any, tokenizer: Any, content: str, ids: list[int], path: str) -> None:
+def check_tokenizer(
+    other: Any, tokenizer: Tokenizer, content: str, ids: list[int], path: str
+) -> None:
     """Refuse a tokenizer that would make other tokens of the text.
 
     Args:
@@ -249,9 +252,7 @@ def mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | N
     return value, math.sqrt(squares * windows / (windows - 1)) / total
 
 
-def mean_row(
-    name: str, kind: str, identity: dict[str, Any], dtype: str, found: Sequence[Compared]
-) -> Row:
+def mean_row(name: str, kind: str, identity: Json, dtype: str, found: Sequence[Compared]) -> Row:
     """One model over all windows.
 
     Args:

@@ -14,6 +14,7 @@ from pissa.config import TrainSettings
 from pissa.planning.preview import survey
 from pissa.planning.source import Source
 from pissa.training.data import Rows, load_rows
+from pissa.untyped import Tokenizer
 
 SAMPLE = 1000
 """Rows that are tokenised to know how long rows are."""
@@ -85,7 +86,7 @@ def count(settings: TrainSettings, source: Source) -> Counts:
     return Counts(kept, steps, round(mean * kept * share), mean, found.classes, "; ".join(notes))
 
 
-def limit(settings: TrainSettings, source: Source, tokenizer: Any = None) -> int:
+def limit(settings: TrainSettings, source: Source, tokenizer: Tokenizer = None) -> int:
     """Tokens of the longest row: max_length, or less where the model or its tokenizer has fewer positions."""
     positions = source.config.get("max_position_embeddings") or source.config.get("n_positions")
     most = [settings.max_length, positions, getattr(tokenizer, "model_max_length", None)]

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pissa.checkpoint.layout import Plan
 from pissa.checkpoint.targets import Target
+from pissa.untyped import Context
 
 
 class _Product(torch.autograd.Function):
     """``x W^T`` where W is unpacked for the product, in the forward pass and again in the backward one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Context, x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         ctx.shape, ctx.dtype = shape, dtype
         return (x.to(dtype) @ x.new_empty(shape, dtype=dtype).T).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0]
         return (
             (gradient.to(ctx.dtype) @ gradient.new_empty(ctx.shape, dtype=ctx.dtype)).to(

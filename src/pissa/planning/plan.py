@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from pissa.planning.model import build
 from pissa.planning.source import Source, open_source
 from pissa.presets import Choice, choose
 from pissa.training.checks import check
+from pissa.untyped import Json
 
 COMPARED = ("full", "lora", "qlora")
 """Methods beside the one that is asked for."""
@@ -92,7 +92,7 @@ class Plan:
             return None
         return self.counts.row_tokens * self.batch_size / self.measured.step_seconds
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Everything, with the sums."""
         plan = dataclasses.asdict(self)
         for written, cost in zip(plan["costs"], self.costs, strict=True):
@@ -137,7 +137,7 @@ def _other(
     method: str, settings: TrainSettings, source: Source, counts: Counts, machine: Machine
 ) -> Cost:
     """The cost of a method that was not asked for; one that cannot run is a line, not an error."""
-    plain: dict[str, Any] = {
+    plain: Json = {
         "method": method,
         "quant": None,
         "iterations": None,

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 from pissa.config import TrainSettings
 from pissa.errors import InputError
@@ -18,6 +17,7 @@ from pissa.training.heads import text_columns
 from pissa.training.language import MASKED, tokens
 from pissa.training.models import load_tokenizer, position_limit
 from pissa.training.templates import SHAPES, scripts, shape_of
+from pissa.untyped import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def preview(settings: TrainSettings, rows: int = 3) -> Survey:
 
 
 def survey(
-    rows: Rows, tokenizer: Any, settings: TrainSettings, limit: int, show: int = 0
+    rows: Rows, tokenizer: Tokenizer, settings: TrainSettings, limit: int, show: int = 0
 ) -> Survey:
     """Counts over rows, and the first `show` of them.
 
@@ -175,7 +175,7 @@ def printable(text: str) -> str:
     )
 
 
-def _spoken(rows: Sequence[Row], tokenizer: Any, settings: TrainSettings) -> list[_Seen]:
+def _spoken(rows: Sequence[Row], tokenizer: Tokenizer, settings: TrainSettings) -> list[_Seen]:
     """Rows of a language model, tokenised as training does."""
     if not rows:
         return []
@@ -187,7 +187,7 @@ def _spoken(rows: Sequence[Row], tokenizer: Any, settings: TrainSettings) -> lis
     ]
 
 
-def _classified(rows: Sequence[Row], tokenizer: Any, settings: TrainSettings) -> list[_Seen]:
+def _classified(rows: Sequence[Row], tokenizer: Tokenizer, settings: TrainSettings) -> list[_Seen]:
     """Rows of a classification; no token carries loss, the class does."""
     if not rows:
         return []
@@ -219,7 +219,7 @@ def _learns(seen: _Seen, limit: int) -> bool:
     return not seen.labels or any(label != MASKED for label in seen.labels[1:limit])
 
 
-def _shown(row: Row, seen: _Seen, tokenizer: Any, limit: int, label: str | None) -> Shown:
+def _shown(row: Row, seen: _Seen, tokenizer: Tokenizer, limit: int, label: str | None) -> Shown:
     ids = seen.ids[:limit]
     losses = [number != MASKED for number in seen.labels[:limit]] or [False] * len(ids)
     if losses:
@@ -228,7 +228,7 @@ def _shown(row: Row, seen: _Seen, tokenizer: Any, limit: int, label: str | None)
     return Shown(row.where, len(ids), len(seen.ids) - len(ids), segments, label)
 
 
-def _segments(ids: list[int], losses: list[bool], tokenizer: Any) -> Iterator[Segment]:
+def _segments(ids: list[int], losses: list[bool], tokenizer: Tokenizer) -> Iterator[Segment]:
     """Text in pieces; each from the row's beginning, since tokenizers drop the space before a first word."""
 
     def text(count: int) -> str:

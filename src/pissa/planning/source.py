@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from pissa.checkpoint.skeleton import build_skeleton
 from pissa.config import TrainSettings
 from pissa.errors import CheckpointError, InputError
 from pissa.surgery.packing import is_residual
+from pissa.untyped import Json
 
 CLASSES = {
     "language": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -39,7 +39,7 @@ class Source:
     """
 
     folder: Path
-    config: dict[str, Any]
+    config: Json
     dtype: torch.dtype
     tensors: dict[str, TensorInfo]
 
@@ -117,9 +117,7 @@ def _config_from_hub(settings: TrainSettings) -> Path:
         ) from error
 
 
-def _dtype(
-    settings: TrainSettings, config: dict[str, Any], tensors: dict[str, TensorInfo]
-) -> torch.dtype:
+def _dtype(settings: TrainSettings, config: Json, tensors: dict[str, TensorInfo]) -> torch.dtype:
     """As asked for, else as the config says, else that of the first floating-point weight."""
     asked = (
         settings.dtype

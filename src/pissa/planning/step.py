@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface
 
 from pissa.planning.model import NO_DEVICE, Planned
+from pissa.untyped import Context
 
 ATTENTION = "pissa_plan"
 TILE_ROWS, TILE_COLUMNS = 4096, 32768
@@ -92,14 +93,14 @@ class _FusedHead(torch.autograd.Function):
     """What TRL's output layer allocates: a tile of logits at a time, and gradients summed in float32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, wide: int) -> Tensor:
+    def forward(ctx: Context, hidden: Tensor, weight: Tensor, wide: int) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.wide = wide
         _tile(hidden, weight, wide)
         return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         sums = [
             torch.empty_like(tensor, dtype=torch.float32) if needed else None

@@ -14,6 +14,7 @@ from torch import Tensor
 from pissa.errors import InputError, require
 from pissa.quant.quantiser import quantizer_format
 from pissa.splits import Quantised, is_finite
+from pissa.untyped import Json
 
 ROWS = 256
 """Rows that are worked on at a time."""
@@ -92,7 +93,7 @@ class Int8:
         """See `Quantiser.late`."""
         return ()
 
-    def config(self, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
+    def config(self, dtype: torch.dtype, skipped: list[str]) -> Json:
         """See `Quantiser.config`."""
         return {
             "quant_method": "bitsandbytes",

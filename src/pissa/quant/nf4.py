@@ -21,6 +21,7 @@ from pissa.errors import CheckpointError, InputError, require
 from pissa.quant.codebook import Codebook
 from pissa.quant.quantiser import quantizer_format
 from pissa.splits import Quantised, is_finite
+from pissa.untyped import Json
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Values per scale, and scales per scale of scales."""
@@ -128,7 +129,7 @@ class FourBit:
         """See `Quantiser.late`."""
         return (f"weight.quant_state.bitsandbytes__{self.name}",)
 
-    def config(self, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
+    def config(self, dtype: torch.dtype, skipped: list[str]) -> Json:
         """See `Quantiser.config`."""
         return {
             "quant_method": "bitsandbytes",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pissa.splits import Quantised
+from pissa.untyped import Json
 
 
 class Quantiser(Protocol):
@@ -76,7 +77,7 @@ class Quantiser(Protocol):
         """Parts whose length is only known once they are made."""
         ...
 
-    def config(self, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
+    def config(self, dtype: torch.dtype, skipped: list[str]) -> Json:
         """`quantization_config` for the model's config.json.
 
         Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from pissa.adapters import plain
 from pissa.checkpoint.output import read_json
 from pissa.records import Record
 from pissa.reports.page import render, write_page
 from pissa.reports.run_record import read_run, set_by_hand
+from pissa.untyped import Json
 
 NAME = "README.md"
 PRIVATE = {
@@ -82,7 +82,7 @@ def write_card(run: str | Path, folder: str | Path | None = None) -> Path:
     return write_page(folder / NAME, text.lstrip())
 
 
-def _adapter(folder: Path) -> tuple[Record | None, dict[str, Any]]:
+def _adapter(folder: Path) -> tuple[Record | None, Json]:
     """The record and the config of an adapter; nothing for a whole model."""
     file = folder / plain.RECORD
     if not file.is_file():
@@ -90,7 +90,7 @@ def _adapter(folder: Path) -> tuple[Record | None, dict[str, Any]]:
     return Record.from_json(read_json(file), str(file)), read_json(folder / plain.CONFIG)
 
 
-def _header(settings: dict[str, Any], base: str, sources: list[dict[str, Any]]) -> str:
+def _header(settings: Json, base: str, sources: list[Json]) -> str:
     """The YAML between the dashes; a base or data set is named only where the Hub knows the name."""
     from huggingface_hub import ModelCardData
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from pissa.adapters import plain
 from pissa.checkpoint.output import read_json
 from pissa.presets import find
+from pissa.untyped import Json
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
@@ -19,7 +19,7 @@ def served_rank(rank: int) -> int:
     return next((limit for limit in SERVED_RANKS if limit >= rank), SERVED_RANKS[-1])
 
 
-def next_commands(run: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
+def next_commands(run: Path, record: Json) -> list[tuple[str, str]]:
     """(What for, command) of a finished run; of an unfinished one how to go on.
 
     Args:

@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 from pissa.errors import DataError, require
+from pissa.untyped import Figure, Json
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, told apart with every form of colour blindness."""
@@ -78,7 +78,7 @@ def plot_losses(runs: Mapping[str, Path], output: Path, title: str | None = None
     return save_png(figure, output)
 
 
-def save_png(figure: Any, output: Path) -> Path:
+def save_png(figure: Figure, output: Path) -> Path:
     """Write a matplotlib figure whole or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
@@ -94,7 +94,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Json]:
     """The lines of a metrics.jsonl, or of that in a run's folder; one that a kill cut short is left out.
 
     Raises:
@@ -111,7 +111,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def series(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def series(lines: list[Json], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of the lines that have the key."""
     pairs = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]

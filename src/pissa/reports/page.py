@@ -13,6 +13,7 @@ from typing import Any
 
 from pissa.checkpoint.output import write_text
 from pissa.errors import OutputError, require
+from pissa.untyped import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
 SALT = "pissa"
@@ -35,7 +36,7 @@ def render(template: str, **values: Any) -> str:
     return str(_environment().get_template(template).render(**values))
 
 
-def svg(figure: Any, alt: str = "") -> Any:
+def svg(figure: Figure, alt: str = "") -> Figure:
     """A matplotlib figure as inline SVG, the same text at every call; letters are paths, so it needs no font.
 
     What is black takes the colour of the page's text, so that the picture stays readable in dark mode.
@@ -152,7 +153,7 @@ def _environment() -> Any:
     return environment
 
 
-def _words(figure: Any) -> str:
+def _words(figure: Figure) -> str:
     parts = [
         axes.get_title() or f"{axes.get_ylabel()} over {axes.get_xlabel()}" for axes in figure.axes
     ]

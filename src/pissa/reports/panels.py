@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from pissa.errors import require
 from pissa.reports.changes import Change
 from pissa.reports.curves import COLOURS, series, smooth
+from pissa.untyped import Figure, Json
 
 SIZE = (5.2, 3.1)
 LOSSES = {"loss": "training", "eval_loss": "evaluation", "old_loss": "old data"}
@@ -19,7 +19,7 @@ CHOSEN = 6
 Value = Callable[[Change], float | None]
 
 
-def loss_figure(lines: list[dict[str, Any]], unit: str) -> Any:
+def loss_figure(lines: list[Json], unit: str) -> Figure:
     """Training loss, smoothed with the raw line pale behind it, and each evaluation."""
     figure, axes = _axes("optimiser step", f"loss ({unit})")
     for key, colour in zip(LOSSES, COLOURS, strict=False):
@@ -43,7 +43,7 @@ def loss_figure(lines: list[dict[str, Any]], unit: str) -> Any:
     return figure
 
 
-def course_figure(lines: list[dict[str, Any]], key: str, label: str) -> Any:
+def course_figure(lines: list[Json], key: str, label: str) -> Figure:
     """One number over the steps."""
     figure, axes = _axes("optimiser step", label)
     axes.plot(*series(lines, key), color=COLOURS[0], linewidth=1.2)
@@ -51,7 +51,7 @@ def course_figure(lines: list[dict[str, Any]], key: str, label: str) -> Any:
     return figure
 
 
-def score_figure(lines: list[dict[str, Any]], keys: Sequence[str]) -> Any:
+def score_figure(lines: list[Json], keys: Sequence[str]) -> Figure:
     """Scores of each evaluation."""
     figure, axes = _axes("optimiser step", "score on evaluation rows")
     for key, colour in zip(keys, COLOURS, strict=False):
@@ -66,7 +66,7 @@ def score_figure(lines: list[dict[str, Any]], keys: Sequence[str]) -> Any:
     return figure
 
 
-def spectrum_figure(changes: Sequence[Change]) -> Any:
+def spectrum_figure(changes: Sequence[Change]) -> Figure:
     """Singular values of the change, of the layers that changed most; those of rounding are left out."""
     figure, axes = _axes("index", "singular value of ΔW")
     for change, colour in zip(changes[:CHOSEN], COLOURS, strict=False):
@@ -86,7 +86,7 @@ def spectrum_figure(changes: Sequence[Change]) -> Any:
     return figure
 
 
-def angle_figure(changes: Sequence[Change]) -> Any:
+def angle_figure(changes: Sequence[Change]) -> Figure:
     """All principal angles of the layers that changed most; left drawn through, right dashed."""
     figure, axes = _axes("index, from the direction that turned least", "principal angle (degrees)")
     for change, colour in zip(changes[:CHOSEN], COLOURS, strict=False):
@@ -100,7 +100,7 @@ def angle_figure(changes: Sequence[Change]) -> Any:
 
 def layers_figure(
     changes: Sequence[Change], value: Value, label: str, percent: bool = False
-) -> Any | None:
+) -> Figure | None:
     """A number of every layer as a heat map, a row for each block and a column for each kind of layer.
 
     Returns:
@@ -136,7 +136,7 @@ def _or_nan(value: float | None, factor: float) -> float:
     return math.nan if value is None else factor * value
 
 
-def _axes(x: str, y: str, height: float = SIZE[1]) -> tuple[Any, Any]:
+def _axes(x: str, y: str, height: float = SIZE[1]) -> tuple[Figure, Figure]:
     figure = require("matplotlib.figure", "train").Figure(
         figsize=(SIZE[0], height), layout="constrained"
     )
@@ -150,6 +150,6 @@ def _axes(x: str, y: str, height: float = SIZE[1]) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _legend_above(figure: Any, axes: Any) -> None:
+def _legend_above(figure: Figure, axes: Figure) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8)

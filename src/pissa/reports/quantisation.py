@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pissa.errors import InputError, require
 from pissa.reports.curves import COLOURS, save_png
+from pissa.untyped import Json
 
 NORMS = {
     "frobenius": "Frobenius error",
@@ -16,7 +16,7 @@ NORMS = {
 }
 
 
-def plot_errors(rows: Sequence[dict[str, Any]], output: Path, title: str | None = None) -> Path:
+def plot_errors(rows: Sequence[Json], output: Path, title: str | None = None) -> Path:
     """Draw one panel a norm, a group of bars a type of layer, a bar a form; relative to the weights.
 
     Args:

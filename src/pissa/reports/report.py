@@ -13,6 +13,7 @@ from pissa.reports.commands import next_commands
 from pissa.reports.curves import UNITS, read_metrics, series
 from pissa.reports.page import render, svg, write_page
 from pissa.reports.run_record import base_facts, defaults, read_run, set_by_hand
+from pissa.untyped import Figure, Json
 
 NAME = "report.html"
 STATES = {
@@ -62,7 +63,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     return write_page(run / NAME if output is None else output, page)
 
 
-def _lines(run: Path) -> list[dict[str, Any]]:
+def _lines(run: Path) -> list[Json]:
     """The metrics; none where nothing has been logged yet."""
     try:
         return read_metrics(run)
@@ -72,7 +73,7 @@ def _lines(run: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _facts(record: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[str, Any, str]]:
+def _facts(record: Json, lines: list[Json]) -> list[tuple[str, Any, str]]:
     """(Name, value, filter) for the tiles at the top."""
     last = lines[-1] if lines else {}
     evaluations, old = series(lines, "eval_loss")[1], series(lines, "old_loss")[1]
@@ -91,7 +92,7 @@ def _facts(record: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[st
     return [fact for fact in facts if fact[1] is not None]
 
 
-def _score_keys(lines: list[dict[str, Any]]) -> list[str]:
+def _score_keys(lines: list[Json]) -> list[str]:
     keys = dict.fromkeys(key for line in lines for key in line)
     return [
         key
@@ -100,7 +101,7 @@ def _score_keys(lines: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _curves(record: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[Any, str]]:
+def _curves(record: Json, lines: list[Json]) -> list[tuple[Figure, str]]:
     """(Picture, caption) of the course of the training."""
     if not lines:
         return []
@@ -131,7 +132,7 @@ def _curves(record: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[A
     return pictures
 
 
-def _pictures(changes: list[Change]) -> dict[str, list[tuple[Any, str]]]:
+def _pictures(changes: list[Change]) -> dict[str, list[tuple[Figure, str]]]:
     """The pictures of the change by section: size, spectrum, turn."""
     biggest = _biggest(changes)
     if not biggest or not biggest[0].norm:
@@ -175,7 +176,7 @@ def _pictures(changes: list[Change]) -> dict[str, list[tuple[Any, str]]]:
     return sections
 
 
-def _figures(made: Iterable[tuple[Any | None, str]]) -> list[tuple[Any, str]]:
+def _figures(made: Iterable[tuple[Figure | None, str]]) -> list[tuple[Figure, str]]:
     return [(svg(figure, caption), caption) for figure, caption in made if figure is not None]
 
 

@@ -8,12 +8,13 @@ from typing import Any
 from pissa.checkpoint.output import read_json
 from pissa.config import TrainSettings
 from pissa.errors import CheckpointError
+from pissa.untyped import Json
 
 PLACES = ("model", "data", "output", "method", "rank")
 """Settings that are told even where they are the default."""
 
 
-def read_run(run: Path) -> dict[str, Any]:
+def read_run(run: Path) -> Json:
     """The content of a run's run.json.
 
     Raises:
@@ -32,13 +33,13 @@ def read_run(run: Path) -> dict[str, Any]:
     return record
 
 
-def set_by_hand(settings: dict[str, Any]) -> dict[str, Any]:
+def set_by_hand(settings: Json) -> Json:
     """The settings that differ from their defaults, and those that say what the run is about."""
     usual = defaults(settings)
     return {key: value for key, value in settings.items() if key not in usual}
 
 
-def defaults(settings: dict[str, Any]) -> dict[str, Any]:
+def defaults(settings: Json) -> Json:
     """The settings that are as they are by default."""
 
     def is_default(key: str, value: Any) -> bool:
@@ -50,7 +51,7 @@ def defaults(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if is_default(key, value)}
 
 
-def base_facts(run: Path, record: dict[str, Any]) -> dict[str, Any]:
+def base_facts(run: Path, record: Json) -> Json:
     """What is known of the model that the run began from."""
     known = {key: record["base"].get(key) for key in ("name", "revision", "dtype")}
     file = run / "state" / "pissa.json"

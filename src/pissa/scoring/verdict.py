@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from pissa.untyped import Json
 
 Z = 1.959963984540054
 """Of a 95 % interval."""
@@ -40,7 +41,7 @@ class Item:
     ours: Verdict
     authors: Verdict | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Flat: id, correct, extracted, reason, authors."""
         return {
             "id": self.id,
@@ -82,7 +83,7 @@ class Share:
         # At 0 and 1 the limit is exact, and rounding would leave 4e-19 of it.
         return 0.0 if p == 0 else middle - half, 1.0 if p == 1 else middle + half
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """With error and interval."""
         return {
             "correct": self.correct,
@@ -93,7 +94,7 @@ class Share:
         }
 
 
-def summary(items: Sequence[Item]) -> dict[str, Any]:
+def summary(items: Sequence[Item]) -> Json:
     """The share by our scorer, and by the authors' where all items have it.
 
     Args:

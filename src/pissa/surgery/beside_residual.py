@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from pissa.records import Record
 from pissa.splits import Lora
 from pissa.surgery.folders import Changes
 from pissa.surgery.packing import PackedWeights
+from pissa.untyped import Json
 
 
 def no_exact(record: Record, run: Path) -> InputError:
@@ -50,7 +50,7 @@ class WeightPairs:
         base: Path,
         residual: Path,
         targets: Iterable[Target],
-        config: dict[str, Any] | None = None,
+        config: Json | None = None,
     ) -> None:
         self._original, self._residual = Checkpoint.open(base), Checkpoint.open(residual)
         self._packed = PackedWeights(self._residual)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from pissa.records import Base, Recipe, Record, versions
 from pissa.splits import Factors, Lora, drift_as_lora
 from pissa.surgery import beside_residual
 from pissa.surgery.folders import RESIDUAL, Changes, adapter_scale, adapter_targets, read_changes
+from pissa.untyped import Json
 
 Pairs = dict[Target, tuple[Tensor, Tensor]]
 LEAST_SHARE = 0.5
@@ -135,7 +135,7 @@ def changes_since(adapter: Path, start: Path, base: str | Path | None) -> Change
     return Changes(changes, extras, record, config)
 
 
-def _refuse_other_start(adapter: Path, start: Path, config: dict[str, Any], begun: Pairs) -> None:
+def _refuse_other_start(adapter: Path, start: Path, config: Json, begun: Pairs) -> None:
     """Where the residual that the adapter names is at hand, its own start must be the given one."""
     named = Path(str(config.get("base_model_name_or_path") or "")) / INIT
     if not (named / plain.WEIGHTS).is_file() or named.resolve() == start.resolve():
@@ -233,7 +233,7 @@ def _at_rank(changes: dict[Target, Lora], rank: int | None) -> tuple[dict[Target
 
 
 def _start_record(
-    start: Path, config: dict[str, Any], targets: list[Target], base: str | Path | None
+    start: Path, config: Json, targets: list[Target], base: str | Path | None
 ) -> Record:
     if (start / plain.RECORD).is_file():
         record = Record.from_json(read_json(start / plain.RECORD), str(start / plain.RECORD))

@@ -24,6 +24,7 @@ from pissa.splits import Split
 from pissa.surgery.packing import packed_names, quantisation_config
 from pissa.surgery.small_files import init_config, residual_config, write_small_files
 from pissa.surgery.streaming import SHARDS, Piece, StreamJob
+from pissa.untyped import Json
 
 FACTOR_DTYPE = torch.float32
 PAIR, PARTS = f"{INIT}/{plain.WEIGHTS}", f"{INIT}/{plain.START}"
@@ -128,7 +129,7 @@ class Decomposition(StreamJob):
         packed = (weight for weight, t in self.targets.items() if t.module in self.packed)
         return {name for weight in packed for name in packed_names(weight, packer.late).values()}
 
-    def facts(self) -> dict[str, Any]:  # JSON
+    def facts(self) -> Json:
         """Recipe, observations, dtypes, device."""
         return {
             "recipe": asdict(self.adaptation.recipe),

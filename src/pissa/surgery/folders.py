@@ -6,7 +6,6 @@ import dataclasses
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from pissa.errors import CheckpointError, WrongBaseError
 from pissa.records import Record
 from pissa.splits import Lora
 from pissa.surgery.packing import is_residual
+from pissa.untyped import Json
 
 STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 PRINCIPAL = 0.5
@@ -41,7 +41,7 @@ class Changes:
     changes: dict[Target, Lora]
     extras: dict[str, Tensor] = field(default_factory=dict)
     record: Record | None = None
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Json = field(default_factory=dict)
 
 
 def kind_of_folder(path: Path) -> str:
@@ -112,9 +112,7 @@ def read_changes(path: Path, *, on_residual: bool = False) -> Changes:
     )
 
 
-def adapter_targets(
-    config: dict[str, Any], checkpoint: Checkpoint
-) -> dict[Target, tuple[Tensor, Tensor]]:
+def adapter_targets(config: Json, checkpoint: Checkpoint) -> dict[Target, tuple[Tensor, Tensor]]:
     """(left, right) of each weight of an adapter file, with the kind told from the stored names and shapes."""
     pairs: dict[Target, tuple[Tensor, Tensor]] = {}
     for name, info in checkpoint.tensors.items():
@@ -139,7 +137,7 @@ def adapter_targets(
     return pairs
 
 
-def adapter_scale(config: dict[str, Any], where: Path) -> float:
+def adapter_scale(config: Json, where: Path) -> float:
     """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; refuses what a plain pair does not say."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     one_scale = not config.get("use_rslora") and ranks.keys() == alphas.keys()
@@ -211,12 +209,12 @@ def _read_plain(path: Path, kind: str) -> Changes:
     return Changes(changes, extras, record, config)
 
 
-def _changes_its_base(config: dict[str, Any]) -> bool:
+def _changes_its_base(config: Json) -> bool:
     start = config.get("init_lora_weights", True)
     return isinstance(start, str) and start.lower().startswith(STARTS_THAT_CHANGE_THE_BASE)
 
 
-def _trained_on_residual(config: dict[str, Any]) -> bool:
+def _trained_on_residual(config: Json) -> bool:
     """Whether the base that the adapter names is a decomposed folder on this machine."""
     base = Path(str(config.get("base_model_name_or_path") or ""))
     if not (base / "config.json").is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from pissa.adapters import plain
 from pissa.adapters.plain import INIT
@@ -30,6 +29,7 @@ from pissa.surgery.folders import (
 from pissa.surgery.packing import is_residual
 from pissa.surgery.pipeline import check_workers
 from pissa.surgery.quantisation_errors import quantisation_errors
+from pissa.untyped import Json
 
 MEANING = {
     "run": (
@@ -101,13 +101,13 @@ class Report:
     kind: str
     what: str
     safe_to_serve: str
-    base: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
+    base: Json = field(default_factory=dict)
+    recipe: Json = field(default_factory=dict)
     base_check: str = "not checked"
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    errors: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[Json] = field(default_factory=list)
+    errors: list[Json] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """A JSON object."""
         return asdict(self)
 
@@ -221,7 +221,7 @@ def _errors(
     text: str | Path | None,
     workers: int | None,
     progress: Progress | None,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     if kind != "decomposed" or record is None or record.recipe is None or not record.recipe.quant:
         raise InputError(
             f"{path} is {MEANING[kind][0]}, and errors are those of a quantised residual: give what "
@@ -248,7 +248,7 @@ def _record_of(path: Path, kind: str) -> Record | None:
     return Record.from_json(read_json(file), str(file)) if file.is_file() else None
 
 
-def _change_layers(changes: dict[Target, Lora]) -> list[dict[str, Any]]:
+def _change_layers(changes: dict[Target, Lora]) -> list[Json]:
     rows = []
     for target, change in changes.items():
         values = product_singular_values(change.B, change.A)
@@ -266,7 +266,7 @@ def _shares(changes: dict[Target, Lora], base: Path) -> list[float]:
     ]
 
 
-def _pair_layers(folder: Path) -> list[dict[str, Any]]:
+def _pair_layers(folder: Path) -> list[Json]:
     config = read_json(folder / plain.CONFIG)
     scale = adapter_scale(config, folder)
     pairs = adapter_targets(config, Checkpoint.open(folder, need_config=False))
@@ -278,7 +278,7 @@ def _pair_layers(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _row(name: str, shape: tuple[int, int], values: list[float]) -> dict[str, Any]:
+def _row(name: str, shape: tuple[int, int], values: list[float]) -> Json:
     return {
         "name": name,
         "shape": list(shape),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +39,7 @@ from pissa.surgery.packing import (
 from pissa.surgery.pairing import refuse_half_a_residual, refuse_other_kind
 from pissa.surgery.pipeline import check_workers
 from pissa.surgery.streaming import SHARDS, Piece, StreamJob
+from pissa.untyped import Json
 
 
 @spelled_out(MergeSettings)
@@ -86,7 +86,7 @@ class _Job(StreamJob):
         packer = self.packer = quantiser(asked.quant) if asked.quant else None
         refuse_other_kind(checkpoint, found, run, self.advice())
         # A run that trained a head belongs to a model class that the base's own config does not name.
-        self.head_config: dict[str, Any] | None = (
+        self.head_config: Json | None = (
             found.record.notes.get("model_config") if found.record else None
         )
         self.skeleton = build_skeleton(
@@ -151,7 +151,7 @@ class _Job(StreamJob):
         """The base and the run."""
         return [self.checkpoint.folder, self.run]
 
-    def facts(self) -> dict[str, Any]:  # JSON
+    def facts(self) -> Json:
         """What is asked, and what the run holds."""
         digest = hashlib.sha256()
         for name, (_, change) in sorted(self.changes.items(), key=lambda item: item[0]):

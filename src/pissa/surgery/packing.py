@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from pissa.checkpoint.reader import Checkpoint
 from pissa.checkpoint.targets import Target, kind_of
 from pissa.errors import CheckpointError, InputError
 from pissa.quant import Quantiser, of_config
+from pissa.untyped import Json
 
 PACKABLE = ("linear", "conv1d")
 """Kinds of layers that transformers loads in few bits."""
@@ -57,7 +57,7 @@ def packed_names(weight: str, parts: Iterable[str]) -> dict[str, str]:
 
 def quantisation_config(
     packer: Quantiser, skeleton: nn.Module, packed: Collection[str], dtype: torch.dtype
-) -> dict[str, Any]:
+) -> Json:
     """`quantization_config` with which transformers expects exactly these modules to be quantised.
 
     Raises:
@@ -81,7 +81,7 @@ def quantisation_config(
     return packer.config(dtype, skipped)
 
 
-def is_residual(config: dict[str, Any]) -> bool:
+def is_residual(config: Json) -> bool:
     """Whether a config.json is of what a decomposition left of its base."""
     note = config.get("pissa")
     return isinstance(note, dict) and note.get("kind") == "residual"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from pissa.surgery.activations import layer_inputs
 from pissa.surgery.beside_residual import WeightPairs
 from pissa.surgery.folders import adapter_targets
 from pissa.surgery.pipeline import in_order
+from pissa.untyped import Json
 
 LOFTQ, THIS, ALL, WEIGHT = "loftq", "this", "all", "weight"
 Sums = dict[str, dict[str, float]]
@@ -36,7 +36,7 @@ def quantisation_errors(
     text: Path | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Errors relative to the weights, a row for each type of layer and one for all.
 
     Args:

@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,13 +15,14 @@ from pissa.adapters.plain import INIT
 from pissa.checkpoint.output import write_json
 from pissa.checkpoint.targets import Target, short_names
 from pissa.records import Base, Recipe, Record
+from pissa.untyped import Json
 
 
 def write_small_files(
     staging: Path,
     companions: Iterable[Path],
-    config: dict[str, Any],
-    start_config: dict[str, Any],
+    config: Json,
+    start_config: Json,
     record: Record,
 ) -> None:
     """Config, tokenizer, adapter config; the records last.
@@ -44,12 +44,12 @@ def write_small_files(
 
 
 def residual_config(
-    config: dict[str, Any],
+    config: Json,
     recipe: Recipe,
     base: Base,
     dtype: torch.dtype,
-    packing: dict[str, Any] | None,
-) -> dict[str, Any]:
+    packing: Json | None,
+) -> Json:
     """`config.json` of the residual; transformers carries unknown keys along, so it says what it is
     wherever it is saved again.
 
@@ -73,9 +73,7 @@ def residual_config(
     return written | ({"quantization_config": packing} if packing else {})
 
 
-def init_config(
-    recipe: Recipe, targets: list[Target], skeleton: nn.Module, final: Path
-) -> dict[str, Any]:  # JSON
+def init_config(recipe: Recipe, targets: list[Target], skeleton: nn.Module, final: Path) -> Json:
     """The adapter config of the start: it names the residual's folder, where alone it is right."""
     name = type(skeleton).__name__
     return plain.adapter_config(

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from pissa.checkpoint.writer import CheckpointWriter, TensorFile
 from pissa.jobs import Progress
 from pissa.records import Record, versions
 from pissa.surgery.pipeline import in_order
+from pissa.untyped import Json
 
 PIECES = "pieces.jsonl"
 SHARDS = ""
@@ -47,7 +48,7 @@ class Piece:
 
     name: str
     tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
-    facts: dict[str, Any] = field(default_factory=dict)  # JSON
+    facts: Json = field(default_factory=dict)
 
     def receipt(self, late: set[str]) -> str:
         """A line that stands for the piece once it is written; `late` tensors, JSON, are in it."""
@@ -104,7 +105,7 @@ class StreamJob(ABC):
         """
 
     @abstractmethod
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Json:
         """All that a bit of the output depends on, beside the source and versions, as JSON."""
 
     def late(self) -> set[str]:

@@ -20,6 +20,7 @@ from pissa.training.arguments import device
 from pissa.training.data import Rows, read, renamed
 from pissa.training.examples import Examples
 from pissa.training.models import load_tokenizer
+from pissa.untyped import Tokenizer
 
 SAVED = ".safetensors"
 COMPONENTS = 4
@@ -31,7 +32,7 @@ def observations(
     load: Callable[[], Any],
     task: Any,
     examples: Examples,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     settings: TrainSettings,
     choice: Choice | None,
 ) -> Observations | None:
@@ -122,7 +123,7 @@ def _observed(
     task: Any,
     rows: list[dict[str, Any]],
     source: dict[str, Any],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     settings: TrainSettings,
     needs: list[str],
 ) -> Observations:

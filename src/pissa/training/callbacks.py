@@ -23,6 +23,7 @@ from pissa.adapters import exact
 from pissa.errors import DivergedError
 from pissa.training import distributed
 from pissa.training.folder import WHOLE, checkpoints, read_metrics
+from pissa.untyped import Json
 
 LOSSES = ("loss", "eval_loss", "old_loss")
 SCORES = ("eval_accuracy", "eval_f1", "eval_matthews", "eval_pearson", "eval_spearman")
@@ -46,7 +47,7 @@ class Metrics(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
+        logs: Json | None = None,
         **kwargs: Any,
     ) -> None:
         """One line per event; the trainer's closing summary is none."""
@@ -78,7 +79,7 @@ class OldLoss(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        metrics: dict[str, Any] | None = None,
+        metrics: Json | None = None,
         **kwargs: Any,
     ) -> None:
         """Called for its own evaluation too."""
@@ -153,7 +154,7 @@ class EarlyStop(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        metrics: dict[str, Any] | None = None,
+        metrics: Json | None = None,
         **kwargs: Any,
     ) -> None:
         """Look at the newest loss."""
@@ -177,7 +178,7 @@ class Progress(ProgressCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
+        logs: Json | None = None,
         **kwargs: Any,
     ) -> None:
         """Show the newest loss, learning rate and gradient norm; the bar itself shows the time left."""

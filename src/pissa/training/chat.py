@@ -14,6 +14,7 @@ from pissa.training.data import Row
 from pissa.training.language import tokens
 from pissa.training.opening import open_model
 from pissa.training.templates import Script, scripts
+from pissa.untyped import Json, Tokenizer
 
 RAW = "raw"
 TEMPLATES = ("alpaca", "chat", "plain", "none", RAW)
@@ -32,7 +33,7 @@ class Chat:
     """
 
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     template: str
 
     def answer(
@@ -69,7 +70,7 @@ class Chat:
                 + ("less, or start again" if ids else "something")
             )
         inputs = torch.tensor([ids], device=self.model.device)
-        sampling: dict[str, Any] = {
+        sampling: Json = {
             "do_sample": False,
             "temperature": None,
             "top_p": None,
@@ -150,7 +151,7 @@ def open_chat(
     return Chat(opened.model, opened.tokenizer, chosen)
 
 
-def _template(record: dict[str, Any], tokenizer: Any, run: Path) -> str:
+def _template(record: Json, tokenizer: Tokenizer, run: Path) -> str:
     if not record:
         return "chat" if tokenizer.chat_template else RAW
     template = record["data"].get("template")

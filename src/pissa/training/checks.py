@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pissa.adapters.forms import form_of
 from pissa.checks import tolerance_of
@@ -15,6 +14,7 @@ from pissa.training import options, residual
 from pissa.training.arguments import device
 from pissa.training.calibration import SAVED
 from pissa.training.distributed import layout
+from pissa.untyped import Json
 
 NEUTRAL = frozenset(
     {
@@ -144,7 +144,7 @@ def check_layout(settings: TrainSettings, choice: Choice | None) -> None:
         raise config_error([mistake], "the settings")
 
 
-def check_same_settings(before: dict[str, Any], settings: TrainSettings, out: Path) -> None:
+def check_same_settings(before: Json, settings: TrainSettings, out: Path) -> None:
     """A run goes on with the settings it began with, but for those in `NEUTRAL`."""
     now = settings.model_dump(mode="json")
     mistakes = [
@@ -156,10 +156,10 @@ def check_same_settings(before: dict[str, Any], settings: TrainSettings, out: Pa
         raise config_error(mistakes, f"the settings to resume {out} with")
 
 
-def check_same_data(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+def check_same_data(before: Json, now: Json, out: Path) -> None:
     """A run goes on with the content it began with, wherever it lies now."""
 
-    def content(data: dict[str, Any]) -> dict[str, Any]:
+    def content(data: Json) -> Json:
         files = [{key: source[key] for key in ("sha256", "rows")} for source in data["sources"]]
         return {**data, "sources": files}
 

@@ -19,9 +19,10 @@ from pissa.training.heads import (
     text_problem,
 )
 from pissa.training.models import position_limit
+from pissa.untyped import Tokenizer
 
 
-def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
+def encode(rows: Rows, tokenizer: Tokenizer, settings: TrainSettings) -> Examples:
     """Tokens and class indices of all rows; the classes are those of the training rows.
 
     Raises:
@@ -51,7 +52,7 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
     return Examples(train, evaluation, {"max_length": limit}, names)
 
 
-def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> Any:
+def load_model(settings: TrainSettings, examples: Examples, tokenizer: Tokenizer) -> Any:
     """The base model with a head for these classes, see `pissa.training.heads.load_with_head`."""
     return load_with_head(
         settings,
@@ -64,7 +65,7 @@ def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> A
 
 def build_trainer(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     examples: Examples,
     settings: TrainSettings,
     folder: str,

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pissa.adapters.attach import adapter_layers, attachments_of
 from pissa.adapters.forms import Form
 from pissa.errors import InputError
+from pissa.untyped import PeftLayer
 
 
 def closed(rank: int, step: int, steps: int, eta: float) -> int:
@@ -34,7 +35,7 @@ class CloseLeft(TrainerCallback):
     """
 
     def __init__(self, model: Any, eta: float | None = None):
-        self.layers: list[tuple[Any, str, Form]] = []
+        self.layers: list[tuple[PeftLayer, str, Form]] = []
         for adapter, attachment in attachments_of(model).items():
             form = attachment.adaptation.form
             if {"left", "core"} <= set(form.parts):

@@ -15,6 +15,7 @@ from typing import Any
 
 from pissa.config import TrainSettings
 from pissa.errors import DataError, require
+from pissa.untyped import Json
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Row:
         where: file and line (file and row for parquet, split and row for the Hub), for messages.
     """
 
-    fields: dict[str, Any]
+    fields: Json
     where: str
 
 
@@ -43,7 +44,7 @@ class Rows:
 
     train: list[Row]
     evaluation: list[Row]
-    sources: list[dict[str, Any]]
+    sources: list[Json]
     old: list[Row] = field(default_factory=list)
 
 
@@ -70,7 +71,7 @@ def load_rows(settings: TrainSettings) -> Rows:
     return Rows(renamed(train, settings.fields), renamed(evaluation, settings.fields), sources, old)
 
 
-def read(data: str, split: str) -> tuple[list[Row], dict[str, Any]]:
+def read(data: str, split: str) -> tuple[list[Row], Json]:
     """All rows of a source, and what to record of it.
 
     Args:
@@ -155,7 +156,7 @@ def _file_of_split(folder: Path, split: str) -> Path:
     return found[0]
 
 
-def _read_hub(data: str, split: str) -> tuple[list[Row], dict[str, Any]]:
+def _read_hub(data: str, split: str) -> tuple[list[Row], Json]:
     name, _, subset = data.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).suffix in READERS:
         raise DataError(

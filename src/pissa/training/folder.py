@@ -17,11 +17,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from pissa.checkpoint.output import read_json, write_json
 from pissa.errors import BusyError, OutputError
 from pissa.surgery.folders import RESIDUAL
+from pissa.untyped import Json
 
 RECORD, SETTINGS, METRICS, REPORTS = "run.json", "settings.yaml", "metrics.jsonl", "tensorboard"
 OURS = (
@@ -43,7 +43,7 @@ WHOLE = "whole"
 logger = logging.getLogger(__name__)
 
 
-def previous_run(out: Path, *, resume: bool, force: bool) -> dict[str, Any] | None:
+def previous_run(out: Path, *, resume: bool, force: bool) -> Json | None:
     """The record of the run to go on with, or None for a new run. Writes nothing.
 
     Raises:
@@ -154,7 +154,7 @@ def where_to_go_on(out: Path) -> tuple[Path | None, float]:
     return newest, cut_metrics(out / METRICS, step_of(newest))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Json]:
     """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -169,7 +169,7 @@ def cut_metrics(path: Path, step: int) -> float:
     return float(kept[-1]["seconds"]) if kept else 0.0
 
 
-def _kept(out: Path) -> dict[str, Any]:
+def _kept(out: Path) -> Json:
     """Of the record: which job made the residual."""
     return {key: value for key, value in read_json(out / RECORD).items() if key == "residual"}
 

@@ -14,6 +14,7 @@ from pissa.training.arguments import common_arguments, one_device
 from pissa.training.data import Row
 from pissa.training.examples import Examples
 from pissa.training.models import load_base
+from pissa.untyped import Tokenizer
 
 TEXTS = (("sentence1", "sentence2"), ("text", "text_pair"), ("sentence",), ("text",))
 """Columns of the one or two texts; the first pair that is there is taken."""
@@ -43,7 +44,7 @@ def encode_texts(
     rows: list[Row],
     columns: tuple[str, ...],
     label: Callable[[Row], int | float],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     limit: int,
 ) -> list[dict[str, Any]]:
     """Tokens and label of each row."""
@@ -61,7 +62,7 @@ def encode_texts(
     ]
 
 
-def load_with_head(settings: TrainSettings, tokenizer: Any, **head: Any) -> Any:
+def load_with_head(settings: TrainSettings, tokenizer: Tokenizer, **head: Any) -> Any:
     """The base model with a head; one that the checkpoint lacks is drawn from the seed.
 
     Args:
@@ -85,14 +86,14 @@ def load_with_head(settings: TrainSettings, tokenizer: Any, **head: Any) -> Any:
     return model
 
 
-def collator(tokenizer: Any) -> Any:
+def collator(tokenizer: Tokenizer) -> Any:
     """Rows to a padded batch."""
     return transformers.DataCollatorWithPadding(tokenizer)
 
 
 def head_trainer(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     examples: Examples,
     settings: TrainSettings,
     folder: str,

@@ -18,12 +18,13 @@ from pissa.training.data import Row, Rows
 from pissa.training.examples import Examples
 from pissa.training.models import load_base, position_limit
 from pissa.training.templates import Script, chosen, scripts, shape_of
+from pissa.untyped import Tokenizer
 
 MASKED = -100
 logger = logging.getLogger(__name__)
 
 
-def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
+def encode(rows: Rows, tokenizer: Tokenizer, settings: TrainSettings) -> Examples:
     """Tokens and labels of all rows; only responses carry loss.
 
     Raises:
@@ -59,7 +60,7 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
     return Examples(train, evaluation, facts, old=old)
 
 
-def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> Any:
+def load_model(settings: TrainSettings, examples: Examples, tokenizer: Tokenizer) -> Any:
     """The causal language model, whole.
 
     Raises:
@@ -76,7 +77,7 @@ def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> A
     return model
 
 
-def collator(tokenizer: Any) -> packing.PackingCollator:
+def collator(tokenizer: Tokenizer) -> packing.PackingCollator:
     """Rows to a padded batch."""
     padding = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -87,7 +88,7 @@ def collator(tokenizer: Any) -> packing.PackingCollator:
 
 def build_trainer(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     examples: Examples,
     settings: TrainSettings,
     folder: str,
@@ -124,7 +125,7 @@ def build_trainer(
 
 
 def _encode_rows(
-    rows: Sequence[Row], tokenizer: Any, template: str, limit: int
+    rows: Sequence[Row], tokenizer: Tokenizer, template: str, limit: int
 ) -> tuple[list[dict[str, list[int]]], dict[str, int]]:
     """Examples and how many rows were cut or dropped."""
     if not rows:
@@ -145,7 +146,9 @@ def _encode_rows(
     }
 
 
-def tokens(written: Iterable[Script], tokenizer: Any) -> Iterable[tuple[list[int], list[int]]]:
+def tokens(
+    written: Iterable[Script], tokenizer: Tokenizer
+) -> Iterable[tuple[list[int], list[int]]]:
     """Token ids and labels of each script.
 
     Each part is tokenised by itself, as a prompt is at inference, so no token lies across the edge of a response.
@@ -171,7 +174,7 @@ def tokens(written: Iterable[Script], tokenizer: Any) -> Iterable[tuple[list[int
             yield ids, labels
 
 
-def _start_tokens(tokenizer: Any) -> list[int]:
+def _start_tokens(tokenizer: Tokenizer) -> list[int]:
     first = tokenizer("")["input_ids"][:1]
     return list(first) if first and first[0] == tokenizer.bos_token_id else []
 

@@ -33,8 +33,9 @@ from pissa.adapters.runs import note_optimizer
 from pissa.errors import ConfigError, InputError
 from pissa.linalg.tangent import Tangent
 from pissa.training.distributed import layout
+from pissa.untyped import PeftLayer
 
-Pair = tuple[Any, str]
+Pair = tuple[PeftLayer, str]
 """A peft layer and the name of its adapter that trains."""
 PLAIN = PlainPair(("left", "right"))
 
@@ -174,12 +175,12 @@ def _pairs(model: nn.Module) -> list[Pair]:
     return pairs
 
 
-def _form(layer: Any, adapter: str) -> Form:
+def _form(layer: PeftLayer, adapter: str) -> Form:
     """An adapter that was not attached here is a plain LoRA."""
     return on_layer(layer).get(adapter, PLAIN)
 
 
-def _trains_both(layer: Any, adapter: str) -> bool:
+def _trains_both(layer: PeftLayer, adapter: str) -> bool:
     if _form(layer, adapter).parts != PLAIN.parts:
         return False
     return all(part.requires_grad for part in factors.parameters(layer, adapter))

@@ -13,6 +13,7 @@ import transformers
 from pissa.checkpoint.reader import Checkpoint
 from pissa.config import TrainSettings
 from pissa.errors import CheckpointError, ConfigError
+from pissa.untyped import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def load_base(settings: TrainSettings, auto: str, **options: Any) -> tuple[Any, 
     return model, sorted(report["missing_keys"])
 
 
-def position_limit(tokenizer: Any, settings: TrainSettings) -> int:
+def position_limit(tokenizer: Tokenizer, settings: TrainSettings) -> int:
     """max_length, or less where the model has fewer positions."""
     config = _load(settings, transformers.AutoConfig)
     most = min(

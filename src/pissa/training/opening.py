@@ -15,6 +15,7 @@ from pissa.errors import CheckpointError, InputError
 from pissa.records import Record
 from pissa.surgery.folders import RESIDUAL, kind_of_folder
 from pissa.training.models import load_base, load_tokenizer
+from pissa.untyped import Json, Tokenizer
 
 HUB = "hub"
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -36,12 +37,12 @@ class Opened:
     """
 
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     kind: str
     base: str
     revision: str | None
     adapter: Path | None
-    record: dict[str, Any]
+    record: Json
 
 
 def open_model(
@@ -101,9 +102,7 @@ def open_model(
     return Opened(on, tokenizer, _kind(path), name, revision, adapter, record)
 
 
-def find_model(
-    path: Path, base: str | None
-) -> tuple[dict[str, Any], Path, str, str | None, Path | None]:
+def find_model(path: Path, base: str | None) -> tuple[Json, Path, str, str | None, Path | None]:
     """What `open_model` would load, refused where it cannot be.
 
     Returns:
@@ -124,7 +123,7 @@ def _kind(path: Path) -> str:
     return HUB if HUB_ID.fullmatch(str(path)) and not path.exists() else kind_of_folder(path)
 
 
-def _run_record(path: Path) -> dict[str, Any]:
+def _run_record(path: Path) -> Json:
     """The run.json of a finished run that can talk; nothing for other folders."""
     if not (path / "run.json").is_file():
         return {}

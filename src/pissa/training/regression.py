@@ -20,9 +20,10 @@ from pissa.training.heads import (
     text_problem,
 )
 from pissa.training.models import position_limit
+from pissa.untyped import Tokenizer
 
 
-def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
+def encode(rows: Rows, tokenizer: Tokenizer, settings: TrainSettings) -> Examples:
     """Tokens and scores of all rows.
 
     Raises:
@@ -38,14 +39,14 @@ def encode(rows: Rows, tokenizer: Any, settings: TrainSettings) -> Examples:
     return Examples(train, evaluation, {"max_length": limit})
 
 
-def load_model(settings: TrainSettings, examples: Examples, tokenizer: Any) -> Any:
+def load_model(settings: TrainSettings, examples: Examples, tokenizer: Tokenizer) -> Any:
     """The base model with a head of one number; the loss is the mean squared error."""
     return load_with_head(settings, tokenizer, num_labels=1, problem_type="regression")
 
 
 def build_trainer(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     examples: Examples,
     settings: TrainSettings,
     folder: str,

@@ -23,6 +23,7 @@ from pissa.surgery.folders import RESIDUAL
 from pissa.surgery.packing import is_residual
 from pissa.training import distributed, folder
 from pissa.training.arguments import device
+from pissa.untyped import Json
 
 logger = logging.getLogger(__name__)
 DEFAULT_SVD = TrainSettings.model_fields["svd"].default
@@ -32,7 +33,7 @@ def with_quantised_base(
     settings: TrainSettings,
     choice: Choice | None,
     out: Path,
-    before: dict[str, Any] | None,
+    before: Json | None,
     seen: Callable[[], Observations | None],
 ) -> TrainSettings:
     """The settings with the model to load: the one they name, or its quantised residual in OUT/residual.

@@ -48,6 +48,7 @@ from pissa.training.data import load_rows
 from pissa.training.memory import peak_bytes, reset_peak
 from pissa.training.models import load_tokenizer
 from pissa.training.quiet import quiet
+from pissa.untyped import Json, Tokenizer
 
 TASKS: dict[str, ModuleType] = {
     "language": language,
@@ -57,7 +58,7 @@ TASKS: dict[str, ModuleType] = {
 logger = logging.getLogger(__name__)
 
 
-def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
+def train(settings: TrainSettings, resume: bool = False) -> Json:
     """Fine-tune a model as `settings` say and leave a run's folder.
 
     Everything is checked before anything is written. A run that was killed goes on with `resume` and ends with the
@@ -165,9 +166,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         return distributed.on_first(lambda: _close_run(out, record, trainer, metrics, stop))
 
 
-def _open_run(
-    out: Path, settings: TrainSettings, facts: dict[str, Any], kept: str
-) -> dict[str, Any]:
+def _open_run(out: Path, settings: TrainSettings, facts: Json, kept: str) -> Json:
     """Clear what an earlier run left, but for what is `kept`, then say what this one is."""
     out.mkdir(parents=True, exist_ok=True)
     folder.clear(out, but=kept)
@@ -201,7 +200,7 @@ def _run(trainer: Any, newest: Path | None, stop: EarlyStop) -> None:
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 
-def _save(trainer: Any, tokenizer: Any, out: Path) -> None:
+def _save(trainer: Any, tokenizer: Tokenizer, out: Path) -> None:
     """All processes lend what they hold, the first one writes."""
     if isinstance(trainer.model, PeftModel):
         with sharding.gathered(trainer.model):
@@ -225,9 +224,7 @@ def _save(trainer: Any, tokenizer: Any, out: Path) -> None:
             tokenizer.save_pretrained(out / "model")
 
 
-def _close_run(
-    out: Path, record: dict[str, Any], trainer: Any, metrics: Metrics, stop: EarlyStop
-) -> dict[str, Any]:
+def _close_run(out: Path, record: Json, trainer: Any, metrics: Metrics, stop: EarlyStop) -> Json:
     """Write the results into run.json, which makes the run finished."""
     lines = folder.read_metrics(out / folder.METRICS)
     last = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,16 +23,17 @@ from pissa.observe import Observations
 from pissa.presets import Choice
 from pissa.training import distributed, residual
 from pissa.training.arguments import device
+from pissa.untyped import Json
 
 
 def start(
     model: nn.Module,
     settings: TrainSettings,
     choice: Choice | None,
-    before: dict[str, Any] | None,
+    before: Json | None,
     state: Path,
     seen: Observations | None,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, Json]:
     """The model ready to train from step 0, and what to record of the base.
 
     Args:
@@ -44,7 +44,7 @@ def start(
         state: where the run keeps its start.
         seen: what the method needs to have been seen of the base.
     """
-    base: dict[str, Any] = {
+    base: Json = {
         "name": settings.model,
         "revision": settings.revision,
         "dtype": str(model.dtype),

@@ -7,6 +7,7 @@ from typing import Any
 
 from pissa.errors import DataError
 from pissa.training.data import Row, check_rows
+from pissa.untyped import Tokenizer
 
 ALPACA = (
     "Below is an instruction that describes a task. "
@@ -57,7 +58,7 @@ def chosen(template: str, shape: str) -> str:
     return template if template != "auto" else "chat" if shape == "messages" else "alpaca"
 
 
-def scripts(rows: list[Row], template: str, tokenizer: Any) -> list[Script]:
+def scripts(rows: list[Row], template: str, tokenizer: Tokenizer) -> list[Script]:
     """The texts of all rows, after all rows have been checked.
 
     Args:
@@ -112,7 +113,7 @@ def _messages_problem(messages: Any) -> str | None:
     return None
 
 
-def _script(row: Row, shape: str, template: str, tokenizer: Any) -> Script:
+def _script(row: Row, shape: str, template: str, tokenizer: Tokenizer) -> Script:
     fields = row.fields
     if shape == "text":
         return Script([(fields["text"], True)])
@@ -163,7 +164,7 @@ def _plain_parts(messages: list[dict[str, str]], names: bool) -> list[tuple[str,
 
 
 def _chat_parts(
-    messages: list[dict[str, str]], tokenizer: Any, where: str
+    messages: list[dict[str, str]], tokenizer: Tokenizer, where: str
 ) -> list[tuple[str, bool]]:
     """What the tokenizer's template adds for each assistant message carries loss, its end mark too."""
 

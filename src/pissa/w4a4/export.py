@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from pissa.keywords import spelled_out
 from pissa.records import Record, versions
 from pissa.surgery.decompose import STORED, check_dtype, output_dtype
 from pissa.surgery.streaming import SHARDS, Piece, StreamJob
+from pissa.untyped import Json
 from pissa.w4a4.linear import W4A4Linear
 from pissa.w4a4.loading import w4a4_note
 from pissa.w4a4.writing import WEIGHTS
@@ -89,7 +89,7 @@ class _Job(StreamJob):
             tensors[key] = tensor.to(dtype)
         return Piece(name, tensors)
 
-    def facts(self) -> dict[str, Any]:  # JSON
+    def facts(self) -> Json:
         """The dtype; all else is the source's."""
         return {"dtype": str(self.wanted)}
 

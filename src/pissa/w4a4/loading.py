@@ -16,6 +16,7 @@ from pissa.checkpoint.skeleton import build_skeleton
 from pissa.checkpoint.targets import find_targets
 from pissa.errors import CheckpointError
 from pissa.linalg.int4 import GROUP
+from pissa.untyped import Json
 from pissa.w4a4.linear import W4A4Linear
 from pissa.w4a4.model import refuse_saving
 from pissa.w4a4.writing import KIND, WEIGHTS
@@ -60,7 +61,7 @@ def load_w4a4(
     return refuse_saving(model.to(device).eval())
 
 
-def w4a4_note(folder: Path) -> dict[str, Any]:
+def w4a4_note(folder: Path) -> Json:
     """What config.json says of a 4-bit folder: rank, group, modules.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from pissa.checks import check_rank
 from pissa.errors import InputError
 from pissa.observe import Observations
 from pissa.presets import find
+from pissa.untyped import Options
 from pissa.w4a4.linear import W4A4Linear
 
 SVDQUANT = "svdquant"
@@ -28,7 +29,7 @@ def quantise_model(
     targets: str | Iterable[str] = ALL_LINEAR,
     svd: str | float = "fast",
     seed: int = 0,
-    options: Mapping[str, Any] | None = None,
+    options: Options | None = None,
 ) -> dict[str, W4A4Linear]:
     """Put a 4-bit layer in the place of every target, for good.
 

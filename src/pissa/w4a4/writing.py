@@ -12,7 +12,6 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -36,6 +35,7 @@ from pissa.presets import find
 from pissa.records import Base, Layer, Recipe, Record, versions
 from pissa.surgery.pipeline import check_workers
 from pissa.surgery.streaming import SHARDS, Piece, StreamJob
+from pissa.untyped import Json
 from pissa.w4a4.linear import W4A4Linear
 from pissa.w4a4.model import SVDQUANT, check_targets
 
@@ -114,7 +114,7 @@ class _Job(StreamJob):
             }
         }
 
-    def facts(self) -> dict[str, Any]:  # JSON
+    def facts(self) -> Json:
         """Recipe and observations."""
         return {"recipe": asdict(self.recipe), "observed": self.observations.digest()}
 

@@ -18,6 +18,7 @@ from pissa.adapters import starts
 from pissa.adapters.forms.zero_core import ZeroCore, moved_left, through_core
 from pissa.method import Method
 from pissa.splits import Factors
+from pissa.untyped import PeftLayer
 
 
 class Core(ZeroCore):
@@ -34,7 +35,7 @@ class Core(ZeroCore):
         """Two blocks where the left factor trains, see above."""
         return 2 if "left" in self.parts else 1
 
-    def begin(self, layer: Any, adapter: str, start: Factors) -> None:
+    def begin(self, layer: PeftLayer, adapter: str, start: Factors) -> None:
         """A weight of zero has a core of zero, which a start leaves out."""
         if start.core is None:
             _, right = start.pair
@@ -42,7 +43,7 @@ class Core(ZeroCore):
         super().begin(layer, adapter, start)
 
     def forward(  # type: ignore[override]
-        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        self, module: PeftLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """The base layer's `result` plus the change's output."""
         start, moved = starts.one(module, active_adapter), self.trained(module, active_adapter)
@@ -56,7 +57,7 @@ class Core(ZeroCore):
         scaled: Tensor = module.scaling[active_adapter] * change
         return result + scaled
 
-    def product(self, layer: Any, adapter: str, x: Tensor) -> Tensor:
+    def product(self, layer: PeftLayer, adapter: str, x: Tensor) -> Tensor:
         """``s L C R0 x``, where the layer holds only the rest of the weight."""
         start, moved = starts.one(layer, adapter), self.trained(layer, adapter)
         _, right = start.pair

@@ -15,6 +15,7 @@ from pissa.adapters import quantized, sharding, starts
 from pissa.adapters.forms.core import Core
 from pissa.method import Method
 from pissa.splits import Factors, Lora
+from pissa.untyped import PeftLayer, StateDict
 
 
 class CoreBesideQuantized(Core):
@@ -30,19 +31,19 @@ class CoreBesideQuantized(Core):
         """The product alone."""
         return 1
 
-    def install(self, layer: Any, adapter: str, start: Factors, *, split: bool) -> None:
+    def install(self, layer: PeftLayer, adapter: str, start: Factors, *, split: bool) -> None:
         """With the adapter off, what was taken out of W is given back."""
         self.begin(layer, adapter, start)
         quantized.refuse_merging(layer)
         layer.register_forward_hook(starts.give_back_principal)
 
     def forward(  # type: ignore[override]
-        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        self, module: PeftLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """The quantized part's `result` plus the product's output."""
         return result + self.product(module, active_adapter, x)
 
-    def emit(self, layer: Any, adapter: str, state: dict[str, Any], keys: tuple[str, str]) -> None:
+    def emit(self, layer: PeftLayer, adapter: str, state: StateDict, keys: tuple[str, str]) -> None:
         """``L @ (C R0)``."""
         left, right = starts.one(layer, adapter).pair
         core, (key_left, key_right) = layer.start_core[adapter], keys
@@ -50,7 +51,7 @@ class CoreBesideQuantized(Core):
         state[key_left] = moved
         state[key_right] = (core + sharding.whole(state[key_right])) @ right
 
-    def take(self, layer: Any, adapter: str, state: dict[str, Any], keys: tuple[str, str]) -> None:
+    def take(self, layer: PeftLayer, adapter: str, state: StateDict, keys: tuple[str, str]) -> None:
         """dL by difference, dC by least squares once C0 R0 is taken off."""
         _, right = starts.one(layer, adapter).pair
         if state[keys[1]].shape != right.shape:

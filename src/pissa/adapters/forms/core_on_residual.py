@@ -14,6 +14,7 @@ from pissa.adapters import starts
 from pissa.adapters.forms.core import Core
 from pissa.adapters.forms.on_residual import OnResidual
 from pissa.method import Method
+from pissa.untyped import PeftLayer
 
 
 class CoreOnResidual(OnResidual, Core):
@@ -26,12 +27,12 @@ class CoreOnResidual(OnResidual, Core):
         return started and base == "residual" and not quantized
 
     def forward(  # type: ignore[override]
-        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        self, module: PeftLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """The frozen part's `result` plus the product's output."""
         return result + self.product(module, active_adapter, x)
 
-    def merged_change(self, layer: Any, adapter: str) -> Tensor:
+    def merged_change(self, layer: PeftLayer, adapter: str) -> Tensor:
         """``s L C R0``."""
         start, _ = self._wide(layer, adapter)
         product: Tensor = layer.scaling[adapter] * torch.mm(*starts.taken(start))

@@ -23,6 +23,7 @@ from pissa.adapters.forms.form import Variant
 from pissa.adapters.forms.pair_beside_quantized import NO_DROPOUT
 from pissa.method import Method
 from pissa.splits import Factors, Lora, drift_as_lora, drift_as_pair
+from pissa.untyped import Context, PeftLayer, StateDict
 
 
 class DriftProduct(torch.autograd.Function):
@@ -32,7 +33,7 @@ class DriftProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dL: Tensor, dR: Tensor, L0: Tensor, R0: Tensor, scale: float
+        ctx: Context, x: Tensor, dL: Tensor, dR: Tensor, L0: Tensor, R0: Tensor, scale: float
     ) -> Tensor:
         """One product with both right factors, one with both left ones."""
         rank = dR.shape[0]
@@ -45,7 +46,7 @@ class DriftProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, dL and dR."""
         flat, dL, dR, L0, R0, inner = ctx.saved_tensors
         rank, wanted = dR.shape[0], ctx.needs_input_grad
@@ -71,7 +72,7 @@ class Drift(Variant):
         return started and base == "keep" and not quantized
 
     def forward(  # type: ignore[override]
-        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        self, module: PeftLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """The base layer's `result` plus the change's output."""
         L0, R0 = module.start_left[active_adapter], module.start_right[active_adapter]
@@ -90,7 +91,7 @@ class Drift(Variant):
         change: Tensor = DriftProduct.apply(x, dL, dR, L0, R0, scale)  # type: ignore[no-untyped-call]
         return result + change
 
-    def begin(self, layer: Any, adapter: str, start: Factors) -> None:
+    def begin(self, layer: PeftLayer, adapter: str, start: Factors) -> None:
         """dL and dR zero."""
         if isinstance(layer, Embedding):
             layer._mixed_batch_forward = starts.refuse_mixed  # type: ignore[method-assign, assignment]
@@ -100,27 +101,27 @@ class Drift(Variant):
             dL.zero_()
             dR.zero_()
 
-    def trained(self, layer: Any, adapter: str) -> Factors:
+    def trained(self, layer: PeftLayer, adapter: str) -> Factors:
         """dL and dR."""
         return Factors(*factors.trained(layer, adapter))
 
-    def current(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    def current(self, layer: PeftLayer, adapter: str) -> tuple[Tensor, Tensor]:
         """L and R."""
         (L0, R0), (dL, dR) = starts.one(layer, adapter).pair, factors.trained(layer, adapter)
         return L0 + dL, R0 + dR
 
-    def merged_change(self, layer: Any, adapter: str) -> Tensor:
+    def merged_change(self, layer: PeftLayer, adapter: str) -> Tensor:
         """``s (L R - L0 R0)``."""
         start, moved = self._wide(layer, adapter)
         return drift_as_lora(start, moved, layer.scaling[adapter]).delta()
 
-    def emit(self, layer: Any, adapter: str, state: dict[str, Any], keys: tuple[str, str]) -> None:
+    def emit(self, layer: PeftLayer, adapter: str, state: StateDict, keys: tuple[str, str]) -> None:
         """``[L, dL] @ [dR; R0]``."""
         moved = Factors(*(sharding.whole(state[key]).flatten(1) for key in keys))
         pair = drift_as_pair(starts.one(layer, adapter), moved)
         state.update(zip(keys, factors.as_stored(layer, pair.B, pair.A), strict=True))
 
-    def take(self, layer: Any, adapter: str, state: dict[str, Any], keys: tuple[str, str]) -> None:
+    def take(self, layer: PeftLayer, adapter: str, state: StateDict, keys: tuple[str, str]) -> None:
         """dL and dR, bit for bit."""
         R0 = layer.start_right[adapter]
         rank = R0.shape[0]
@@ -143,7 +144,7 @@ class Drift(Variant):
         """What is dropped would be missing from the weight."""
         return f"expected 0 with {method}: {NO_DROPOUT}"
 
-    def _wide(self, layer: Any, adapter: str) -> tuple[Factors, Factors]:
+    def _wide(self, layer: PeftLayer, adapter: str) -> tuple[Factors, Factors]:
         """(start, drift) in float32 at least."""
         start, moved = starts.one(layer, adapter), self.trained(layer, adapter)
         like = factors.parameters(layer, adapter)[0]

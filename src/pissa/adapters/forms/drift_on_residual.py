@@ -16,6 +16,7 @@ from pissa.adapters import factors, starts
 from pissa.adapters.forms.drift import Drift
 from pissa.adapters.forms.on_residual import OnResidual
 from pissa.method import Method
+from pissa.untyped import PeftLayer
 
 
 class DriftOnResidual(OnResidual, Drift):
@@ -28,7 +29,7 @@ class DriftOnResidual(OnResidual, Drift):
         return started and base == "residual" and not quantized
 
     def forward(  # type: ignore[override]
-        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        self, module: PeftLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """The residual's `result` plus the trained product's output."""
         dL, dR = factors.trained(module, active_adapter)
@@ -36,7 +37,7 @@ class DriftOnResidual(OnResidual, Drift):
         scale = module.scaling[active_adapter]
         return result + starts.product(module, x, L0 + dL, R0 + dR, scale)
 
-    def merged_change(self, layer: Any, adapter: str) -> Tensor:
+    def merged_change(self, layer: PeftLayer, adapter: str) -> Tensor:
         """``s L R``."""
         start, moved = self._wide(layer, adapter)
         (L0, R0), (dL, dR) = start.pair, moved.pair

@@ -24,6 +24,7 @@ from pissa.errors import InputError
 from pissa.method import Method
 from pissa.records import Layer
 from pissa.splits import Factors, Lora, Split
+from pissa.untyped import PeftLayer, StateDict
 
 PARTS_OF_A_START = ("left", "right", "core", "pattern")
 
@@ -55,7 +56,7 @@ class Form(ABC):
 
     # On a live layer.
 
-    def install(self, layer: Any, adapter: str, start: Factors, *, split: bool) -> None:
+    def install(self, layer: PeftLayer, adapter: str, start: Factors, *, split: bool) -> None:
         """Give one adapter of a layer this form and this start, so that the first step is the base.
 
         Args:
@@ -67,36 +68,36 @@ class Form(ABC):
         self.begin(layer, adapter, start)
 
     @abstractmethod
-    def begin(self, layer: Any, adapter: str, start: Factors) -> None:
+    def begin(self, layer: PeftLayer, adapter: str, start: Factors) -> None:
         """Put an adapter at a start, and leave the layer's weight alone."""
 
     @abstractmethod
-    def trained(self, layer: Any, adapter: str) -> Factors:
+    def trained(self, layer: PeftLayer, adapter: str) -> Factors:
         """What trains: the adapter's own parameters, as matrices."""
 
-    def assign(self, layer: Any, adapter: str, trained: Factors) -> None:
+    def assign(self, layer: PeftLayer, adapter: str, trained: Factors) -> None:
         """Overwrite what trains."""
         own = self.trained(layer, adapter).named()
         with torch.no_grad():
             for part, value in trained.named().items():
                 own[part].copy_(value)
 
-    def begin_again(self, layer: Any, adapter: str, trained: Factors) -> None:
+    def begin_again(self, layer: PeftLayer, adapter: str, trained: Factors) -> None:
         """What a run that goes on from its first step takes from its saved state beside the start."""
 
-    def start(self, layer: Any, adapter: str, trained: Factors) -> Factors:
+    def start(self, layer: PeftLayer, adapter: str, trained: Factors) -> Factors:
         """The start of an adapter, with what trains at hand."""
         return starts.one(layer, adapter)
 
-    def current(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    def current(self, layer: PeftLayer, adapter: str) -> tuple[Tensor, Tensor]:
         """The factors (left [out, r], right [r, in]) whose product trains, as they are now."""
         return self.trained(layer, adapter).pair
 
-    def exact(self, layer: Any, adapter: str) -> dict[str, nn.Parameter]:
+    def exact(self, layer: PeftLayer, adapter: str) -> dict[str, nn.Parameter]:
         """What a checkpoint holds beside the plain LoRA, because it comes back from that only nearly."""
         return {}
 
-    def emit(self, layer: Any, adapter: str, state: dict[str, Any], keys: tuple[str, str]) -> None:
+    def emit(self, layer: PeftLayer, adapter: str, state: StateDict, keys: tuple[str, str]) -> None:
         """Put the plain LoRA into a state dict in the place of what trains.
 
         Args:
@@ -106,7 +107,7 @@ class Form(ABC):
             keys: of (left, right) in it.
         """
 
-    def take(self, layer: Any, adapter: str, state: dict[str, Any], keys: tuple[str, str]) -> None:
+    def take(self, layer: PeftLayer, adapter: str, state: StateDict, keys: tuple[str, str]) -> None:
         """The way back.
 
         Raises:
@@ -189,7 +190,7 @@ class Variant(Form, LoraVariant):
         return False
 
     @abstractmethod
-    def merged_change(self, layer: Any, adapter: str) -> Tensor:
+    def merged_change(self, layer: PeftLayer, adapter: str) -> Tensor:
         """What merging adds to the layer's weight as a matrix [out, in], in float32 at least."""
 
     def tell_stock_tools(self, model: Any, adapter: str) -> None:
@@ -208,34 +209,34 @@ class Variant(Form, LoraVariant):
 
         model.base_model.add_weighted_adapter = refuse
 
-    def _delta(self, layer: Any, adapter: str) -> Tensor:
+    def _delta(self, layer: PeftLayer, adapter: str) -> Tensor:
         change = self.merged_change(layer, adapter)
         return target_of("", layer.get_base_layer()).from_matrix(change)
 
     # peft calls these on the object that it finds on the layer, so they need not be static.
 
-    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+    def merge_safe(self, module: PeftLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         """The weight with the adapter in it, summed in float32 and rounded once."""
         change = self._delta(module, active_adapter)
         return (orig_weight.to(change.dtype) + change).to(orig_weight.dtype)
 
-    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+    def merge_unsafe(self, module: PeftLayer, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
         """The same, in place."""
         orig_weight.data.copy_(self.merge_safe(module, active_adapter, orig_weight.data))
 
-    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+    def unmerge(self, module: PeftLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         """The weight without the adapter, exact up to one rounding of its dtype."""
         change = self._delta(module, active_adapter)
         return (orig_weight.to(change.dtype) - change).to(orig_weight.dtype)
 
-    def put(self, layer: Any, adapter: str, start: Factors, like: Tensor) -> None:
+    def put(self, layer: PeftLayer, adapter: str, start: Factors, like: Tensor) -> None:
         """Keep the start on the layer, and let peft ask this form for the forward pass."""
         starts.put(layer, adapter, start, like)
         layer.lora_variant[adapter] = self
         remember(layer, adapter, self)
 
 
-def remember(layer: Any, adapter: str, form: Form) -> None:
+def remember(layer: PeftLayer, adapter: str, form: Form) -> None:
     """Write down on a layer which form one of its adapters has."""
     if not hasattr(layer, "pissa_forms"):
         layer.pissa_forms = {}
@@ -246,13 +247,13 @@ def remember(layer: Any, adapter: str, form: Form) -> None:
     layer.pissa_forms[adapter] = form
 
 
-def on_layer(layer: Any) -> dict[str, Form]:
+def on_layer(layer: PeftLayer) -> dict[str, Form]:
     """The form of each adapter that was put on a layer here, by its name."""
     found: dict[str, Form] = getattr(layer, "pissa_forms", {})
     return found
 
 
-def _emit(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _emit(layer: PeftLayer, state: StateDict, prefix: str, metadata: Any) -> None:
     """state_dict hook: what leaves the layer is a plain LoRA."""
     for adapter, form in on_layer(layer).items():
         keys = factors.keys(layer, adapter, prefix)
@@ -260,7 +261,7 @@ def _emit(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None
             form.emit(layer, adapter, state, keys)
 
 
-def _take(layer: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+def _take(layer: PeftLayer, state: StateDict, prefix: str, *args: Any) -> None:
     """load_state_dict hook: the plain LoRA of this very start is taken apart again."""
     for adapter, form in on_layer(layer).items():
         keys = factors.keys(layer, adapter, prefix)
@@ -268,7 +269,7 @@ def _take(layer: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
             form.take(layer, adapter, state, keys)
 
 
-def _has(state: dict[str, Any], keys: tuple[str, str]) -> bool:
+def _has(state: StateDict, keys: tuple[str, str]) -> bool:
     """Whether a state dict holds the adapter, whole; a form may train one factor alone."""
     own = [state[key] for key in keys if key in state]
     return bool(own) and not any(map(sharding.is_away, own))

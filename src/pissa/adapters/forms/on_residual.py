@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from pissa.adapters import residual
@@ -12,12 +10,13 @@ from pissa.adapters.storing import store
 from pissa.errors import InputError
 from pissa.records import Layer
 from pissa.splits import Factors, Split
+from pissa.untyped import PeftLayer
 
 
 class OnResidual(Variant):
     """The base holds what the start left of W; W itself is kept on the host, as the undo."""
 
-    def install(self, layer: Any, adapter: str, start: Factors, *, split: bool) -> None:
+    def install(self, layer: PeftLayer, adapter: str, start: Factors, *, split: bool) -> None:
         """Take the start out of the weight, unless that was done already."""
         self.begin(layer, adapter, start)
         residual.install(layer, adapter, split=split)

@@ -7,7 +7,6 @@ start: peft's own layer, forward pass and files are all that it needs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from pissa.adapters import factors
 from pissa.adapters.forms.form import Form, remember
 from pissa.method import Method
 from pissa.splits import Factors, Lora
+from pissa.untyped import PeftLayer
 
 
 class Pair(Form):
@@ -26,20 +26,20 @@ class Pair(Form):
         """Both factors train, and nothing was taken out of the weight."""
         return method.parts == ("left", "right") and method.zero_start
 
-    def begin(self, layer: Any, adapter: str, start: Factors) -> None:
+    def begin(self, layer: PeftLayer, adapter: str, start: Factors) -> None:
         """L and R, in peft's own lora_B and lora_A."""
         factors.assign(layer, adapter, *start.pair)
         remember(layer, adapter, self)
 
-    def trained(self, layer: Any, adapter: str) -> Factors:
+    def trained(self, layer: PeftLayer, adapter: str) -> Factors:
         """L and R."""
         return Factors(*factors.trained(layer, adapter))
 
-    def begin_again(self, layer: Any, adapter: str, trained: Factors) -> None:
+    def begin_again(self, layer: PeftLayer, adapter: str, trained: Factors) -> None:
         """All of it, since no start is kept apart."""
         self.assign(layer, adapter, trained)
 
-    def start(self, layer: Any, adapter: str, trained: Factors) -> Factors:
+    def start(self, layer: PeftLayer, adapter: str, trained: Factors) -> Factors:
         """A left factor of zero beside the right factor as it is now."""
         return _no_product(trained)
 

@@ -8,12 +8,11 @@ the start, not for Q alone.
 
 from __future__ import annotations
 
-from typing import Any
-
 from pissa.adapters import factors, quantized, starts
 from pissa.adapters.forms.form import Form, remember
 from pissa.method import Method
 from pissa.splits import Factors, Lora
+from pissa.untyped import PeftLayer
 
 NO_DROPOUT = (
     "the adapter starts as a part of the weight itself, and dropping its inputs would change the "
@@ -29,19 +28,19 @@ class PairBesideQuantized(Form):
         """Both factors train, and the rest of the weight is in few bits."""
         return quantized and method.parts == ("left", "right") and not method.zero_start
 
-    def install(self, layer: Any, adapter: str, start: Factors, *, split: bool) -> None:
+    def install(self, layer: PeftLayer, adapter: str, start: Factors, *, split: bool) -> None:
         """With the adapter off, what was taken out of W is given back."""
         self.begin(layer, adapter, start)
         layer.register_forward_hook(starts.give_back_principal)
         quantized.refuse_merging(layer)
 
-    def begin(self, layer: Any, adapter: str, start: Factors) -> None:
+    def begin(self, layer: PeftLayer, adapter: str, start: Factors) -> None:
         """L and R at L0 and R0, which are kept."""
         factors.assign(layer, adapter, *start.pair)
         starts.put(layer, adapter, start, like=factors.trained(layer, adapter)[0])
         remember(layer, adapter, self)
 
-    def trained(self, layer: Any, adapter: str) -> Factors:
+    def trained(self, layer: PeftLayer, adapter: str) -> Factors:
         """L and R."""
         return Factors(*factors.trained(layer, adapter))
 

@@ -18,6 +18,7 @@ from pissa.adapters.forms.form import PARTS_OF_A_START, Variant
 from pissa.linalg import relative_error
 from pissa.method import Method
 from pissa.splits import Factors, Lora, drift_as_lora, drift_as_pair, whole_core
+from pissa.untyped import PeftLayer, StateDict
 
 FITS = 1e-3
 """How near a pair's factors must be to what this start can give; rounding to 16 bits leaves less."""
@@ -36,7 +37,7 @@ class ZeroCore(Variant):
         return "core" in method.parts and method.zero_start and not quantized
 
     def forward(  # type: ignore[override]
-        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        self, module: PeftLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """The base layer's `result` plus the change's output."""
         start, moved = starts.one(module, active_adapter), self.trained(module, active_adapter)
@@ -45,7 +46,7 @@ class ZeroCore(Variant):
         change: Tensor = module.scaling[active_adapter] * F.linear(inner, moved_left(start, moved))
         return result + change
 
-    def begin(self, layer: Any, adapter: str, start: Factors) -> None:
+    def begin(self, layer: PeftLayer, adapter: str, start: Factors) -> None:
         """dC and, where it trains, dL zero."""
         like = layer.lora_A[adapter].weight
         self.put(layer, adapter, start, like)
@@ -58,23 +59,23 @@ class ZeroCore(Variant):
             layer.lora_B[adapter] = nn.Identity()
         _note_diagonal(layer, adapter, pattern, right.shape[0])
 
-    def trained(self, layer: Any, adapter: str) -> Factors:
+    def trained(self, layer: PeftLayer, adapter: str) -> Factors:
         """dC and, where it trains, dL."""
         left = getattr(layer.lora_B[adapter], "weight", None)
         return Factors(left=left, core=layer.lora_A[adapter].weight)
 
-    def exact(self, layer: Any, adapter: str) -> dict[str, nn.Parameter]:
+    def exact(self, layer: PeftLayer, adapter: str) -> dict[str, nn.Parameter]:
         """All that trains: of a checkpoint's pair it comes back with rounding."""
         own = {"left": getattr(layer.lora_B[adapter], "weight", None)}
         own["core"] = layer.lora_A[adapter].weight
         return {part: parameter for part, parameter in own.items() if parameter is not None}
 
-    def merged_change(self, layer: Any, adapter: str) -> Tensor:
+    def merged_change(self, layer: PeftLayer, adapter: str) -> Tensor:
         """``s (L C R0 - L0 C0 R0)``."""
         start, moved = self._wide(layer, adapter)
         return drift_as_lora(start, moved, layer.scaling[adapter]).delta()
 
-    def emit(self, layer: Any, adapter: str, state: dict[str, Any], keys: tuple[str, str]) -> None:
+    def emit(self, layer: PeftLayer, adapter: str, state: StateDict, keys: tuple[str, str]) -> None:
         """``L @ (dC R0)``."""
         key_left, key_right = keys
         left = sharding.whole(state[key_left]) if "left" in self.parts else None
@@ -83,7 +84,7 @@ class ZeroCore(Variant):
         state[key_left] = pair.B.clone() if left is None else pair.B
         state[key_right] = pair.A
 
-    def take(self, layer: Any, adapter: str, state: dict[str, Any], keys: tuple[str, str]) -> None:
+    def take(self, layer: PeftLayer, adapter: str, state: StateDict, keys: tuple[str, str]) -> None:
         """dL by difference or from the pair itself, dC by least squares."""
         start, own = starts.one(layer, adapter), self.exact(layer, adapter)
         left, right = (factor.double() for factor in start.pair)
@@ -123,7 +124,7 @@ class ZeroCore(Variant):
         """R0 is frozen, so what it reads cannot be made up for."""
         return f"expected 0 with {method}, whose core reads all inputs"
 
-    def _wide(self, layer: Any, adapter: str) -> tuple[Factors, Factors]:
+    def _wide(self, layer: PeftLayer, adapter: str) -> tuple[Factors, Factors]:
         """(start, drift), whole and in float32 at least."""
         moved = self.trained(layer, adapter).named()
         whole = Factors(**{part: sharding.whole(value.detach()) for part, value in moved.items()})
@@ -137,7 +138,7 @@ def moved_left(start: Factors, moved: Factors) -> Tensor:
     return left if moved.left is None else left + moved.left
 
 
-def through_core(layer: Any, adapter: str, hidden: Tensor) -> Tensor:
+def through_core(layer: PeftLayer, adapter: str, hidden: Tensor) -> Tensor:
     """``dC h``; a core along its diagonal is never made a matrix."""
     values: Tensor = layer.lora_A[adapter].weight
     if layer.core_is_diagonal[adapter]:
@@ -146,7 +147,7 @@ def through_core(layer: Any, adapter: str, hidden: Tensor) -> Tensor:
     return F.linear(hidden, whole_core(values, pattern, hidden.shape[-1]))
 
 
-def _note_diagonal(layer: Any, adapter: str, pattern: Tensor | None, rank: int) -> None:
+def _note_diagonal(layer: PeftLayer, adapter: str, pattern: Tensor | None, rank: int) -> None:
     if not hasattr(layer, "core_is_diagonal"):
         layer.core_is_diagonal = {}
         layer.other_param_names = (*layer.other_param_names, "core_is_diagonal")

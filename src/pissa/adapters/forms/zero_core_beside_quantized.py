@@ -6,12 +6,11 @@ would lose what was trained, so it is refused.
 
 from __future__ import annotations
 
-from typing import Any
-
 from pissa.adapters import quantized
 from pissa.adapters.forms.zero_core import ZeroCore
 from pissa.method import Method
 from pissa.splits import Factors
+from pissa.untyped import PeftLayer
 
 
 class ZeroCoreBesideQuantized(ZeroCore):
@@ -22,7 +21,7 @@ class ZeroCoreBesideQuantized(ZeroCore):
         """A core trains from zero, and the weight is in few bits."""
         return "core" in method.parts and method.zero_start and quantized
 
-    def install(self, layer: Any, adapter: str, start: Factors, *, split: bool) -> None:
+    def install(self, layer: PeftLayer, adapter: str, start: Factors, *, split: bool) -> None:
         """And refuse merging."""
         self.begin(layer, adapter, start)
         quantized.refuse_merging(layer)

@@ -13,6 +13,7 @@ from pissa.scoring.answers import score
 from pissa.scoring.code import verbatim
 from pissa.scoring.isolation.probe import find_isolation
 from pissa.scoring.isolation.run import Isolation
+from pissa.untyped import Json
 
 Metrics = dict[str, float]
 EXAMPLES = (2, 3, 4)
@@ -22,8 +23,8 @@ isolation = cache(find_isolation)
 
 def _paper(
     task: str, needs: Callable[[], Isolation | None]
-) -> Callable[[dict[str, Any], list[str]], Metrics]:
-    def process_results(doc: dict[str, Any], results: list[str]) -> Metrics:
+) -> Callable[[Json, list[str]], Metrics]:
+    def process_results(doc: Json, results: list[str]) -> Metrics:
         item = score(task, results[0], doc, isolation=needs())
         authors = item.authors.correct if item.authors else False
         return {"accuracy": float(item.ours.correct), "accuracy_authors": float(authors)}
@@ -31,8 +32,8 @@ def _paper(
     return process_results
 
 
-def _standard(task: str) -> Callable[[dict[str, Any], list[str]], Metrics]:
-    def process_results(doc: dict[str, Any], results: list[str]) -> Metrics:
+def _standard(task: str) -> Callable[[Json, list[str]], Metrics]:
+    def process_results(doc: Json, results: list[str]) -> Metrics:
         return {"pass@1": float(verbatim(task, results[0], doc, isolation()).ours.correct)}
 
     return process_results
@@ -46,6 +47,6 @@ standard_humaneval = _standard("humaneval")
 standard_mbpp = _standard("mbpp")
 
 
-def mbpp_examples(docs: Any) -> list[dict[str, Any]]:
+def mbpp_examples(docs: Any) -> list[Json]:
     """The questions that the harness shows, in its order."""
     return [doc for number in EXAMPLES for doc in docs if int(doc["task_id"]) == number]
