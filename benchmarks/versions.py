@@ -3,9 +3,10 @@
 git worktree add /tmp/before COMMIT
 python benchmarks/versions.py /tmp/before/src [--rounds 5] [--method pissa] [--hidden 1024]
 
-Each round runs both checkouts, one after the other, each in a process of its own that imports only its own package. A
-process measures every figure several times and reports its median; the table has the median over the rounds, and the
-median of the rounds' ratios, which a machine that slows down for a while does not change.
+Each round runs both checkouts, one after the other, each in a process of its own that imports only
+its own package. A process measures every figure several times and reports its median; the table has
+the median over the rounds, and the median of the rounds' ratios, which a machine that slows down
+for a while does not change.
 """
 
 from __future__ import annotations

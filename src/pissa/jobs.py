@@ -77,7 +77,7 @@ class DecomposeSettings(StreamSettings):
     double_quant: Annotated[bool, Doc("Quantize the scales of the blocks too (nf4, fp4).")] = False
     options: Annotated[
         Mapping[str, Any] | None,  # each method's own settings, checked by the method
-        Doc("A setting of the method's own, NAME=VALUE; may be given several times."),
+        Doc("The method's own settings by name: NAME=VALUE, once for each."),
     ] = None
     store: Annotated[
         str,
@@ -139,7 +139,7 @@ class FourBitSettings(StreamSettings):
     seed: Annotated[int, Doc("Fixes every random number, together with the tensors' names.")] = 0
     options: Annotated[
         Mapping[str, Any] | None,  # the method's own settings
-        Doc("The method's own settings: smoothing, rounds."),
+        Doc("The method's own settings by name: smoothing, rounds."),
     ] = None
 
 

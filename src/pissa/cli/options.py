@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
@@ -100,7 +101,8 @@ def _flag(name: str, kind: Any, meaning: str) -> Any:
     if kind is bool:
         return Annotated[bool, Option(f"--{name.replace('_', '-')}", help=meaning)]
     kinds = {None if one is type(None) else one for one in typing.get_args(kind) or (kind,)}
-    simple = next((one for one in (int, float) if kinds <= {one, None}), str)
+    words = Path if Path in kinds else str
+    simple = next((one for one in (int, float) if kinds <= {one, None}), words)
     return Annotated[simple | None if None in kinds else simple, Option(help=meaning)]
 
 
