@@ -38,8 +38,27 @@ class StreamSettings(WriteSettings):
     revision: Annotated[str | None, Doc("Commit, tag or branch of a Hub model.")] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings(StreamSettings):
+    """Which weights are split, and how exactly."""
+
+    targets: Annotated[
+        str | Iterable[str],
+        Doc("all-linear, names separated by commas, or a regular expression."),
+    ] = "all-linear"
+    svd: Annotated[
+        str | float,
+        Doc("fast (seeded sketch), exact (certified to 1e-5) or the tolerance to certify."),
+    ] = "fast"
+    seed: Annotated[int, Doc("Fixes every random number, together with the tensors' names.")] = 0
+    options: Annotated[
+        Mapping[str, Any] | None,  # each method's own settings, checked by the method
+        Doc("The method's own settings by name: NAME=VALUE, once for each."),
+    ] = None
+
+
 @dataclass(frozen=True)
-class DecomposeSettings(StreamSettings):
+class DecomposeSettings(SplitSettings):
     """What `pissa decompose` is told."""
 
     method: Annotated[
@@ -53,15 +72,6 @@ class DecomposeSettings(StreamSettings):
         float | None,
         Doc("Strength: the product is scaled by alpha / rank. Default: the rank (1)."),
     ] = None
-    targets: Annotated[
-        str | Iterable[str],
-        Doc("all-linear, names separated by commas, or a regular expression."),
-    ] = "all-linear"
-    svd: Annotated[
-        str | float,
-        Doc("fast (seeded sketch), exact (certified to 1e-5) or the tolerance to certify."),
-    ] = "fast"
-    seed: Annotated[int, Doc("Fixes every random number, together with the tensors' names.")] = 0
     dtype: Annotated[
         str | None,
         Doc("float32, bfloat16 or float16 for what is written. Default: as stored."),
@@ -75,10 +85,6 @@ class DecomposeSettings(StreamSettings):
         Doc("Rounds of low-rank part and quantized rest (pissa, loftq). Default: 5."),
     ] = None
     double_quant: Annotated[bool, Doc("Quantize the scales of the blocks too (nf4, fp4).")] = False
-    options: Annotated[
-        Mapping[str, Any] | None,  # each method's own settings, checked by the method
-        Doc("The method's own settings by name: NAME=VALUE, once for each."),
-    ] = None
     store: Annotated[
         str,
         Doc("packed (few bits, for bitsandbytes) or 16bit (what they stand for, for any tool)."),
@@ -119,7 +125,7 @@ class ConvertSettings:
 
 
 @dataclass(frozen=True)
-class FourBitSettings(StreamSettings):
+class FourBitSettings(SplitSettings):
     """What `pissa.w4a4.svdquant` is told."""
 
     observations: Any  # pissa.Observations, which needs torch
@@ -127,20 +133,6 @@ class FourBitSettings(StreamSettings):
     rank: Annotated[
         int, Doc("Rank of the branches, 1 to the smaller side of the narrowest target.")
     ] = 32
-    _: KW_ONLY
-    targets: Annotated[
-        str | Iterable[str],
-        Doc("all-linear, names separated by commas, or a regular expression."),
-    ] = "all-linear"
-    svd: Annotated[
-        str | float,
-        Doc("fast (seeded sketch), exact (certified to 1e-5) or the tolerance to certify."),
-    ] = "fast"
-    seed: Annotated[int, Doc("Fixes every random number, together with the tensors' names.")] = 0
-    options: Annotated[
-        Mapping[str, Any] | None,  # the method's own settings
-        Doc("The method's own settings by name: smoothing, rounds."),
-    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
