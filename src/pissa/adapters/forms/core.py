@@ -49,7 +49,8 @@ class Core(ZeroCore):
         start, moved = starts.one(module, active_adapter), self.trained(module, active_adapter)
         _, right = start.pair
         hidden = F.linear(x.to(right.dtype), right)
-        change = F.linear(through_core(module, active_adapter, hidden), moved_left(start, moved))
+        inner = through_core(module, active_adapter, hidden, start.pattern)
+        change = F.linear(inner, moved_left(start, moved))
         if moved.left is not None:
             change = change + F.linear(
                 F.linear(hidden, module.start_core[active_adapter]), moved.left
@@ -62,7 +63,7 @@ class Core(ZeroCore):
         start, moved = starts.one(layer, adapter), self.trained(layer, adapter)
         _, right = start.pair
         hidden = F.linear(x.to(right.dtype), right)
-        inner = through_core(layer, adapter, hidden)
+        inner = through_core(layer, adapter, hidden, start.pattern)
         inner = inner + F.linear(hidden, layer.start_core[adapter])
         product: Tensor = layer.scaling[adapter] * F.linear(inner, moved_left(start, moved))
         return product

@@ -42,7 +42,8 @@ class ZeroCore(Variant):
         """The base layer's `result` plus the change's output."""
         start, moved = starts.one(module, active_adapter), self.trained(module, active_adapter)
         _, right = start.pair
-        inner = through_core(module, active_adapter, F.linear(x.to(right.dtype), right))
+        hidden = F.linear(x.to(right.dtype), right)
+        inner = through_core(module, active_adapter, hidden, start.pattern)
         change: Tensor = module.scaling[active_adapter] * F.linear(inner, moved_left(start, moved))
         return result + change
 
@@ -138,12 +139,11 @@ def moved_left(start: Factors, moved: Factors) -> Tensor:
     return left if moved.left is None else left + moved.left
 
 
-def through_core(layer: PeftLayer, adapter: str, hidden: Tensor) -> Tensor:
+def through_core(layer: PeftLayer, adapter: str, hidden: Tensor, pattern: Tensor | None) -> Tensor:
     """``dC h``; a core along its diagonal is never made a matrix."""
     values: Tensor = layer.lora_A[adapter].weight
     if layer.core_is_diagonal[adapter]:
         return hidden * values.flatten()
-    pattern = starts.one(layer, adapter).pattern
     return F.linear(hidden, whole_core(values, pattern, hidden.shape[-1]))
 
 
