@@ -174,9 +174,8 @@ def make_rows(seed: int) -> tuple[list[Row], list[Row]]:
             )
     rng = random.Random(seed)
     train, held_out = list[Row](), list[Row]()
-    for name in rng.sample(
-        sorted(modules), len(modules)
-    ):  # whole modules, none so big that it would be most of eval
+    # Whole modules, none so big that it would be most of eval
+    for name in rng.sample(sorted(modules), len(modules)):
         fits = (
             len(modules[name]) <= min(EVAL_ROWS // 8, EVAL_ROWS - len(held_out))
             and name != "pydoc_data"
@@ -191,9 +190,8 @@ def make_data(folder: Path, seed: int) -> list[Row]:
     train, held_out = make_rows(seed)
     for name, rows in (("train", train), ("eval", held_out)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_bytes(
-            text.encode()
-        )  # bytes: the same newlines on every system
+        # Bytes: the same newlines on every system
+        (folder / f"{name}.jsonl").write_bytes(text.encode())
         print(f"{name}.jsonl: {len(rows)} rows, {len(text):,} bytes")
     shutil.copyfile(STDLIB / "LICENSE.txt", folder / "LICENSE.txt")
     return train + held_out
@@ -274,9 +272,8 @@ def make_model(folder: Path, rows: list[Row], args: argparse.Namespace) -> None:
         f"{len(train):,} tokens, {len(val):,} held out, longest row {longest}, unigram loss {unigram:.3f}"
     )
     model = pretrain(train, args.steps, args.seed, args.rate)
-    val_loss = mean_loss(
-        model.bfloat16().float(), val
-    )  # the weights as stored, computed with in float32
+    # The weights as stored, computed with in float32
+    val_loss = mean_loss(model.bfloat16().float(), val)
     print(f"validation loss {val_loss:.4f}")
     shutil.rmtree(folder, ignore_errors=True)
     model.bfloat16().save_pretrained(folder)

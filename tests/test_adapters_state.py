@@ -47,9 +47,8 @@ def test_restart_gives_the_start_of_a_run(method, tmp_path):
     pissa.save(model, tmp_path / "trained")
     again = pissa.restart(build_pico(), tmp_path / "run" / "state").state_dict()
     assert all(torch.equal(again[key], start[key]) for key in start)
-    if (
-        method != "lora"
-    ):  # a zero start keeps no separate start: its restart is from the state that was saved first
+    # A zero start keeps no separate start: its restart is from the state that was saved first
+    if method != "lora":
         late = pissa.restart(build_pico(), tmp_path / "trained" / "state").state_dict()
         assert all(torch.equal(late[key], start[key]) for key in start)
 

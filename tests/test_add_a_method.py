@@ -152,6 +152,15 @@ for name in sys.argv[2:]:
     }
     with model.disable_adapter():
         facts["disabled"] = away(model, before)
+    model.add_adapter("ref", model.peft_config["default"])  # as TRL's trainers ask for a reference
+    model.set_adapter("ref")
+    facts["twin"] = away(model, before)
+    own = {key: part for key, part in model.named_parameters() if ".default." in key}
+    with torch.no_grad():
+        for key, part in model.named_parameters():
+            if ".ref." in key:
+                part.copy_(own[key.replace(".ref.", ".default.")])
+    facts["twin that learnt"] = away(model, after)
     if methods()[name].observes is None:
         pissa.decompose(root / "base", beside / "out", name, 4)
         started = pissa.load(load(beside / "out"), beside / "out")

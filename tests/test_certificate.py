@@ -17,9 +17,8 @@ CASES = 500
 def test_what_is_certified_holds_for_any_shape_rank_spectrum_and_dtype(
     part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        svd, "SMALL", 128
-    )  # so that most of these small cases are not left to LAPACK
+    # So that most of these small cases are not left to LAPACK
+    monkeypatch.setattr(svd, "SMALL", 128)
     wrong, engines = [], set()
     for seed in range(part, CASES, 10):
         name, weight, rank = drawn(seed)

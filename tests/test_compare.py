@@ -169,9 +169,8 @@ def test_what_a_control_has_of_the_lead_is_a_share_of_it():
             ("pissa-control", 1e-3): [4.5, 4.7, 4.61],
         }
     )
-    assert (
-        behind.explained("pissa", 1e-3) == 0
-    )  # a control that is worse than LoRA explains nothing
+    # A control that is worse than LoRA explains nothing
+    assert behind.explained("pissa", 1e-3) == 0
     assert "lead over lora at 0.001 no part is seen in its random control" in " ".join(
         supported(behind)
     )

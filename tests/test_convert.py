@@ -78,9 +78,8 @@ def test_a_smaller_rank_is_the_best_approximation_and_its_error_is_true(
         float(torch.linalg.svdvals(delta)[rank:].square().sum()) for delta in exact.values()
     )
     total = sum(float(delta.square().sum()) for delta in exact.values())
-    assert record.notes["error"] == pytest.approx(
-        (missed / total) ** 0.5, rel=1e-4
-    )  # Eckart-Young, dense
+    # Eckart-Young, dense
+    assert record.notes["error"] == pytest.approx((missed / total) ** 0.5, rel=1e-4)
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == rank
     assert (
         json.loads((tmp_path / "lora" / "pissa.json").read_text())["notes"]["error"]

@@ -200,9 +200,8 @@ def test_two_processes_train_as_one_does(place: Path, sharding: str, model: str)
     settings = settings_for(place, model, f"{model}-{sharding}")
     done = launch(settings, sharding, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads(
-        done.stdout[done.stdout.index("{") :]
-    )  # of the first process alone; DeepSpeed talks before it
+    # Of the first process alone; DeepSpeed talks before it
+    record = json.loads(done.stdout[done.stdout.index("{") :])
     assert record["processes"]["count"] == 2
     assert (
         record["trainable_parameters"]

@@ -282,9 +282,8 @@ def test_prompts_that_do_not_fit_are_counted(place: Path, tmp_path: Path) -> Non
     long = [{"question": "How many? " * 60, "answer": "#### 3"}, QUESTIONS[0]]
     data = gsm8k(tmp_path / "data", long)
     (result,) = ask([place / "base"], tmp_path / "out", data)
-    assert (
-        "1 of 2 prompts are longer than the model takes" in result.notes[0]
-    )  # one batch: both have its room
+    # One batch: both have its room
+    assert "1 of 2 prompts are longer than the model takes" in result.notes[0]
     assert (
         "2 of 2 answers had less room than asked for: the model has 320 positions"
         in result.notes[1]

@@ -240,6 +240,19 @@ def test_lora_pro_trained_by_another_optimiser_is_not_saved_under_its_name(tmp_p
         pissa.save(model, tmp_path / "run")
 
 
+@pytest.mark.parametrize("method", ["lora_pro", "lora_pro-control"])
+def test_what_lora_pros_own_optimizer_trained_is_saved_under_its_name(method, tmp_path):
+    model = pissa.attach(build(), method, RANK)
+    optimizer = LoraPro(model, lr=1e-2)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    after = logits(model)
+    pissa.save(model, tmp_path / "run")
+    again = pissa.load(build(), tmp_path / "run")
+    assert torch.equal(logits(again), after)
+    pissa.save(again, tmp_path / "again")
+
+
 def test_options_are_checked_and_recorded(tmp_path):
     with pytest.raises(
         InputError, match="svft: pattern is 'band', expected one of plain, banded, random, top_k"

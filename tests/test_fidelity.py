@@ -140,9 +140,8 @@ def test_perplexity_and_divergence_are_those_of_transformers_by_hand(
     assert row.kl > 1e-4
     assert row.agreement == pytest.approx(float(torch.cat(agreed).double().mean()))
     assert row.largest == pytest.approx(largest, rel=1e-6)
-    whole = torch.stack(
-        [loss.mean() for loss in losses[:7]]
-    )  # windows of one length: the usual error of a mean
+    # Windows of one length: the usual error of a mean
+    whole = torch.stack([loss.mean() for loss in losses[:7]])
     counts = [31] * 7
     assert mean((31 * whole).tolist(), counts)[1] == pytest.approx(
         float(whole.std() / math.sqrt(7)), rel=1e-6
@@ -366,9 +365,8 @@ def test_one_number_that_is_none_makes_the_largest_and_the_mean_none() -> None:
         assert math.isnan(largest(values))
         assert math.isnan(mean(values, [1] * len(values))[0])
     assert largest([1.0, 3.0, 2.0]) == 3.0
-    huge = Compared(
-        1, base_loss=0.0, loss=1e5, kl=1e5, agreed=0, largest=1e5
-    )  # e to this is no float64
+    # E to this is no float64
+    huge = Compared(1, base_loss=0.0, loss=1e5, kl=1e5, agreed=0, largest=1e5)
     assert mean_row("huge", "model", {}, "float32", [huge]).perplexity == math.inf
 
 

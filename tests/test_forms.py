@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -11,13 +12,16 @@ from typing import Any
 import pytest
 
 import pissa
+import runs
 from conftest import build_pico
 from pissa import registry
 from pissa.adapters.attach import adaptation_of
 from pissa.adapters.forms import form_of, forms, on_layer
+from pissa.adapters.sharding import load_trained_state, trained_state
 from pissa.errors import InputError
 from pissa.registry import get, methods
 from pissa.training import train
+from pissa.training.closing import CloseLeft
 
 TRAINABLE = sorted(name for name, method in methods().items() if method.parts)
 PLACES = [*product(["keep", "residual"], [False, True])]
@@ -66,6 +70,46 @@ def test_the_form_lies_on_every_layer_and_goes_with_the_adapter(method: str) -> 
     pissa.attach(model, "milora", 4, adapter_name="second")
     model.delete_adapter("default")
     assert all(set(on_layer(layer)) == {"second"} for layer in layers)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "lora_xs", "svft", "lamda"])
+def test_what_trains_beside_a_twin_comes_back_from_its_state(method: str) -> None:
+    model = pissa.attach(build_pico(), method, 4)
+    model.add_adapter("ref", model.peft_config["default"])
+    runs.train(model, steps=2)
+    trained, kept = runs.logits(model), trained_state(model)
+    runs.train(model, steps=2)
+    assert runs.gap(runs.logits(model), trained) > 1e-3
+    load_trained_state(model, kept)
+    assert runs.gap(runs.logits(model), trained) < 1e-5
+
+
+def test_columns_are_closed_in_the_adapters_that_are_there_each_at_its_own_pace() -> None:
+    model = pissa.attach(build_pico(), "lamda", 4, options={"eta": 0.3})
+    pissa.attach(model, "lamda", 4, adapter_name="slow", options={"eta": 0.9})
+    pissa.attach(model, "pissa", 4, adapter_name="other")
+    assert {eta for *_, eta in CloseLeft(model).layers} == {0.3, 0.9}
+    model.delete_adapter("default")
+    left = CloseLeft(model).layers
+    assert len(left) == 14 and {(adapter, eta) for _, adapter, _, eta in left} == {("slow", 0.9)}
+    assert {eta for *_, eta in CloseLeft(model, eta=0.5).layers} == {0.5}
+
+
+def test_settings_of_a_command_are_told_by_name_and_mistakes_name_the_function(
+    tmp_path: Path,
+) -> None:
+    for function, keys in (
+        (pissa.decompose, ("method", "svd", "progress", "observations")),
+        (pissa.merge, ("quant", "progress")),
+        (pissa.convert, ("rank", "start")),
+    ):
+        text, parameters = function.__doc__ or "", inspect.signature(function).parameters
+        assert all(f"        {key}: " in text and key in parameters for key in keys)
+        assert "settings" not in parameters
+    with pytest.raises(TypeError, match=r"decompose\(\): missing a required argument: 'out'"):
+        pissa.decompose(tmp_path)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"merge\(\): got an unexpected keyword argument 'rank'"):
+        pissa.merge(tmp_path, tmp_path, tmp_path, rank=3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "lamda", "lora_pro", "corda", "qpissa"])

@@ -292,9 +292,8 @@ def test_packed_weights_take_the_bits_that_arithmetic_gives_them(
     (file,) = out.glob("*.safetensors")
     tensors = load_file(file)
     packed = [layer for layer in record.layers if layer.name in packed_weights(tensors)]
-    assert len(packed) == len(record.layers) - (
-        6 if job.format != "int8" else 0
-    )  # 864 is no multiple of 64
+    # 864 is no multiple of 64
+    assert len(packed) == len(record.layers) - (6 if job.format != "int8" else 0)
     modules = tuple(layer.name.removesuffix("weight") for layer in packed)
     nbytes = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(modules))
     values = sum(layer.shape[0] * layer.shape[1] for layer in packed)

@@ -281,9 +281,8 @@ def test_a_call_that_was_killed_at_its_first_task_can_be_repeated(
     tmp_path: Path, encoder: Path
 ) -> None:
     (tmp_path / "out/data/.rte.partial-host-1-0a").mkdir(parents=True)
-    with pytest.raises(
-        DataError, match="is no folder"
-    ):  # of the data, so past the check of the output
+    # Of the data, so past the check of the output
+    with pytest.raises(DataError, match="is no folder"):
         glue(
             str(encoder),
             named("rte"),
@@ -464,11 +463,12 @@ def test_the_best_rate_is_of_the_first_measures_median_and_not_of_the_loss() -> 
     result = made(
         {
             ("lora", 1e-4): [both(0.7, 0.9), both(0.7, 0.9), both(0.7, 0.9)],
+            # Of the higher median, the lower mean
             ("lora", 1e-3): [
                 both(0.8, 0.5),
                 both(0.81, 0.6),
                 both(0.1, 0.4),
-            ],  # of the higher median, the lower mean
+            ],
             ("lora", 1e-2): [both(0.9, 0.9), both(0.6, 0.9), both(0.6, 0.9)],
         }
     )

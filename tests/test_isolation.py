@@ -431,9 +431,8 @@ page.write(b"\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3")  # getpid by int 0x80
 print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))())
 """
     outcome = run(program, Isolation(walls, LIMITS))
-    assert outcome.output == "-1\n" or outcome.reason == "killed by SIGSEGV", (
-        outcome
-    )  # a kernel without it
+    # A kernel without it
+    assert outcome.output == "-1\n" or outcome.reason == "killed by SIGSEGV", outcome
 
 
 def test_what_a_terminal_would_obey_is_written_out(walls: str) -> None:
@@ -466,9 +465,8 @@ def test_walls_that_do_not_come_up_are_no_verdict(
 
 
 def test_walls_are_not_believed_but_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        building.WALLS, "namespaces", building.none
-    )  # starts programs, isolates nothing
+    # Starts programs, isolates nothing
+    monkeypatch.setitem(building.WALLS, "namespaces", building.none)
     assert "it is not nobody" in probe._problem.__wrapped__("namespaces")
 
 

@@ -323,9 +323,8 @@ def test_a_random_control_keeps_the_weight_and_the_norms_and_nothing_else(method
     right = control.right / control.right.norm(dim=1, keepdim=True)
     assert torch.allclose(right @ right.T, torch.eye(k, dtype=right.dtype))
     cosines = (studied.right / studied.right.norm(dim=1, keepdim=True) * right).sum(dim=1)
-    assert (
-        cosines.abs().mean() < 0.6
-    )  # row by row; chance leaves about 1 / sqrt(columns), the same rows 1
+    # Row by row; chance leaves about 1 / sqrt(columns), the same rows 1
+    assert cosines.abs().mean() < 0.6
     assert same_bits(control, split_of(W, f"{method}-control", rank=4, alpha=2))
     assert not same_bits(control, split_of(W, f"{method}-control", rank=4, alpha=2, seed=1))
 

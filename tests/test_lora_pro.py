@@ -168,9 +168,8 @@ def walk(model: Any, optimiser: torch.optim.Optimizer, steps: int) -> list[float
 def test_sgd_at_full_rank_follows_full_fine_tuning(lr):
     model, full = attached(IN), Target(noise(OUT, IN, seed=9))
     with torch.no_grad():
-        pair_of(model)[0].copy_(
-            noise(OUT, IN, seed=10)
-        )  # a start where both factors span everything
+        # A start where both factors span everything
+        pair_of(model)[0].copy_(noise(OUT, IN, seed=10))
         full.linear.weight.copy_(model.base_model.model.weight())
     before = full.weight().detach()
     walk(model, LoraPro(model, lr=lr, form="sgd", cap=float("inf")), 20)
@@ -220,9 +219,8 @@ def second_step(lr: float = 0.05, **options: Any) -> float:
 
 def test_the_second_step_from_zero_jumps_and_the_cap_bounds_it():
     assert second_step(cap=float("inf")) > 0.9
-    assert (
-        second_step(lr=5e-4, cap=float("inf")) > 0.9
-    )  # a hundredth of the rate makes it no smaller
+    # A hundredth of the rate makes it no smaller
+    assert second_step(lr=5e-4, cap=float("inf")) > 0.9
     assert second_step(cap=0.2) == pytest.approx(0.2)
     assert second_step() == pytest.approx(0.1)
 

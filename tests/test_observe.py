@@ -107,9 +107,8 @@ def test_each_row_is_drawn_with_the_same_chance() -> None:
         for rows in torch.arange(40.0)[:, None].split(8):
             sample.add(rows, torch.zeros(8))
         drawn.append(sample.result())
-    counts = torch.bincount(
-        torch.cat(drawn).long().flatten(), minlength=40
-    )  # 25 of each, give or take 5
+    # 25 of each, give or take 5
+    counts = torch.bincount(torch.cat(drawn).long().flatten(), minlength=40)
     assert counts.min() > 7 and counts.max() < 45
     assert abs(int(counts[:20].sum()) - 500) < 60
 

@@ -225,9 +225,8 @@ def test_llama_2_7b_is_planned_from_its_config_alone(llama: Path, tmp_path: Path
 def test_activations_grow_with_rows_and_shrink_with_checkpointing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        step, "TILE_COLUMNS", 64
-    )  # else the output layer's tile is all there is in a pico model
+    # Else the output layer's tile is all there is in a pico model
+    monkeypatch.setattr(step, "TILE_COLUMNS", 64)
     values = {
         "model": str(base),
         "data": "org/absent",

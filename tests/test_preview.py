@@ -46,9 +46,8 @@ def test_what_is_odd_about_the_data_is_counted(odd: Any) -> None:
         1,
         1,
     )
-    lengths = sorted(
-        len(row["prompt"] + row["completion"]) + 1 for row in ODD
-    )  # a letter a token, and the end
+    # A letter a token, and the end
+    lengths = sorted(len(row["prompt"] + row["completion"]) + 1 for row in ODD)
     assert (found.median, found.p95, found.longest) == (lengths[2], lengths[4], lengths[4])
 
 

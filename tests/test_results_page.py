@@ -310,9 +310,8 @@ def test_notes_of_a_result_are_warnings_on_both_pages(place: Path, shared: Path)
     said = '<p class="warn">{}</p>'
     whole = (place / "results.html").read_text(encoding="utf-8")
     noted = whole.index("gsm8k: 12 of 200 prompts lost their beginning (a-run).")
-    assert whole.rindex('<p class="warn">', 0, noted) > whole.rindex(
-        "</table>", 0, noted
-    )  # not before the numbers
+    # Not before the numbers
+    assert whole.rindex('<p class="warn">', 0, noted) > whole.rindex("</table>", 0, noted)
     few = answered(shared, 3, 2)
     one = result(few, notes=["one was cut"], gold=Perplexity(2.0, 10, 2, 1))
     assert said.format("one was cut") in write_answers(one, few, place / "few.html").read_text(

@@ -303,9 +303,8 @@ def _same(code: str | None, other: str) -> bool:
 
 def test_the_authors_cut_at_assert_costs_one_solution_of_humaneval(shared: Path) -> None:
     cut = [doc["task_id"] for doc in read(shared, "humaneval") if "assert" in gold(doc)]
-    assert cut == [
-        "HumanEval/149"
-    ]  # the word stands in its docstring, which a model that repeats the head repeats
+    # The word stands in its docstring, which a model that repeats the head repeats
+    assert cut == ["HumanEval/149"]
 
 
 def test_equal_programs_run_once(isolation: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,10 +384,11 @@ def test_of_a_long_answer_a_bounded_amount_is_read(
     code_extraction.extract("\n".join(lines), "area", prompt)
     assert len(read) <= 20 * code_extraction.MOST_PLACES
     assert max(read, default=0) <= 3 * code_extraction.LONGEST + len(prompt)  # with indentation
+    # And need not be read again from each of its lines
     readable = lines[0] in (
         "x0 = 0",
         "from a import b0",
-    )  # and need not be read again from each of its lines
+    )
     assert (
         sum(read) <= (20 if readable else 2 * code_extraction.MOST_PLACES) * code_extraction.LONGEST
     )

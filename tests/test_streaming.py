@@ -12,7 +12,9 @@ import torch
 
 import pissa
 from conftest import TOKENS, build_pico
+from pissa.jobs import DecomposeSettings
 from pissa.observe import observe
+from pissa.surgery.decompose import prepare
 from pissa.surgery.streaming import PIECES, Piece, StreamJob, finished
 from pissa.w4a4 import export_dense, svdquant
 from runs import language_model, make_run
@@ -111,6 +113,17 @@ def test_a_merge_of_another_run_uses_nothing_of_an_interrupted_one(
     jobs["merge"](tmp_path / "whole")
     assert len(told) == 20
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_job_is_the_same_however_its_folder_is_spelled(
+    pico_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = pico_folder()
+    monkeypatch.chdir(tmp_path)
+    places = (base, "base", f"../{tmp_path.name}/base")
+    keys = {prepare(place, DecomposeSettings(rank=4)).key for place in places}
+    assert len(keys) == 1
+    assert prepare(base, DecomposeSettings(rank=3)).key not in keys
 
 
 def test_a_receipt_stands_for_its_piece() -> None:

@@ -1,7 +1,7 @@
 """The settings of the commands that read a checkpoint and write one: each field said once.
 
 They are plain data, as the command line and a caller of `pissa.decompose` give them; nothing here
-needs torch. What has no documentation is for callers alone and has no flag.
+needs torch. What bears `NO_FLAG` is for callers alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from typing_extensions import Doc
+
+from pissa.keywords import NO_FLAG
 
 Progress = Callable[[str, int, int], None]
 """Called with a tensor's name, the bytes done and the bytes in all."""
@@ -24,7 +26,11 @@ class WriteSettings:
     max_shard_bytes: Annotated[int | str, Doc("Size of an output file: bytes, 500MB, 5GB.")] = "5GB"
     trust_remote_code: Annotated[bool, Doc("Run Python code that comes with the model.")] = False
     force: Annotated[bool, Doc("Replace the output folder if it is there.")] = False
-    progress: Progress | None = field(default=None, compare=False)
+    progress: Annotated[
+        Progress | None,
+        Doc("Called after every tensor with its name, the bytes done and the bytes in all."),
+        NO_FLAG,
+    ] = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +50,9 @@ class SplitSettings(StreamSettings):
 
     targets: Annotated[
         str | Iterable[str],
-        Doc("all-linear, names separated by commas, or a regular expression."),
+        Doc(
+            "all-linear, a regular expression, or names: a list, separated by commas on the command line."
+        ),
     ] = "all-linear"
     svd: Annotated[
         str | float,
@@ -53,7 +61,7 @@ class SplitSettings(StreamSettings):
     seed: Annotated[int, Doc("Fixes every random number, together with the tensors' names.")] = 0
     options: Annotated[
         Mapping[str, Any] | None,  # each method's own settings, checked by the method
-        Doc("The method's own settings by name: NAME=VALUE, once for each."),
+        Doc("The method's own settings by name; NAME=VALUE for each on the command line."),
     ] = None
 
 
@@ -90,8 +98,11 @@ class DecomposeSettings(SplitSettings):
         Doc("packed (few bits, for bitsandbytes) or 16bit (what they stand for, for any tool)."),
     ] = "packed"
     device: Annotated[str, Doc("Where the algebra runs: cpu, cuda, cuda:1.")] = "cpu"
-    observations: Any = None  # pissa.Observations, which needs torch, its file, or None
-    """What was seen of this model, for the methods that need it."""
+    observations: Annotated[
+        Any,  # pissa.Observations, which needs torch, its file, or None
+        Doc("What was seen of this model, for the methods that need it; or the file of it."),
+        NO_FLAG,
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +139,11 @@ class ConvertSettings:
 class FourBitSettings(SplitSettings):
     """What `pissa.w4a4.svdquant` is told."""
 
-    observations: Any  # pissa.Observations, which needs torch
-    """What entered the targets while this model read calibration rows."""
+    observations: Annotated[
+        Any,  # pissa.Observations, which needs torch
+        Doc("What entered the targets while this model read calibration rows."),
+        NO_FLAG,
+    ]
     rank: Annotated[
         int, Doc("Rank of the branches, 1 to the smaller side of the narrowest target.")
     ] = 32

@@ -21,6 +21,8 @@ Keywords = ParamSpec("Keywords")
 Object = TypeVar("Object", covariant=True)
 Result = TypeVar("Result")
 Place = str | Path
+NO_FLAG = object()
+"""Beside the documentation of a field that a command line cannot give."""
 
 
 class _Spell(Protocol[Keywords, Object]):
@@ -59,7 +61,10 @@ def spelled_out(settings: Callable[Keywords, Object]) -> _Spell[Keywords, Object
         signature = own.replace(parameters=[*places, *fields])
 
         def spelled(*args: Any, **keywords: Any) -> Any:  # as the signature says
-            given = signature.bind(*args, **keywords).arguments
+            try:
+                given = signature.bind(*args, **keywords).arguments
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}(): {error}") from None
             first = [given.pop(place.name) for place in places]
             made: Any = settings
             return function(*first, made(**given))
@@ -73,14 +78,21 @@ def spelled_out(settings: Callable[Keywords, Object]) -> _Spell[Keywords, Object
     return spell
 
 
-def documented(settings: Any) -> dict[str, tuple[Any, str]]:
-    """Type and meaning of each documented field of a settings class, its own before inherited ones."""
+def documented(settings: Any, *, flags: bool = False) -> dict[str, tuple[Any, str]]:
+    """Type and meaning of each documented field of a settings class, its own before inherited ones.
+
+    Args:
+        settings: the class.
+        flags: leave out what bears `NO_FLAG`.
+    """
     hints = typing.get_type_hints(settings, include_extras=True)
     order = [name for kind in settings.__mro__ for name in inspect.get_annotations(kind)]
     found = {}
     for name in dict.fromkeys(order):
         if typing.get_origin(hints.get(name)) is Annotated:
             kind, *notes = typing.get_args(hints[name])
+            if flags and NO_FLAG in notes:
+                continue
             found[name] = kind, next(one.documentation for one in notes if isinstance(one, Doc))
     return found
 

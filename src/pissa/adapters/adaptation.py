@@ -44,7 +44,7 @@ class Adaptation:
 
         Args:
             recipe: new, or from a file.
-            method: that is at hand, and most likely the one that the recipe names.
+            method: one that is looked up already; taken if it is the one that the recipe names.
 
         Raises:
             InputError: a method that this version does not know.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def attach(
     Args:
         model: a transformers (or any torch) model with weights in 16 bits or more, or a PeftModel made by
             `attach`, which gets one more adapter.
-        method: a name listed by `pissa methods`.
+        method: a name listed by `pissa methods`, or the method itself.
         rank: 1 to min(out, in) of the smallest target.
         alpha: above 0; by default `rank`, which makes the scale 1.
         targets: "all-linear", module names or endings, or a regular expression over full names.
@@ -172,8 +172,18 @@ def wrap(
     starts: Starts,
     modules_to_save: list[str],
     adapter: str,
+    put: Callable[[PeftLayer, str, Factors], None] | None = None,
 ) -> PeftModel:
-    """Put peft's layers around the targets, and adapters in the attachment's form at their start."""
+    """Put peft's layers around the targets, and adapters in the attachment's form at their start.
+
+    Args:
+        model: plain, or with adapters already.
+        attachment: what the adapter starts from.
+        starts: by module.
+        modules_to_save: modules that train whole.
+        adapter: peft's name for it.
+        put: called for each layer in the place of the form's `install`.
+    """
     recipe, form = attachment.recipe, attachment.adaptation.form
     _refuse_neighbours(model, adapter, form)
     inner = plain_model(model)
@@ -198,7 +208,10 @@ def wrap(
     quantized.keep_precision(wrapped)
     for module, layer in adapter_layers(wrapped, attachment.targets).items():
         quantized.keep_codes(layer)
-        form.install(layer, adapter, starts[module], split=attachment.split)
+        if put is None:
+            form.install(layer, adapter, starts[module], split=attachment.split)
+        else:
+            put(layer, adapter, starts[module])
     form.tell_stock_tools(wrapped, adapter)
     twins.offer(wrapped)
     attachments_of(wrapped)[adapter] = attachment

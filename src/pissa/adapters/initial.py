@@ -91,7 +91,7 @@ def load_initial(
         folder: that it was loaded from.
         adapter: peft's name for it.
         modules_to_save: modules that train whole; by default a new head.
-        method: that the folder most likely names, where it is at hand.
+        method: one that is looked up already; taken if it is the one that the folder names.
 
     Raises:
         WrongBaseError: the model is not the residual that was written beside this start.

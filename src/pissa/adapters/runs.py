@@ -7,7 +7,7 @@ base before it touches the model, so a run never meets another base.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from pissa.adapters.state import (
 from pissa.checkpoint.output import read_json, staged_output
 from pissa.checkpoint.targets import short_names
 from pissa.errors import CheckpointError, InputError, OutputError
-from pissa.method import Method, brought
+from pissa.method import brought
 from pissa.records import Record
 from pissa.splits import Factors
 from pissa.untyped import Json
@@ -160,19 +160,35 @@ def _load_state(model: nn.Module, folder: Path, adapter: str, *, from_start: boo
     if state.extras:
         set_peft_model_state_dict(wrapped, state.extras, adapter_name=adapter)
     if state.adaptation.method.optimizer:
-        note_optimizer(wrapped, state.adaptation.method.name)
+        note_optimizer(wrapped, brought(state.adaptation.method.optimizer))
     return wrapped
 
 
-def note_optimizer(model: nn.Module, method: str) -> None:
-    """Write down on a model that the optimizer of this method trains it."""
-    model.pissa_optimizer = method  # type: ignore[assignment]
+def note_optimizer(model: nn.Module, optimizer: Callable[..., Any]) -> None:
+    """Write down on a model that this optimizer, which a method may bring, trains it.
+
+    `pissa train` does; an optimizer that is to be made by hand too, as `LoraPro`, does it itself.
+
+    Args:
+        model: that is trained.
+        optimizer: the class or function that made it.
+    """
+    noted: set[str] = getattr(model, "pissa_optimizers", set())
+    model.pissa_optimizers = noted | {_name_of(optimizer)}  # type: ignore[assignment]
+
+
+def _name_of(optimizer: Callable[..., Any]) -> str:
+    """As it is imported: pissa.training.lora_pro.LoraPro."""
+    return f"{optimizer.__module__}.{optimizer.__qualname__}"
 
 
 def _refuse_other_optimizer(model: PeftModel, adapter: str, attachment: Attachment) -> None:
     """A method that brings an optimizer must have been trained by it; a start is as good as any."""
     method, form = attachment.adaptation.method, attachment.adaptation.form
-    if not method.optimizer or getattr(model, "pissa_optimizer", None) == method.name:
+    if not method.optimizer:
+        return
+    own = _name_of(brought(method.optimizer))
+    if own in getattr(model, "pissa_optimizers", ()):
         return
     for layer in adapter_layers(model, attachment.targets).values():
         trained = form.trained(layer, adapter)
@@ -180,14 +196,8 @@ def _refuse_other_optimizer(model: PeftModel, adapter: str, attachment: Attachme
         if any(part.any() for part in drift.named().values()):
             raise InputError(
                 f"adapter {adapter!r} was attached as {method.name} and trained by another "
-                f"optimizer: train it with {_optimizer_name(method)}, or attach it as another method"
+                f"optimizer: train it with {own}(model), or attach it as another method"
             )
-
-
-def _optimizer_name(method: Method) -> str:
-    """As it is imported: pissa.training.lora_pro.LoraPro(model)."""
-    found = brought(method.optimizer or "")
-    return f"{found.__module__}.{found.__qualname__}(model)"
 
 
 def _load_plain(model: nn.Module, folder: Path, adapter: str, trainable: bool) -> PeftModel:

@@ -1,4 +1,4 @@
-"""The starts of a peft layer's adapters: buffers on the layer, beside the drift that peft's own parameters hold."""
+"""The starts of a peft layer's adapters: buffers on the layer, beside what trains in peft's own parameters."""
 
 from __future__ import annotations
 

@@ -135,7 +135,10 @@ def read_state(folder: Path) -> State:
     extras: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
-        by_module.get(module, extras)[part if module in by_module else name] = tensor
+        if module in by_module:
+            by_module[module][part] = tensor
+        else:
+            extras[name] = tensor
     starts, trained = {}, {}
     for module, stored in by_module.items():
         try:

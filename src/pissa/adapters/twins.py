@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from pissa.adapters import starts
 from pissa.adapters.forms import on_layer
 from pissa.adapters.plain import whole
 from pissa.untyped import PeftLayer
@@ -30,18 +29,19 @@ def _add_adapter(
 ) -> None:
     """peft's `add_adapter`, which also knows a config that is the very one of an attached adapter."""
     source = next((name for name, config in model.peft_config.items() if config is peft_config), "")
-    layers: list[PeftLayer] = [layer for layer in model.modules() if source in starts.of(layer)]
+    layers: list[PeftLayer] = [layer for layer in model.modules() if source in on_layer(layer)]
     add = type(model).add_adapter
     if not layers:
         add(model, adapter_name, peft_config, *args, **options)
         return
-    rank = starts.of(layers[0])[source].pair[1].shape[0]
+    form, scale = on_layer(layers[0])[source], layers[0].scaling[source]
     config = copy.deepcopy(peft_config)
-    config.rank_pattern, config.alpha_pattern = (
-        {},
-        {},
-    )  # every layer is given its start below, whatever its rank
-    config.r, config.lora_alpha = rank, whole(layers[0].scaling[source] * rank)
+    # The ranks of the start itself; what stock tools are told comes back below.
+    own = {name: r // form.state_dict_ranks for name, r in peft_config.rank_pattern.items()}
+    config.rank_pattern = own
+    config.alpha_pattern = {name: whole(scale * rank) for name, rank in own.items()}
+    config.r = peft_config.r // form.state_dict_ranks
+    config.lora_alpha = whole(scale * config.r)
     refusals = {
         layer: layer.__dict__.pop("update_layer")
         for layer in layers
@@ -54,9 +54,8 @@ def _add_adapter(
         for layer, refusal in refusals.items():
             layer.update_layer = refusal
     config.r, config.lora_alpha = peft_config.r, peft_config.lora_alpha
-    config.rank_pattern, config.alpha_pattern = (
-        dict(peft_config.rank_pattern),
-        dict(peft_config.alpha_pattern),
-    )
+    config.rank_pattern = dict(peft_config.rank_pattern)
+    config.alpha_pattern = dict(peft_config.alpha_pattern)
     for layer in layers:
-        on_layer(layer)[source].begin(layer, adapter_name, starts.of(layer)[source])
+        start = form.start(layer, source, form.trained(layer, source))
+        form.begin(layer, adapter_name, start)

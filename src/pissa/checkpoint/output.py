@@ -236,9 +236,8 @@ def _publish(staging: Path, path: Path, force: bool) -> None:
     except BaseException:
         os.replace(replaced, path)
         raise
-    os.replace(
-        replaced, staging
-    )  # from here on it is rubbish, and named so: never to be given back half removed
+    # From here on it is rubbish, and named so: never to be given back half removed
+    os.replace(replaced, staging)
     _remove(staging)
 
 

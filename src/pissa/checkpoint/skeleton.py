@@ -58,9 +58,8 @@ def build_skeleton(
             build = transformers.AutoModel.from_config
         with torch.device("meta"):
             model = build(settings)
-    except (
-        Exception
-    ) as error:  # every architecture checks its settings in its own way, or stumbles over them
+    # Every architecture checks its settings in its own way, or stumbles over them
+    except Exception as error:
         raise CheckpointError(
             f"{folder}/config.json: transformers cannot build this model ({error})"
         ) from error

@@ -54,9 +54,8 @@ def compare(
     from pissa.comparison.findings import supported, unsupported
     from pissa.comparison.grid import cells, names, numbers
 
-    count = (
-        range(int(seeds)) if seeds.isdecimal() else numbers(seeds.rstrip(","), int, "seeds")
-    )  # a count, or a list
+    # A count, or a list
+    count = range(int(seeds)) if seeds.isdecimal() else numbers(seeds.rstrip(","), int, "seeds")
     out = Path(settings.output)
     grid = names(methods), numbers(lr, float, "lr"), [int(seed) for seed in count]
     comparison = run_comparison(

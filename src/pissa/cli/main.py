@@ -67,9 +67,8 @@ def main() -> NoReturn:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _say_warning
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it reports optional kernels at import
+    # It reports optional kernels at import
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except PissaError as error:

@@ -58,7 +58,8 @@ def flags(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]
         its place.
     """
     fields = {
-        name: _flag(name, kind, meaning) for name, (kind, meaning) in documented(settings).items()
+        name: _flag(name, kind, meaning)
+        for name, (kind, meaning) in documented(settings, flags=True).items()
     }
     defaults = {
         name: field.default for name, field in inspect.signature(settings).parameters.items()

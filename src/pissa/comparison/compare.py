@@ -195,9 +195,8 @@ def _claim(out: Path, common: TrainSettings) -> None:
         yaml.safe_dump(common.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
     )
     try:
-        os.link(
-            partial, file
-        )  # unlike a rename it never replaces what another part has just written
+        # Unlike a rename it never replaces what another part has just written
+        os.link(partial, file)
     except FileExistsError:
         check_common(yaml.safe_load(file.read_text(encoding="utf-8")), common, out)
     finally:

@@ -198,9 +198,8 @@ def _points(run: Path) -> dict[int, Changes]:
     """The change of all weights at each checkpoint and at the end, by step."""
     found: dict[int, Changes] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of checkpoints, which carry no record: the run above them does
+        # Of checkpoints, which carry no record: the run above them does
+        warnings.simplefilter("ignore")
         for checkpoint in checkpoints(run / "checkpoints"):
             found[step_of(checkpoint)] = read_changes(checkpoint).changes
     final = read_changes(run)

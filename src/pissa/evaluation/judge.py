@@ -186,9 +186,8 @@ class Judge:
         for tried in range(1, self.tries + 1):
             request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
             if self._key:
-                request.add_unredirected_header(
-                    "Authorization", f"Bearer {self._key}"
-                )  # to this host only
+                # To this host only
+                request.add_unredirected_header("Authorization", f"Bearer {self._key}")
             asked_to_wait = 0.0
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
@@ -200,10 +199,11 @@ class Judge:
                         f"the judge at {address} says {problem}: {self._advice(error.code)}"
                     ) from None
                 asked_to_wait = _seconds(error.headers.get("Retry-After"))
+            # Refused, reset, timed out, cut off
             except (
                 OSError,
                 http.client.HTTPException,
-            ) as error:  # refused, reset, timed out, cut off
+            ) as error:
                 problem = str(error) or type(error).__name__
             if tried < self.tries:
                 time.sleep(max(asked_to_wait, self.wait * 2 ** (tried - 1)))

@@ -196,9 +196,8 @@ def zeros(shape: tuple[int, int], scratch: Path | None) -> Tensor:
     try:
         handle, path = tempfile.mkstemp(dir=scratch, prefix="pissa-")
         try:
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # a hole in the file would end the process once the disk is full
+            # A hole in the file would end the process once the disk is full
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle, 0, 4 * shape[0] * shape[1])
             return torch.from_file(
                 path, shared=True, size=shape[0] * shape[1], dtype=torch.float32

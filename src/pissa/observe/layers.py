@@ -125,9 +125,8 @@ def rows_of(entering: Tensor, keep: Tensor | None, name: str) -> tuple[Tensor, T
         InputError: rows that are not those of the tokens.
     """
     columns = entering.shape[-1]
-    if (
-        keep is None or entering.shape[:-1] == keep.shape[:1]
-    ):  # a pooler gets one row of each sample
+    # A pooler gets one row of each sample
+    if keep is None or entering.shape[:-1] == keep.shape[:1]:
         entering = entering.reshape(len(entering), -1, columns)
         keep = torch.ones(entering.shape[:2], dtype=torch.bool)
     elif entering.shape[:-1] == keep.shape or entering.shape[:-1] == (keep.numel(),):

@@ -150,7 +150,7 @@ def disk_cost(planned: Planned, settings: TrainSettings, steps: int | None) -> D
         own = _bytes(part for name, part in named if part.requires_grad and ".lora_" in name)
         ranks = adaptation.recipe.rank_of
         rank_bytes = FLOAT * sum(ranks(t.module) * sum(t.matrix_shape) for t in planned.targets)
-        exported = adaptation.form.lora_ranks * rank_bytes + trained - own
+        exported = adaptation.form.export_ranks * rank_bytes + trained - own
         result = exported + _start_bytes(planned) + trained
         if planned.makes_residual:
             residual = _residual_bytes(planned, adaptation.quantizer, rank_bytes)

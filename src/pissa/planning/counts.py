@@ -110,10 +110,11 @@ def _tokenizer(source: Source, settings: TrainSettings) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
         )
+    # A tokenizer that is not whole: a plan can do without
     except (
         OSError,
         ValueError,
         KeyError,
         RuntimeError,
-    ):  # a tokenizer that is not whole: a plan can do without
+    ):
         return None

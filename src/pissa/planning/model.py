@@ -16,7 +16,7 @@ from torch import nn
 
 from pissa.adapters import plain
 from pissa.adapters.adaptation import Adaptation, refuse_untrained
-from pissa.adapters.attach import Attachment, adapter_layers, wrap
+from pissa.adapters.attach import Attachment, wrap
 from pissa.adapters.plain import INIT
 from pissa.checkpoint.output import read_json
 from pissa.checkpoint.skeleton import parameter_names
@@ -108,14 +108,11 @@ def build(source: Source, settings: TrainSettings, choice: Choice | None, classe
     if adaptation.quantizer:
         found, packed = _quantise(model, adaptation.quantizer, found, source.dtype)
     starts = {target.module: _start(adaptation, target) for target in found}
-    # The residual form keeps the originals on the CPU, which what has no values cannot be moved to: it is put on layers
-    # whose weights another form has left alone.
-    kept = Adaptation.of(dataclasses.replace(recipe, base_form="keep"), choice.method)
+    attachment = Attachment(adaptation, Record("state", recipe), found)
     with NO_DEVICE:  # peft draws its own start otherwise
-        attachment = Attachment(kept, Record("state", recipe), found)
-        attached = wrap(model, attachment, starts, heads, "default")
-        for module, layer in adapter_layers(attached, found).items():
-            adaptation.form.begin(layer, "default", starts[module])
+        # A form that takes its start out of the weight keeps the original on the CPU, to which what
+        # has no values cannot be moved. So adapters only begin, and weights are left alone.
+        attached = wrap(model, attachment, starts, heads, "default", put=adaptation.form.begin)
     if settings.dropout:
         set_dropout(attached, settings.dropout)
     return Planned(attached.train(), source, sizes, adaptation, tuple(found), packed)
@@ -176,9 +173,8 @@ def _quantise(
 ) -> tuple[list[Target], frozenset[str]]:
     """Put layers in few bits into the model, and the rest in float32 as `prepare_model_for_kbit_training` does."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # that some weights are written unpacked is for training to say
+        # That some weights are written unpacked is for training to say
+        warnings.simplefilter("ignore")
         packed = frozenset(packed_modules(packer, found))
     model.float()
     targets = []

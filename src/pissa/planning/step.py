@@ -112,9 +112,8 @@ class _FusedHead(torch.autograd.Function):
 
 def _tile(hidden: Tensor, weight: Tensor, wide: int) -> list[Tensor]:
     rows, columns = min(hidden.shape[0], TILE_ROWS), min(weight.shape[0], TILE_COLUMNS)
-    logits = torch.empty(
-        rows, TILE_COLUMNS, dtype=hidden.dtype, device=NO_DEVICE
-    )  # so wide for any vocabulary
+    # So wide for any vocabulary
+    logits = torch.empty(rows, TILE_COLUMNS, dtype=hidden.dtype, device=NO_DEVICE)
     return [logits, *(torch.empty(rows, columns, device=NO_DEVICE) for _ in range(wide))]
 
 

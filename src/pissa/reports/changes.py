@@ -114,9 +114,8 @@ def _weight_norms(state: State) -> dict[str, float]:
         return norms
     try:
         return _norms_on_disk(state, state.record)
-    except (
-        PissaError
-    ):  # the base is gone, is another one by now, or names its tensors in a way of its own
+    # The base is gone, is another one by now, or names its tensors in a way of its own
+    except PissaError:
         return norms
 
 

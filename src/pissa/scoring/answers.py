@@ -160,9 +160,8 @@ def _doc(task: str, number: int, where: str, row: Doc, by_id: Mapping[str, Doc])
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         return {"id": str(row.get("id", number)), **row}
-    name = str(
-        row.get("task_id", row.get("answer", ""))
-    )  # the authors keep the task's name in `answer`
+    # The authors keep the task's name in `answer`
+    name = str(row.get("task_id", row.get("answer", "")))
     if name not in by_id:
         known = next(iter(by_id), "none")
         raise DataError(

@@ -46,9 +46,8 @@ def extract(output: str, name: str, prompt: str = "") -> str | None:
     if prompt and goes_on and (found := _body(plain, name, prompt)):
         return found
     plain = plain.lstrip()
-    margin = [
-        textwrap.dedent(block) if _indented(block) else block for block in blocks
-    ]  # dedent alters empty lines
+    # Dedent alters empty lines
+    margin = [textwrap.dedent(block) if _indented(block) else block for block in blocks]
     for block in margin:
         if found := _trim(block, name):
             return found
@@ -110,9 +109,8 @@ def _body(text: str, name: str, prompt: str) -> str | None:
     """What goes on from the prompt; None where that adds nothing to its function."""
     body = text.strip("\n")
     shapes = [body]
-    if not _indented(
-        body
-    ):  # a chat template took the first line's indentation, or a fence all of it
+    # A chat template took the first line's indentation, or a fence all of it
+    if not _indented(body):
         shapes = ["    " + body, textwrap.indent(body, "    ")]
     found = [_trim(prompt + shape, name, first=True) or "" for shape in shapes]
     longest = max(found, key=len)

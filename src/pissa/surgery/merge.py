@@ -130,9 +130,8 @@ class _Job(StreamJob):
         served_on = found.record.served_on if found.record else None
         self.recorded = dict(served_on.tensors) if served_on else {}
         if packer:
-            quantisation_config(
-                packer, self.skeleton, self.packed_out, torch.float32
-            )  # refuses now, not at the end
+            # Refuses now, not at the end
+            quantisation_config(packer, self.skeleton, self.packed_out, torch.float32)
 
     def late(self) -> set[str]:
         """The state of each packed weight, whose JSON has a length of its own."""
@@ -158,12 +157,13 @@ class _Job(StreamJob):
             for tensor in (change.A, change.B):
                 digest.update(tensor_digest(tensor).encode())
             digest.update(name.encode())
-        extras = {name: tensor_digest(tensor) for name, tensor in self.extras.items()}
         return {
             "dtype": self.dtype,
             "quant": self.asked.quant,
             "changes": digest.hexdigest(),
-            "extras": extras,
+            "extras": {name: tensor_digest(tensor) for name, tensor in self.extras.items()},
+            "head_config": self.head_config,
+            "record": self.found.record.to_json() if self.found.record else None,
         }
 
     def shape(self, name: str, kind: str, target: Target) -> tuple[int, ...]:

@@ -125,17 +125,17 @@ class StreamJob(ABC):
         """What has to be the same for a killed run to be gone on with."""
         folder = self.checkpoint.folder
         shards = {info.shard for info in self.checkpoint.tensors.values()}
-        stats = {str(path): path.stat() for path in sorted(folder / shard for shard in shards)}
+        stats = {shard: (folder / shard).stat() for shard in sorted(shards)}
         facts = {
-            "job": type(self).__name__,
+            "job": f"{type(self).__module__}.{type(self).__qualname__}",
             "facts": self.facts(),
             "threads": torch.get_num_threads(),
             # What was written but not yet on the disk outlives a killed process, not a machine.
             "boot": _BOOT.read_text() if _BOOT.is_file() else "",
             "shard_bytes": self.shard_bytes,
             "source": {
-                path: [str(folder.resolve()), file.st_size, file.st_mtime_ns]
-                for path, file in stats.items()
+                shard: [str(folder.resolve()), file.st_size, file.st_mtime_ns]
+                for shard, file in stats.items()
             },
             "versions": versions(),
         }

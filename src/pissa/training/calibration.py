@@ -80,17 +80,17 @@ def for_method(
     Raises:
         InputError: calibration without a need, or a need without calibration.
     """
-    method = find(method)
-    needs = method.observes
+    chosen = find(method)
+    needs = chosen.observes
     if needs is None:
         if calibration:
             raise InputError(
-                f"calibration is {calibration}, but {method.name} needs the weights alone: leave it out"
+                f"calibration is {calibration}, but {chosen.name} needs the weights alone: leave it out"
             )
         return None
     if calibration is None:
         raise InputError(
-            f"{method.name} needs the {needs} of each layer: give --calibration DATA, rows as for training"
+            f"{chosen.name} needs the {needs} of each layer: give --calibration DATA, rows as for training"
         )
     if calibration.endswith(SAVED):
         return Observations.load(calibration)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pissa.adapters.attach import adapter_layers, attachments_of
-from pissa.adapters.forms import Form
+from pissa.adapters.forms import Form, on_layer
 from pissa.errors import InputError
 from pissa.untyped import PeftLayer
 
@@ -35,28 +35,29 @@ class CloseLeft(TrainerCallback):
     """
 
     def __init__(self, model: Any, eta: float | None = None):
-        self.layers: list[tuple[PeftLayer, str, Form]] = []
+        self.layers: list[tuple[PeftLayer, str, Form, float]] = []
         for adapter, attachment in attachments_of(model).items():
             form = attachment.adaptation.form
-            if {"left", "core"} <= set(form.parts):
-                layers = adapter_layers(model, attachment.targets).values()
-                self.layers += [(layer, adapter, form) for layer in layers]
-                eta = attachment.recipe.options.get("eta") if eta is None else eta
+            own = attachment.recipe.options.get("eta") if eta is None else eta
+            there = adapter_layers(model, attachment.targets).values()
+            layers = [layer for layer in there if adapter in on_layer(layer)]
+            if not layers or not {"left", "core"} <= set(form.parts):
+                continue
+            if own is None:
+                raise InputError(
+                    "nothing says when the left factor is to be closed: give eta, a share of the steps"
+                )
+            self.layers += [(layer, adapter, form, float(own)) for layer in layers]
         if not self.layers:
             raise InputError(
                 "this model has no left factor beside a core to close: attach lamda or lamda++ first"
             )
-        if eta is None:
-            raise InputError(
-                "nothing says when the left factor is to be closed: give eta, a share of the steps"
-            )
-        self.eta = float(eta)
         self.kept: list[Tensor] = []
 
     @property
     def factors(self) -> list[Tensor]:
         """What may be closed, asked anew: FSDP2 puts other parameters into the layers."""
-        found = (form.trained(layer, adapter).left for layer, adapter, form in self.layers)
+        found = (form.trained(layer, adapter).left for layer, adapter, form, _ in self.layers)
         return [left for left in found if left is not None]
 
     def on_pre_optimizer_step(
@@ -64,8 +65,8 @@ class CloseLeft(TrainerCallback):
     ) -> None:
         """Remember what must not move."""
         counts = [
-            closed(left.shape[1], state.global_step, state.max_steps, self.eta)
-            for left in self.factors
+            closed(left.shape[1], state.global_step, state.max_steps, eta)
+            for left, (*_, eta) in zip(self.factors, self.layers, strict=True)
         ]
         self.kept = [
             left.detach()[:, :count].clone()

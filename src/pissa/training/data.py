@@ -238,9 +238,8 @@ def _row(fields: Any, where: str) -> Row:
 
 
 def _read_table(path: Path, **dialect: Any) -> Iterator[Row]:
-    csv.field_size_limit(
-        min(sys.maxsize, 2**31 - 1)
-    )  # the default, 128 KiB, is less than a long document
+    # The default, 128 KiB, is less than a long document
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, **dialect)
         try:

@@ -89,7 +89,7 @@ class LoraPro(Optimizer):
         super().__init__(
             groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
-        note_optimizer(model, "lora_pro")
+        note_optimizer(model, LoraPro)
 
     @staticmethod
     def numbers_kept(

@@ -20,9 +20,8 @@ def reset_peak(kind: str) -> None:
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return
-    with suppress(
-        OSError
-    ):  # not Linux, or a container that forbids it: then the peak is the process's so far
+    # Not Linux, or a container that forbids it: then the peak is the process's so far
+    with suppress(OSError):
         _RESET.write_text("5")  # the high-water mark of the resident set starts anew
 
 

@@ -108,9 +108,10 @@ def ready(model: nn.Module, settings: TrainSettings) -> nn.Module:
     return model
 
 
+# Values of settings, each of its own type
 def differences(
     recipe: Recipe, settings: TrainSettings, choice: Choice
-) -> list[tuple[str, Any, Any]]:  # values of settings, each of its own type
+) -> list[tuple[str, Any, Any]]:
     """(key, asked for, as it was decomposed) for all that differs.
 
     Args:

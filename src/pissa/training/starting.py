@@ -130,7 +130,7 @@ def optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer | None:
     made: Optimizer = make(
         model, settings.learning_rate, weight_decay=settings.weight_decay, **options
     )
-    runs.note_optimizer(model, adaptation.method.name)
+    runs.note_optimizer(model, make)
     return made
 
 

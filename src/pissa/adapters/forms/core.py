@@ -31,7 +31,7 @@ class Core(ZeroCore):
         return started and base == "keep" and not quantized
 
     @property
-    def stock_ranks(self) -> int:
+    def state_dict_ranks(self) -> int:
         """Two blocks where the left factor trains, see above."""
         return 2 if "left" in self.parts else 1
 

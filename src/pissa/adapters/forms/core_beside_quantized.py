@@ -27,7 +27,7 @@ class CoreBesideQuantized(Core):
         return "core" in method.parts and not method.zero_start and quantized
 
     @property
-    def stock_ranks(self) -> int:
+    def state_dict_ranks(self) -> int:
         """The product alone."""
         return 1
 

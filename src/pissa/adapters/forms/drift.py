@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pissa.adapters import factors, sharding, starts
-from pissa.adapters.forms.form import Variant
-from pissa.adapters.forms.pair_beside_quantized import NO_DROPOUT
+from pissa.adapters.forms.form import NO_DROPOUT, Variant
 from pissa.method import Method
 from pissa.splits import Factors, Lora, drift_as_lora, drift_as_pair
 from pissa.untyped import Context, PeftLayer, StateDict
@@ -63,7 +62,7 @@ class DriftProduct(torch.autograd.Function):
 class Drift(Variant):
     """The base keeps W, the adapter adds the change."""
 
-    lora_ranks: ClassVar[int] = 2
+    export_ranks: ClassVar[int] = 2
 
     @staticmethod
     def fits(method: Method, base: str, quantized: bool) -> bool:

@@ -26,6 +26,10 @@ from pissa.records import Layer
 from pissa.splits import Factors, Lora, Split
 from pissa.untyped import PeftLayer, StateDict
 
+NO_DROPOUT = (
+    "the adapter starts as a part of the weight itself, and dropping its inputs would change the "
+    "model before the first step"
+)
 PARTS_OF_A_START = ("left", "right", "core", "pattern")
 
 
@@ -36,7 +40,7 @@ class Form(ABC):
     Attributes:
         parts: which of left, core and right train.
         kinds: of layers it can live on.
-        lora_ranks: rank of the plain LoRA that leaves, in ranks of the adapter.
+        export_ranks: rank of the plain LoRA in a run's adapter/, in ranks of the adapter.
         beside_pair: parts of a start that a decomposed folder holds beside the stock pair.
         undivided: launchers under which it cannot train, since they never show a factor whole.
         trained_prefix: in a state file, of the names of what trains.
@@ -44,7 +48,7 @@ class Form(ABC):
 
     parts: tuple[str, ...]
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding", "conv2d")
-    lora_ranks: ClassVar[int] = 1
+    export_ranks: ClassVar[int] = 1
     beside_pair: ClassVar[tuple[str, ...]] = ()
     undivided: ClassVar[tuple[str, ...]] = ()
     trained_prefix: ClassVar[str] = ""
@@ -53,6 +57,11 @@ class Form(ABC):
     @abstractmethod
     def fits(method: Method, base: str, quantized: bool) -> bool:
         """Whether this is the form of what the method trains, see `form_of`."""
+
+    @property
+    def state_dict_ranks(self) -> int:
+        """Rank of the pair that leaves by a state dict, in ranks of the adapter."""
+        return self.export_ranks
 
     # On a live layer.
 
@@ -83,7 +92,10 @@ class Form(ABC):
                 own[part].copy_(value)
 
     def begin_again(self, layer: PeftLayer, adapter: str, trained: Factors) -> None:
-        """What a run that goes on from its first step takes from its saved state beside the start."""
+        """Called instead of `assign` when a training resumes from its first step.
+
+        Only what the start does not give already is taken from the saved state.
+        """
 
     def start(self, layer: PeftLayer, adapter: str, trained: Factors) -> Factors:
         """The start of an adapter, with what trains at hand."""
@@ -96,6 +108,8 @@ class Form(ABC):
     def exact(self, layer: PeftLayer, adapter: str) -> dict[str, nn.Parameter]:
         """What a checkpoint holds beside the plain LoRA, because it comes back from that only nearly."""
         return {}
+
+    # The state-dict hooks call these two where the right factor's key is in the state dict.
 
     def emit(self, layer: PeftLayer, adapter: str, state: StateDict, keys: tuple[str, str]) -> None:
         """Put the plain LoRA into a state dict in the place of what trains.
@@ -175,15 +189,10 @@ class Variant(Form, LoraVariant):
     """A form whose forward pass is not peft's: peft calls it in the place of its own.
 
     What trains is the drift from the start. Whatever stock tools save from such a layer is a plain
-    LoRA of `stock_ranks` ranks, right on the original base.
+    LoRA of `state_dict_ranks` ranks, right on the original base.
     """
 
     trained_prefix: ClassVar[str] = "drift_"
-
-    @property
-    def stock_ranks(self) -> int:
-        """Rank of the pair that leaves by a state dict, in ranks of the adapter."""
-        return self.lora_ranks
 
     def supports_lora_conversion(self) -> bool:
         """peft's own conversion reads lora_A and lora_B as a plain pair, which they are not here."""
@@ -195,7 +204,7 @@ class Variant(Form, LoraVariant):
 
     def tell_stock_tools(self, model: Any, adapter: str) -> None:
         """The pair's own rank, at the same scale; and no sums of pairs, which these are not."""
-        config, times = model.peft_config[adapter], self.stock_ranks
+        config, times = model.peft_config[adapter], self.state_dict_ranks
         config.r, config.lora_alpha = times * config.r, whole(times * config.lora_alpha)
         config.rank_pattern = {name: times * rank for name, rank in config.rank_pattern.items()}
         config.alpha_pattern = {name: times * own for name, own in config.alpha_pattern.items()}
@@ -257,7 +266,7 @@ def _emit(layer: PeftLayer, state: StateDict, prefix: str, metadata: Any) -> Non
     """state_dict hook: what leaves the layer is a plain LoRA."""
     for adapter, form in on_layer(layer).items():
         keys = factors.keys(layer, adapter, prefix)
-        if _has(state, keys):
+        if keys[1] in state and not sharding.is_away(state[keys[1]]):
             form.emit(layer, adapter, state, keys)
 
 
@@ -265,11 +274,5 @@ def _take(layer: PeftLayer, state: StateDict, prefix: str, *args: Any) -> None:
     """load_state_dict hook: the plain LoRA of this very start is taken apart again."""
     for adapter, form in on_layer(layer).items():
         keys = factors.keys(layer, adapter, prefix)
-        if _has(state, keys):
+        if keys[1] in state and not sharding.is_away(state[keys[1]]):
             form.take(layer, adapter, state, keys)
-
-
-def _has(state: StateDict, keys: tuple[str, str]) -> bool:
-    """Whether a state dict holds the adapter, whole; a form may train one factor alone."""
-    own = [state[key] for key in keys if key in state]
-    return bool(own) and not any(map(sharding.is_away, own))

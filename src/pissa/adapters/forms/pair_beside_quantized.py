@@ -9,15 +9,10 @@ the start, not for Q alone.
 from __future__ import annotations
 
 from pissa.adapters import factors, quantized, starts
-from pissa.adapters.forms.form import Form, remember
+from pissa.adapters.forms.form import NO_DROPOUT, Form, remember
 from pissa.method import Method
 from pissa.splits import Factors, Lora
 from pissa.untyped import PeftLayer
-
-NO_DROPOUT = (
-    "the adapter starts as a part of the weight itself, and dropping its inputs would change the "
-    "model before the first step"
-)
 
 
 class PairBesideQuantized(Form):

@@ -91,7 +91,7 @@ class ZeroCore(Variant):
         left, right = (factor.double() for factor in start.pair)
         (key_left, key_right), rank = keys, right.shape[0]
         pair_left, pair_right = state.pop(key_left).to(left), state[key_right].to(right)
-        both = self.stock_ranks * rank
+        both = self.state_dict_ranks * rank
         if pair_left.shape != (len(left), both) or pair_right.shape != (both, right.shape[1]):
             raise starts.foreign(key_right, adapter)
         if both > rank:

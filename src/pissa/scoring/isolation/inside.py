@@ -57,9 +57,8 @@ def refuse(syscalls: bytes) -> None:
     if not syscalls:
         return
     instructions = ctypes.create_string_buffer(syscalls, len(syscalls))
-    filter_program = (ctypes.c_size_t * 2)(
-        len(syscalls) // 8, ctypes.addressof(instructions)
-    )  # struct sock_fprog
+    # Struct sock_fprog
+    filter_program = (ctypes.c_size_t * 2)(len(syscalls) // 8, ctypes.addressof(instructions))
     prctl = ctypes.CDLL(None).prctl
     prctl(SET_NO_NEW_PRIVILEGES, *map(ctypes.c_ulong, (1, 0, 0, 0)))
     prctl(SET_SECCOMP, ctypes.c_ulong(FILTER), filter_program)

@@ -85,9 +85,8 @@ def enter_namespaces() -> None:
     os.close(go)
     if os.waitpid(writer, 0)[1]:
         raise PermissionError("the ids of the user namespace cannot be written")
-    with suppress(
-        OSError
-    ):  # where /proc/sys cannot be written, the program may make namespaces within its own
+    # Where /proc/sys cannot be written, the program may make namespaces within its own
+    with suppress(OSError):
         write("/proc/sys/user/max_user_namespaces", "0")
 
 
@@ -128,9 +127,8 @@ def bind(path: str) -> None:
     mount(old, path, None, BIND | RECURSIVE)
     attributes = READ_ONLY | NO_SUID | (0 if path in DEVICES else NO_DEV)
     said = struct.pack("4Q", attributes, 0, 0, 0)
-    call(
-        "syscall", MOUNT_SETATTR, -1, path.encode(), 0x8000, said, len(said)
-    )  # 0x8000: with all mounts below
+    # 0x8000: with all mounts below
+    call("syscall", MOUNT_SETATTR, -1, path.encode(), 0x8000, said, len(said))
 
 
 def first_process(command: list[str]) -> int:
