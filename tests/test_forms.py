@@ -50,7 +50,7 @@ def test_the_form_is_that_of_what_trains_and_of_what_the_layer_keeps(name: str) 
 
 def test_each_form_is_a_file_of_its_own() -> None:
     folder = Path(sys.modules["pissa.adapters.forms"].__file__).parent
-    shared = {"__init__", "form", "on_residual"}
+    shared = {"__init__", "form", "variant", "on_residual"}
     assert {kind.__module__.rpartition(".")[2] for kind in forms()} | shared == {
         file.stem for file in folder.glob("*.py")
     }

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pissa.adapters import factors, sharding, starts
-from pissa.adapters.forms.form import NO_DROPOUT, Variant
+from pissa.adapters.forms.form import NO_DROPOUT
+from pissa.adapters.forms.variant import Variant
 from pissa.method import Method
 from pissa.splits import Factors, Lora, drift_as_lora, drift_as_pair
 from pissa.untyped import Context, PeftLayer, StateDict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pissa.adapters import residual
-from pissa.adapters.forms.form import Variant
+from pissa.adapters.forms.variant import Variant
 from pissa.adapters.storing import store
 from pissa.errors import InputError
 from pissa.records import Layer

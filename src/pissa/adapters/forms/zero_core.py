@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pissa.adapters import sharding, starts
-from pissa.adapters.forms.form import PARTS_OF_A_START, Variant
+from pissa.adapters.forms.form import PARTS_OF_A_START
+from pissa.adapters.forms.variant import Variant
 from pissa.linalg import relative_error
 from pissa.method import Method
 from pissa.splits import Factors, Lora, drift_as_lora, drift_as_pair, whole_core
