@@ -1,11 +1,14 @@
-"""The comparisons of docs/results: full, LoRA, PiSSA, MiLoRA and PiSSA's random control on small real models.
+"""The comparisons of docs/results: full, LoRA, PiSSA, MiLoRA and PiSSA's random control on small
+real models.
 
-    python benchmarks/compare.py SHARED OUT [--case NAME ...] [--lr 3e-4,1e-3,3e-3] [--seeds 3] [--jobs 2]
-    python benchmarks/compare.py SHARED OUT --case family-mixed-8m --methods lora,corda,corda-control --lr 1e-3,3e-3
-    python benchmarks/compare.py SHARED OUT --case family-mixed-8m --methods lora_xs,svft,lamda --lr 1e-2,1e-1
+    python benchmarks/compare.py SHARED OUT [--case NAME ...] [--lr 3e-4,1e-3,3e-3] [--seeds 3]
+    [--jobs 2] python benchmarks/compare.py SHARED OUT --case family-mixed-8m --methods
+    lora,corda,corda-control --lr 1e-3,3e-3 python benchmarks/compare.py SHARED OUT --case
+    family-mixed-8m --methods lora_xs,svft,lamda --lr 1e-2,1e-1
 
-SHARED holds models/ and data/. Each case is an ordinary `pissa compare`, whose settings lie in OUT/NAME/settings.yaml
-afterwards: a call that was stopped goes on, and one with more rates or seeds adds to what is there.
+SHARED holds models/ and data/. Each case is an ordinary `pissa compare`, whose settings lie in
+OUT/NAME/settings.yaml afterwards: a call that was stopped goes on, and one with more rates or seeds
+adds to what is there.
 """
 
 from __future__ import annotations

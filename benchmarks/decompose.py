@@ -1,10 +1,12 @@
-"""`pissa decompose` of a whole checkpoint beside its engine alone, and beside peft's start on the model in memory.
+"""`pissa decompose` of a whole checkpoint beside its engine alone, and beside peft's start on the
+model in memory.
 
-python benchmarks/decompose.py [--gigabytes 4] [--ranks 16,128] [--repeats 3] [--device cuda] [--peft]
+python benchmarks/decompose.py [--gigabytes 4] [--ranks 16,128] [--repeats 3] [--device cuda]
+[--peft]
 
-The checkpoint is a synthetic bf16 Llama of 2048 columns, made in a temporary folder. "engine" is `truncated_svd` alone
-over the same weights, with the same workers, read from the page cache; "command" is the whole command, from start to
-renamed folder, on a checkpoint in the page cache.
+The checkpoint is a synthetic bf16 Llama of 2048 columns, made in a temporary folder. "engine" is
+`truncated_svd` alone over the same weights, with the same workers, read from the page cache;
+"command" is the whole command, from start to renamed folder, on a checkpoint in the page cache.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def write_llama(folder: Path, gigabytes: float) -> None:
             name: tuple(p.shape)
             for name, p in transformers.LlamaForCausalLM(config).named_parameters()
         }
-    # Every tensor is a window on one pool of noise, as drawing all would take longer than the decomposition.
+    # Every tensor is a window on one pool of noise, as drawing all would take longer than the
+    # decomposition.
     largest = max(torch.Size(shape).numel() for shape in shapes.values())
     generator = torch.Generator().manual_seed(0)
     pool = torch.empty(largest + len(shapes), dtype=torch.bfloat16).normal_(

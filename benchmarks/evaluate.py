@@ -1,9 +1,11 @@
-"""The evaluations of docs/results: small real models before and after a PiSSA fine-tune, on all five benchmarks.
+"""The evaluations of docs/results: small real models before and after a PiSSA fine-tune, on all
+five benchmarks.
 
-    python benchmarks/evaluate.py SHARED OUT [--models stories260K,mixed-8m] [--limit 200] [--steps 300]
+    python benchmarks/evaluate.py SHARED OUT [--models stories260K,mixed-8m] [--limit 200] [--steps
+    300]
 
-SHARED holds models/ and data/. The fine-tune sees GSM8K's training questions, MBPP's questions 601 to 974 and Alpaca;
-none of the questions that are asked afterwards. A call that was stopped goes on.
+SHARED holds models/ and data/. The fine-tune sees GSM8K's training questions, MBPP's questions 601
+to 974 and Alpaca; none of the questions that are asked afterwards. A call that was stopped goes on.
 """
 
 from __future__ import annotations

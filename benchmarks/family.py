@@ -1,18 +1,21 @@
-"""What the starts of the family claim and one pass over a model can show: a truncation curve and first steps.
+"""What the starts of the family claim and one pass over a model can show: a truncation curve and
+first steps.
 
-python benchmarks/family.py --model FOLDER --calibration train.jsonl --held-out test.jsonl,wiki.test.txt
+python benchmarks/family.py --model FOLDER --calibration train.jsonl --held-out
+test.jsonl,wiki.test.txt
 
-Texts are cut into blocks of --length tokens; a .jsonl row is its fields, an empty line between them. The first --blocks
-blocks of --calibration are what the methods see. Nothing is trained.
+Texts are cut into blocks of --length tokens; a .jsonl row is its fields, an empty line between
+them. The first --blocks blocks of --calibration are what the methods see. Nothing is trained.
 
-"truncated": perplexity on the first --blocks blocks of each held-out text when every linear layer but the head loses a
-share of its components, the least ones: singular values of W ("plain"), of W C (CorDA), or of W C^(1/2), which is the
-least error on the layer's outputs; C is the covariance of the calibration inputs.
+"truncated": perplexity on the first --blocks blocks of each held-out text when every linear layer
+but the head loses a share of its components, the least ones: singular values of W ("plain"), of W C
+(CorDA), or of W C^(1/2), which is the least error on the layer's outputs; C is the covariance of
+the calibration inputs.
 
-"first step": cosine with the full gradient of the change that one step of SGD makes through a start, -s^2 (L L^T G +
-G R^T R), by layer; "LoRA-Pro" is that of its step, which is |g~| / |G|. "calibration" takes G on the rows that methods
-have seen, "held out" on the first held-out text. "best 2r" is the bound for any rank-r factors; a control is the same
-start along random directions.
+"first step": cosine with the full gradient of the change that one step of SGD makes through a
+start, -s^2 (L L^T G + G R^T R), by layer; "LoRA-Pro" is that of its step, which is |g~| / |G|.
+"calibration" takes G on the rows that methods have seen, "held out" on the first held-out text.
+"best 2r" is the bound for any rank-r factors; a control is the same start along random directions.
 """
 
 from __future__ import annotations

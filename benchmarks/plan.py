@@ -1,10 +1,13 @@
-"""What `pissa plan` says a run takes on this device, beside what the run took: bytes, and planned over taken.
+"""What `pissa plan` says a run takes on this device, beside what the run took: bytes, and planned
+over taken.
 
-python benchmarks/plan.py TOKENIZER DATA.jsonl [--hidden 2048] [--layers 16] [--device cuda] [--set bf16=true,...]
+python benchmarks/plan.py TOKENIZER DATA.jsonl [--hidden 2048] [--layers 16] [--device cuda] [--set
+bf16=true,...]
 
-The model is a Llama of that size with random weights in bf16 and the tokenizer of the folder TOKENIZER, three steps of
-training long. On a GPU "taken" is the peak of torch's allocator, as `run.json` has it; on a CPU the peak of the whole
-process, which grows from run to run, so one method at a time is fair there.
+The model is a Llama of that size with random weights in bf16 and the tokenizer of the folder
+TOKENIZER, three steps of training long. On a GPU "taken" is the peak of torch's allocator, as
+`run.json` has it; on a CPU the peak of the whole process, which grows from run to run, so one
+method at a time is fair there.
 """
 
 from __future__ import annotations

@@ -1,15 +1,19 @@
-"""Starts on an NF4 base beside the authors' procedure, in one process: what they save of the error, and seconds.
+"""Starts on an NF4 base beside the authors' procedure, in one process: what they save of the error,
+and seconds.
 
-python benchmarks/quant.py [--shapes 2048x2048,4096x4096] [--ranks 16,64,128] [--weights FOLDER] [--no-nuclear]
+python benchmarks/quant.py [--shapes 2048x2048,4096x4096] [--ranks 16,64,128] [--weights FOLDER]
+[--no-nuclear]
 
-Errors are reductions in per cent, 100 (1 - |W - Q - B A| / |W - nf4(W)|), as in PiSSA's paper, in the nuclear and the
-Frobenius norm; QLoRA has 0. Constructed matrices are bf16 with the "language" spectrum of svd.py. --weights takes all
-matrices of a checkpoint but embeddings and lm_head whose smaller side is at least four times the rank: "nuclear" and
-"frobenius" then compare sums of nuclear norms and roots of summed squares, "mean" is of each matrix's reduction.
+Errors are reductions in per cent, 100 (1 - |W - Q - B A| / |W - nf4(W)|), as in PiSSA's paper, in
+the nuclear and the Frobenius norm; QLoRA has 0. Constructed matrices are bf16 with the "language"
+spectrum of svd.py. --weights takes all matrices of a checkpoint but embeddings and lm_head whose
+smaller side is at least four times the rank: "nuclear" and "frobenius" then compare sums of nuclear
+norms and roots of summed squares, "mean" is of each matrix's reduction.
 
-"authors" is their procedure at its simplest: torch.linalg.svd of the whole matrix in float32 and bitsandbytes, T times.
-QPiSSA ends on quantizing there, ours with one more SVD. Q is unpacked to float32 everywhere.
-"of authors" divides seconds by those of the authors' QPiSSA with T=5. The engines take turns.
+"authors" is their procedure at its simplest: torch.linalg.svd of the whole matrix in float32 and
+bitsandbytes, T times. QPiSSA ends on quantizing there, ours with one more SVD. Q is unpacked to
+float32 everywhere. "of authors" divides seconds by those of the authors' QPiSSA with T=5. The
+engines take turns.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""QLoRA, LoftQ and QPiSSA at equal settings and several seeds: evaluation loss at the start and at the end.
+"""QLoRA, LoftQ and QPiSSA at equal settings and several seeds: evaluation loss at the start and at
+the end.
 
-python benchmarks/quantised_training.py MODEL --data train.jsonl --eval-data test.jsonl [--eval-rows 200] [--steps 80]
+python benchmarks/quantised_training.py MODEL --data train.jsonl --eval-data test.jsonl [--eval-rows
+200] [--steps 80]
 
-The first line is the base in 16 bits or more, at step 0. Losses are nats per token of the responses.
+The first line is the base in 16 bits or more, at step 0. Losses are nats per token of the
+responses.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
-"""Truncated SVD beside peft's two starts and torch's routines, in one process: medians, ratios, and what is missed.
+"""Truncated SVD beside peft's two starts and torch's routines, in one process: medians, ratios, and
+what is missed.
 
-python benchmarks/svd.py [--shapes 4096x4096,11008x4096] [--ranks 16,128,512] [--spectra language,flat,steep]
+python benchmarks/svd.py [--shapes 4096x4096,11008x4096] [--ranks 16,128,512] [--spectra
+language,flat,steep]
                          [--weights FOLDER] [--device cuda]
 
-Constructed matrices have singular values i^-0.35 (1 - 0.95 (i/n)^1.5) ("language": a power-law head and a long tail),
-1 - i/2n ("flat") or i^-1.5 ("steep") between random orthogonal bases; --weights takes one matrix of each shape from a
-checkpoint instead. "gap" is the energy missed beyond the optimum as a share of the optimal tail, "sigma" the largest
-relative error of a singular value, both against eigenvalues of the Gram matrix in float64. peft's `pissa` is
-torch.linalg.svd, its `pissa_niter_k` is torch.svd_lowrank without extra columns, both on the weight cast to float32.
-The engines take turns, so that a slow minute of the machine falls on all of them.
+Constructed matrices have singular values i^-0.35 (1 - 0.95 (i/n)^1.5) ("language": a power-law head
+and a long tail), 1 - i/2n ("flat") or i^-1.5 ("steep") between random orthogonal bases; --weights
+takes one matrix of each shape from a checkpoint instead. "gap" is the energy missed beyond the
+optimum as a share of the optimal tail, "sigma" the largest relative error of a singular value, both
+against eigenvalues of the Gram matrix in float64. peft's `pissa` is torch.linalg.svd, its
+`pissa_niter_k` is torch.svd_lowrank without extra columns, both on the weight cast to float32. The
+engines take turns, so that a slow minute of the machine falls on all of them.
 """
 
 from __future__ import annotations

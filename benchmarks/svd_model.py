@@ -1,11 +1,12 @@
-"""The fast SVD over all matrices of a model on one device, with its share of what the device can do.
+"""The fast SVD over all matrices of a model on one device, with its share of what the device can
+do.
 
 python benchmarks/svd_model.py --device cuda            Llama-2-7B: 32 layers of 4096 and 11008 columns, bf16, rank 128
 python benchmarks/svd_model.py --layers 1 --hidden 512 --intermediate 1376 --rank 32          on anything
 
-The matrices are noise, made on the device one at a time outside the clock. "of the product ceiling" compares the
-products that the space needs with a square product in the dtype that is used for them; "of the copy ceiling" the bytes
-of the matrix, read once per product, with a copy.
+The matrices are noise, made on the device one at a time outside the clock. "of the product ceiling"
+compares the products that the space needs with a square product in the dtype that is used for them;
+"of the copy ceiling" the bytes of the matrix, read once per product, with a copy.
 """
 
 from __future__ import annotations

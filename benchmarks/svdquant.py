@@ -1,12 +1,15 @@
-"""Models in 4 bits, weights and activations, beside what each half of SVDQuant does alone, on text it has not seen.
+"""Models in 4 bits, weights and activations, beside what each half of SVDQuant does alone, on text
+it has not seen.
 
-python benchmarks/svdquant.py [--model FOLDER] [--ranks 8,32] [--calibration FILE --key question] [--held-out FILE]
+python benchmarks/svdquant.py [--model FOLDER] [--ranks 8,32] [--calibration FILE --key question]
+[--held-out FILE]
 
-Calibration and held-out text are different rows: by default GSM8K's training and test questions. "calibration" and
-"held out" are each layer's relative output error, mean and worst, on the inputs that the model in full precision feeds
-it. "perplexity" is of the whole model, all layers at once (language models only), on the held-out rows. "bits" are what
-a weight takes, scales, smoothing and branch in 16 bits included. At small layers a branch is dear, so "weights by 16"
-and the like spend as many bits on finer groups of the weights, "both by 16" on those of the activations too (whose
+Calibration and held-out text are different rows: by default GSM8K's training and test questions.
+"calibration" and "held out" are each layer's relative output error, mean and worst, on the inputs
+that the model in full precision feeds it. "perplexity" is of the whole model, all layers at once
+(language models only), on the held-out rows. "bits" are what a weight takes, scales, smoothing and
+branch in 16 bits included. At small layers a branch is dear, so "weights by 16" and the like spend
+as many bits on finer groups of the weights, "both by 16" on those of the activations too (whose
 scales are not stored, but cost time in every product).
 
     plain        codes alone                        branch       rank r, no smoothing

@@ -19,12 +19,14 @@ from training_runs import STEPS, save_tokenizer
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
-# On processors with AVX512-BF16 bitsandbytes computes in bf16 once a layer was run; claims here are in float32.
+# On processors with AVX512-BF16 bitsandbytes computes in bf16 once a layer was run; claims here are
+# in float32.
 bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 # The suite runs in two processes, and waiting threads slow each other down
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
-# Pico matrices: a second thread only waits, and on a busy machine it waits thirty times longer than it works.
+# Pico matrices: a second thread only waits, and on a busy machine it waits thirty times longer than
+# it works.
 torch.set_num_threads(1)
 SHARED = Path(os.environ.get("PISSA_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -1,7 +1,7 @@
 """The command line in one of several processes on processors, with FSDP2 or ZeRO-3 as on GPUs.
 
-accelerate refuses to shard where there is no GPU, though torch and DeepSpeed can: here it is told that the gloo
-group of these processes is one of GPUs, while every tensor stays on the processor.
+accelerate refuses to shard where there is no GPU, though torch and DeepSpeed can: here it is told
+that the gloo group of these processes is one of GPUs, while every tensor stays on the processor.
 """
 
 import os

@@ -13,7 +13,8 @@ from runs import gap, logits, train
 from test_adapters_peft import BASE, same, weights
 from test_laws import every_pair_of_the_weight, every_started_pair_of_the_weight
 
-# One rounding of each weight to the dtype, seen at the logits (of size 1): about ten times its spacing.
+# One rounding of each weight to the dtype, seen at the logits (of size 1): about ten times its
+# spacing.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 

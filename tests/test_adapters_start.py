@@ -107,7 +107,8 @@ def test_training_takes_the_path_of_the_papers_form_in_stock_peft(method, base, 
     )
     expected, got = losses(stock, 20), losses(ours, 20)
     assert expected[0] - expected[-1] > 0.1
-    # Same steps up to float32 rounding, which Adam's division may enlarge; measured 1e-6, LoRA is off by 0.01 to 0.06.
+    # Same steps up to float32 rounding, which Adam's division may enlarge; measured 1e-6, LoRA is
+    # off by 0.01 to 0.06.
     assert gap(got, expected) < 2e-5
     lora = LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear")
     assert gap(losses(get_peft_model(build_pico(), lora), 20), expected) > 0.01
@@ -151,7 +152,8 @@ def test_gradients_of_the_drift_are_those_of_the_factors(method):
 def test_small_updates_survive_in_a_bf16_adapter(method):
     model = pissa.attach(build_pico().bfloat16(), method, rank=4).bfloat16()
     base = logits(model)
-    # An update of 1e-4 of a start near 0.5 is lost in bf16 (spacing 2e-3) when it is added to the start.
+    # An update of 1e-4 of a start near 0.5 is lost in bf16 (spacing 2e-3) when it is added to the
+    # start.
     losses(model, 3, learning_rate=1e-4)
     drifts = [p for p in model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.bfloat16 and p.any() for p in drifts)

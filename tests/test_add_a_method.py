@@ -1,7 +1,8 @@
-"""What `docs/add_a_method.md` promises: one file adds a method, a quantizer or a form, and nothing else is touched.
+"""What `docs/add_a_method.md` promises: one file adds a method, a quantizer or a form, and nothing
+else is touched.
 
-The package is copied, the files of the page and a few throw-away ones are put into the copy, and other processes use it
-as a newcomer would.
+The package is copied, the files of the page and a few throw-away ones are put into the copy, and
+other processes use it as a newcomer would.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ def test_a_looser_tolerance_is_certified_too_and_holds(kind: str, tolerance: flo
 def test_an_eigensolver_that_is_not_exact_enough_gets_no_certificate(
     stretch: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As CUDA's Jacobi in float32 does it: vectors that are longer than one, and singular values with them.
+    # As CUDA's Jacobi in float32 does it: vectors that are longer than one, and singular values
+    # with them.
     generator = torch.Generator().manual_seed(0)
     weight = with_values(spectrum("language", 600, generator), 700, 600, generator).float()
     ritz = KrylovSpace.ritz
@@ -76,7 +77,8 @@ COPIES = [
 def test_more_copies_of_a_value_than_a_block_has_columns_are_all_found(
     copies, rank, low, seed
 ) -> None:
-    # A block sees at most as many copies of a singular value as it has columns; the probe from a fresh block tells.
+    # A block sees at most as many copies of a singular value as it has columns; the probe from a
+    # fresh block tells.
     generator = torch.Generator().manual_seed(seed)
     index = torch.arange(1, 401, dtype=torch.float64)
     values = torch.where(index <= copies, 1.0, low * (index - copies).clamp_min(1) ** -0.1)
@@ -104,7 +106,8 @@ def test_a_space_is_enough_where_the_spectrum_falls_and_lapack_decides_where_the
 
 
 def test_small_singular_values_beside_large_ones_are_right_to_their_own_size() -> None:
-    # In float32 products a value of 1e-4 of the largest is lost; the engine goes to float64 by itself.
+    # In float32 products a value of 1e-4 of the largest is lost; the engine goes to float64 by
+    # itself.
     generator = torch.Generator().manual_seed(0)
     values = 10.0 ** (-5 * torch.arange(400, dtype=torch.float64) / 60).clamp_max(7)
     weight = with_values(values, 450, 400, generator)

@@ -41,7 +41,8 @@ def test_lora_xs_is_its_equation(shape):
     U, S, Vh = svd(W)
     expected = SCALE * (U[:, :RANK] @ R.numpy() @ (S[:RANK, None] * Vh[:RANK]))
     lora = as_lora(pissa.split(W, "lora_xs", RANK, alpha=ALPHA), core=R)
-    # A flip of a pair of vectors flips a row and a column of what the core means: canonical signs on both sides.
+    # A flip of a pair of vectors flips a row and a column of what the core means: canonical signs
+    # on both sides.
     split = pissa.split(W, "lora_xs", RANK, alpha=ALPHA)
     signs = torch.sign(split.left[split.left.abs().argmax(0), torch.arange(RANK)])
     flipped = as_lora(split, core=signs[:, None] * R * signs).delta()

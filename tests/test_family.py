@@ -134,7 +134,8 @@ def test_convert_writes_the_smallest_exact_rank(method, observations, tmp_path):
         with pytest.raises(InputError, match="full rank"):
             pissa.convert(tmp_path / "run", tmp_path / "lora")
         record = pissa.convert(tmp_path / "run", tmp_path / "lora", rank=6)
-        # The values of its diagonal core are the singular values of the change: what six of them miss is known.
+        # The values of its diagonal core are the singular values of the change: what six of them
+        # miss is known.
         missed = whole = 0.0
         for name, part in model.named_parameters():
             if part.requires_grad and "lora_A" in name:

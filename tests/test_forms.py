@@ -25,7 +25,8 @@ from pissa.training.closing import CloseLeft
 
 TRAINABLE = sorted(name for name, method in methods().items() if method.parts)
 PLACES = [*product(["keep", "residual"], [False, True])]
-# Pair: no start is kept. Drift, Core: W stays. OnResidual: the weight changes. BesideQuantized: W is gone.
+# Pair: no start is kept. Drift, Core: W stays. OnResidual: the weight changes. BesideQuantized: W
+# is gone.
 EXPECTED = {
     "lora": ["Pair", "Pair", "Pair", "Pair"],
     "pissa": ["Drift", "PairBesideQuantized", "DriftOnResidual", "PairBesideQuantized"],

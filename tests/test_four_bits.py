@@ -248,7 +248,8 @@ def test_the_recorded_error_is_that_of_what_bitsandbytes_unpacks(
         load_file(out / "model.safetensors"),
         load_file(out / "pissa_init" / "adapter_model.safetensors"),
     )
-    # An int8 weight is held against bf16 as if it were unpacked there, which no loader does: a rounding more.
+    # An int8 weight is held against bf16 as if it were unpacked there, which no loader does: a
+    # rounding more.
     tolerance = 0.1 if job.format == "int8" and job.base in ("pico-bf16", "mixed-8m") else 1e-4
     for layer in record.layers:
         module = "base_model.model." + layer.name.removesuffix(".weight")
@@ -297,7 +298,8 @@ def test_packed_weights_take_the_bits_that_arithmetic_gives_them(
     modules = tuple(layer.name.removesuffix("weight") for layer in packed)
     nbytes = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(modules))
     values = sum(layer.shape[0] * layer.shape[1] for layer in packed)
-    # A scale a block of 64; 8 bits of it where 256 of them share another scale; int8 has a scale a row.
+    # A scale a block of 64; 8 bits of it where 256 of them share another scale; int8 has a scale a
+    # row.
     rows = sum(layer.shape[0] for layer in packed)
     expected = {"nf4": 4.5, "double": 4 + 8 / 64 + 32 / 64 / 256, "int8": 8 + 32 * rows / values}[
         format

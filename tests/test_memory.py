@@ -63,7 +63,8 @@ def write_llama(folder: Path, layers: int) -> int:
             name: tuple(p.shape)
             for name, p in transformers.LlamaForCausalLM(config).named_parameters()
         }
-    # Every tensor is a window on one pool of noise: drawing 12 GB of it would take longer than the decomposition.
+    # Every tensor is a window on one pool of noise: drawing 12 GB of it would take longer than the
+    # decomposition.
     largest = max(torch.Size(shape).numel() for shape in shapes.values())
     generator = torch.Generator().manual_seed(0)
     pool = torch.empty(largest + len(shapes), dtype=torch.bfloat16).normal_(
@@ -116,7 +117,8 @@ def test_peak_memory_is_below_1_5_gib_and_does_not_grow_with_the_model(tmp_path:
     four, eight = (measure(tmp_path, name) for name in ("4 GB", "8 GB"))
     assert four["peak"] <= LIMIT_BYTES
     assert eight["peak"] <= LIMIT_BYTES
-    # The peak is a matter of chance, what was held at once for a moment: it differs by a tenth from run to run.
+    # The peak is a matter of chance, what was held at once for a moment: it differs by a tenth from
+    # run to run.
     assert eight["median"] <= 1.1 * four["median"]
 
 

@@ -154,7 +154,8 @@ def gradients(split: pissa.Split) -> tuple[Tensor, Tensor]:
 def test_zero_weight_is_split_into_finite_and_living_factors(method, dtype, svd):
     for shape in ((9, 14), (14, 9), (100, 120)):
         split = split_of(torch.zeros(shape, dtype=dtype), method, 3, svd=svd)
-        # Exact where the factors are of the weight; LoRA-GA's are of a gradient, and their product is rounded twice.
+        # Exact where the factors are of the weight; LoRA-GA's are of a gradient, and their product
+        # is rounded twice.
         assert split.rebuild().abs().max() <= (1e-6 if method == "lora_ga" else 0)
         left, right = gradients(split)
         assert left.isfinite().all()

@@ -1,4 +1,5 @@
-"""Claims about MT-Bench: what is asked, what a judge sees and costs, and that neither is ever paid twice.
+"""Claims about MT-Bench: what is asked, what a judge sees and costs, and that neither is ever paid
+twice.
 
 The judge is an HTTP server here that speaks OpenAI's protocol and grades by a rule of its own.
 """

@@ -79,8 +79,9 @@ class Page(html.parser.HTMLParser):
 
 
 def answered(shared: Path, wrong: int, count: int | None = None) -> list[Sample]:
-    """Answers to GSM8K made of its own worked solutions and scored for real: every `wrong`th ends in another number,
-    every seventh in one that the authors' script rounds, every eleventh goes on and on without a mark."""
+    """Answers to GSM8K made of its own worked solutions and scored for real: every `wrong`th ends
+    in another number, every seventh in one that the authors' script rounds, every eleventh goes on
+    and on without a mark."""
     lines = (shared / "data/gsm8k/test.jsonl").read_text(encoding="utf-8").splitlines()
     return [_answer(number, json.loads(line), wrong) for number, line in enumerate(lines[:count])]
 
@@ -365,7 +366,8 @@ def test_tracks_never_share_a_table(tmp_path: Path, shared: Path) -> None:
         "50.0 ± 2.0 %" in text[other:]
         and "authors&#39; scorer" not in text[other : text.index("<h2>How")]
     )
-    # A score that is no share of right answers keeps its unit; those that are not the headline are below.
+    # A score that is no share of right answers keeps its unit; those that are not the headline are
+    # below.
     rows = [row for table in Page(tmp_path / "results.html").tables for row in table]
     assert ["", "word_perplexity", "0.75"] in rows and [
         "",

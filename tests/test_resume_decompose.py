@@ -28,9 +28,10 @@ SHARDED = {"rank": 4, "max_shard_bytes": 20_000}
 QUANTS: dict[str, dict[str, Any]] = {"plain": {}, "nf4": {"quant": "nf4"}}
 TENSORS = 20
 """Of a pico Llama; its first target is the third."""
-# One process imports pissa and forks for each kill. "after": at the k-th call of progress. "splitting": in the k-th
-# split. "writing": after the k-th tensor, so between the parts of a weight. "small files": all tensors are there.
-# "again": the last receipt is cut short, then as "after".
+# One process imports pissa and forks for each kill. "after": at the k-th call of progress.
+# "splitting": in the k-th split. "writing": after the k-th tensor, so between the parts of a
+# weight. "small files": all tensors are there. "again": the last receipt is cut short, then as
+# "after".
 RUNS_TO_BE_KILLED = """
 import json, os, pathlib, signal, sys, torch, pissa
 from pissa.checkpoint.writer import TensorFile

@@ -17,7 +17,8 @@ from pissa.errors import DataError
 from pissa.scoring import hendrycks, latex
 
 YES, NO = True, False
-# Answer after "The answer is: ", gold, ours, the authors'. Where the last two differ the authors' script is at fault.
+# Answer after "The answer is: ", gold, ours, the authors'. Where the last two differ the authors'
+# script is at fault.
 ANSWERS = [
     # fractions and decimals
     (r"\frac12", r"\frac{1}{2}", YES, YES),

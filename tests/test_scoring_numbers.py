@@ -13,7 +13,8 @@ from pissa.scoring import numbers
 YES, NO = True, False
 A = "The answer is: "
 NEXT = "\n\n### Instruction:\nHow many?\n\n### Response:\n2 + 3 = 5. The answer is: 5"
-# What the model wrote, gold, ours, the authors'. Where the last two differ the authors' script is at fault.
+# What the model wrote, gold, ours, the authors'. Where the last two differ the authors' script is
+# at fault.
 ANSWERS = [
     # spellings of the number
     (A + "18", "18", YES, YES),

@@ -146,7 +146,8 @@ def test_lora_ga_has_pefts_directions_and_the_authors_norms(shape):
     values = torch.from_numpy(S[rank : 2 * rank]).float()
     assert same_up_to_signs((left / values).T, split.left.T, 1e-5)
     assert relative_error(frozen + scale * left @ right, W) < 1e-5
-    # So its first step is that of the right factor alone: the best of rank r where ours is the best of rank 2r.
+    # So its first step is that of the right factor alone: the best of rank r where ours is the best
+    # of rank 2r.
     energy = np.cumsum(S**2) / (S**2).sum()
     assert cosine(-first_step(split.left, split.right, G), G) == pytest.approx(
         energy[2 * rank - 1] ** 0.5, abs=1e-5

@@ -99,7 +99,8 @@ def test_on_outlying_channels_neither_smoothing_nor_the_branch_suffices_and_both
     smoothed = error(split(0))
     branch = error(split(16, smoothing=False))
     both, iterated = error(split(16)), error(split(16, rounds=10))
-    # Of the specification's toy: 0.179, 0.087, 0.146, 0.0216, 0.0193; of this seed 0.192, 0.087, 0.155, 0.0224, 0.0199.
+    # Of the specification's toy: 0.179, 0.087, 0.146, 0.0216, 0.0193; of this seed 0.192, 0.087,
+    # 0.155, 0.0224, 0.0199.
     assert naive == pytest.approx(0.18, abs=0.02) and branch == pytest.approx(0.15, abs=0.01)
     assert smoothed == pytest.approx(0.087, abs=0.005)
     assert both == pytest.approx(0.022, abs=0.002) and iterated == pytest.approx(0.0195, abs=0.001)

@@ -224,8 +224,8 @@ def test_going_on_with_a_file_that_is_gone_is_an_error(tmp_path: Path, tensors: 
 def test_killed_shards_are_gone_on_with_to_the_same_bytes(
     shard_bytes: int, count: int, receipts_lost: int, tmp_path: Path, tensors: dict[str, Tensor]
 ):
-    """The kill comes after `count` tensors, with whole shards, a begun one, some that are not there yet, some of which
-    nothing is known, and some in which only late tensors came.
+    """The kill comes after `count` tensors, with whole shards, a begun one, some that are not there
+    yet, some of which nothing is known, and some in which only late tensors came.
     """
     part, whole = tmp_path / "part", tmp_path / "whole"
     names = list(tensors)

@@ -1,8 +1,9 @@
 """The settings of a command as one object, for a function that users give keyword arguments.
 
-A settings class is a frozen dataclass whose documented fields say all there is to say: type, default
-and meaning. The command line makes a flag of each (`pissa.cli.options.flags`), `spelled_out` a
-keyword argument with its line in the docstring, and everything below hands the object on.
+A settings class is a frozen dataclass whose documented fields say all there is to say: type,
+default and meaning. The command line makes a flag of each (`pissa.cli.options.flags`),
+`spelled_out` a keyword argument with its line in the docstring, and everything below hands the
+object on.
 """
 
 from __future__ import annotations

@@ -41,8 +41,10 @@ class Allotment:
     """How a method gives each layer a rank of its own: a pass over all layers, then one decision.
 
     Attributes:
-        score: ``(weight, observed, rank, **options)`` to a vector; all that is kept of a layer until the decision.
-        allot: ``(scores by tensor name, rank, **options)`` to ranks by tensor name; 0 leaves a layer alone.
+        score: ``(weight, observed, rank, **options)`` to a vector; all that is kept of a layer
+            until the decision.
+        allot: ``(scores by tensor name, rank, **options)`` to ranks by tensor name; 0 leaves a
+            layer alone.
     """
 
     score: Callable[..., Tensor]
@@ -112,7 +114,8 @@ class Method:
         }
 
     def checked(self, options: Options | None) -> Json:
-        """All options, the given ones in their types (also from a command line's words), the others by default.
+        """All options, the given ones in their types (also from a command line's words), the others
+        by default.
 
         Raises:
             InputError: an unknown name or value, with those that are known.
@@ -176,7 +179,8 @@ class Method:
             weight: [out, in], finite, float64/32/16 or bfloat16.
             rank: 1 to min(out, in); methods that work at full rank ignore it.
             scale: alpha / rank, above 0.
-            svd: "fast", "exact" or a tolerance, see `pissa.linalg.truncated_svd`; methods without an SVD ignore it.
+            svd: "fast", "exact" or a tolerance, see `pissa.linalg.truncated_svd`; methods without
+                an SVD ignore it.
             seed: with `name` it fixes every random number, whatever the order of the calls.
             name: the tensor's name, for the seed and for error messages.
             quantisation: of the frozen part; None to leave it as it is.

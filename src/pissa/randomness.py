@@ -18,7 +18,8 @@ def tensor_seed(seed: int, name: str) -> int:
 
 
 def noise_beside_zero(weight: Tensor, rank: int, scale: float, seed: int) -> Split:
-    """LoRA's start (arXiv 2106.09685): zero on the left, ``U(-1/sqrt(in), 1/sqrt(in))`` on the right.
+    """LoRA's start (arXiv 2106.09685): zero on the left, ``U(-1/sqrt(in), 1/sqrt(in))`` on the
+    right.
 
     Args:
         weight: [out, in].
@@ -36,11 +37,13 @@ def noise_beside_zero(weight: Tensor, rank: int, scale: float, seed: int) -> Spl
 
 
 def random_control(split: Split, seed: int) -> Split:
-    """The same split along random directions: what remains of a method when only the sizes of its factors are kept.
+    """The same split along random directions: what remains of a method when only the sizes of its
+    factors are kept.
 
-    The columns of `left` and the rows of `right` become random orthonormal vectors with the norms they had. For factors
-    along singular vectors (PiSSA, MiLoRA) the product keeps its singular values. A zero factor stays zero. As for any
-    split the frozen part is ``W - scale * left @ right``, so the model starts where it was.
+    The columns of `left` and the rows of `right` become random orthonormal vectors with the norms
+    they had. For factors along singular vectors (PiSSA, MiLoRA) the product keeps its singular
+    values. A zero factor stays zero. As for any split the frozen part is ``W - scale * left @
+    right``, so the model starts where it was.
 
     Args:
         split: of a method, not quantised; a core stays as it is.

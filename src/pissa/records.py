@@ -92,9 +92,11 @@ class Record:
 
     @property
     def beside(self) -> str | None:
-        """The quantizer of the residual beside which alone this is right; None where it is right on the base.
+        """The quantizer of the residual beside which alone this is right; None where it is right on
+        the base.
 
-        Quantization moves the weights off the base, so what was trained beside them means nothing elsewhere.
+        Quantization moves the weights off the base, so what was trained beside them means nothing
+        elsewhere.
         """
         return self.recipe.quant if self.recipe else None
 

@@ -41,7 +41,8 @@ def method(
     optimizer: Brought | None = None,
     schedule: Brought | None = None,
 ) -> Callable[[Callable[..., Split]], Callable[..., Split]]:
-    """Register the decorated function ``f(weight, rank, *, scale, svd, seed, name) -> Split`` as a method.
+    """Register the decorated function ``f(weight, rank, *, scale, svd, seed, name) -> Split`` as a
+    method.
 
     Further keyword arguments with defaults are the method's own options, which users give by name.
 
@@ -52,17 +53,20 @@ def method(
         trains: which part of the weight trains, in words.
         verdict: when to take it and when not, one sentence.
         parts: which of "left", "core" and "right" train.
-        zero_start: whether left @ core @ right is zero at first (nothing is taken out of the weight).
-        needs: "weight"; "quantiser" where there is no start without one; or one of `OBSERVED`, which the function
-            then takes under that name.
-        full_rank: whether the factors always have min(out, in) columns and rows, whatever rank is asked.
+        zero_start: whether left @ core @ right is zero at first (nothing is taken out of the
+            weight).
+        needs: "weight"; "quantiser" where there is no start without one; or one of `OBSERVED`,
+            which the function then takes under that name.
+        full_rank: whether the factors always have min(out, in) columns and rows, whatever rank is
+            asked.
         allotment: where layers get ranks of their own.
         entries: ``(k, **options)`` to how many entries of a core [k, k] train; None for all.
-        optimizer: ``(model, learning_rate, *, weight_decay, **options)`` to a torch optimizer in the place of AdamW.
+        optimizer: ``(model, learning_rate, *, weight_decay, **options)`` to a torch optimizer in
+            the place of AdamW.
         schedule: ``(model, **options)`` to a transformers callback that goes beside the steps.
 
-    A function that asks for ``quantisation`` (a `Quantisation` or None) lets its low-rank part follow the error of a
-    quantised rest.
+    A function that asks for ``quantisation`` (a `Quantisation` or None) lets its low-rank part
+    follow the error of a quantised rest.
     """
 
     def register(start: Callable[..., Split]) -> Callable[..., Split]:

@@ -1,10 +1,12 @@
-"""The one shape behind every method: a weight split into a frozen part and a low-rank trainable one.
+"""The one shape behind every method: a weight split into a frozen part and a low-rank trainable
+one.
 
     W [out, in]  =  frozen [out, in]  +  scale * left [out, k] @ core [k, k] @ right [k, in]
 
-`core` is absent (the identity) for all LoRA-shaped methods. Where it is there, it trains and `right` does not; it may
-be held to a pattern of entries, the others staying what they are. What follows from a split (rebuilding, the change
-since the start, the export to a plain LoRA) is written here once and holds for every method.
+`core` is absent (the identity) for all LoRA-shaped methods. Where it is there, it trains and
+`right` does not; it may be held to a pattern of entries, the others staying what they are. What
+follows from a split (rebuilding, the change since the start, the export to a plain LoRA) is written
+here once and holds for every method.
 """
 
 from __future__ import annotations
@@ -55,10 +57,12 @@ class Lora:
     def truncated(self, rank: int) -> tuple[Lora, float]:
         """The best rank-`rank` approximation (Eckart-Young) and its error relative to the change.
 
-        Works on the thin factors (QR of each, SVD of the small core) in float64; [out, in] is never formed.
+        Works on the thin factors (QR of each, SVD of the small core) in float64; [out, in] is never
+        formed.
 
         Returns:
-            The pair, in the dtype of the factors, and ``|delta - best| / |delta|`` (Frobenius; 0 for a zero change).
+            The pair, in the dtype of the factors, and ``|delta - best| / |delta|`` (Frobenius; 0
+            for a zero change).
         """
         if rank < 1:
             raise InputError(f"rank {rank} is below 1: choose a rank from 1 to {self.rank}")
@@ -82,8 +86,8 @@ class Factors:
     Attributes:
         left: [out, k]; None for a drift of a part that does not train.
         right: [k, in]; None likewise.
-        core: [k, k] or, along a pattern, the values [n] of its entries. None for the identity, and for a start's core
-            that is zero.
+        core: [k, k] or, along a pattern, the values [n] of its entries. None for the identity, and
+            for a start's core that is zero.
         pattern: rows and columns [2, n] of the entries of the core that train; None for all.
     """
 
@@ -203,7 +207,8 @@ class Quantised:
 
     Attributes:
         parts: what files hold, by their names in the module ("weight", "weight.absmax").
-        dense: [out, in], what a loader of these parts computes with, in the dtype it unpacks them in.
+        dense: [out, in], what a loader of these parts computes with, in the dtype it unpacks them
+            in.
     """
 
     parts: dict[str, Tensor]
@@ -216,7 +221,8 @@ class Split:
 
     Attributes:
         weight: W [out, in], in its own dtype.
-        left: [out, k], float32 (float64 for a float64 weight), as all that is computed from the split.
+        left: [out, k], float32 (float64 for a float64 weight), as all that is computed from the
+            split.
         right: [k, in], same dtype.
         core: [k, k], or None for the identity.
         pattern: [2, n], rows and columns of the entries of the core that train; None for all.

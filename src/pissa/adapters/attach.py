@@ -71,19 +71,21 @@ def attach(
     """Split a model's weights and return it as a `peft.PeftModel`, ready to train.
 
     Args:
-        model: a transformers (or any torch) model with weights in 16 bits or more, or a PeftModel made by
-            `attach`, which gets one more adapter.
+        model: a transformers (or any torch) model with weights in 16 bits or more, or a PeftModel
+            made by `attach`, which gets one more adapter.
         method: a name listed by `pissa methods`, or the method itself.
         rank: 1 to min(out, in) of the smallest target.
         alpha: above 0; by default `rank`, which makes the scale 1.
         targets: "all-linear", module names or endings, or a regular expression over full names.
-        base: "keep" (the weights stay, the drift trains) or "residual" (the paper's form: the weights become the
-            residual; `unload()` and `delete_adapter()` put the kept originals back).
+        base: "keep" (the weights stay, the drift trains) or "residual" (the paper's form: the
+            weights become the residual; `unload()` and `delete_adapter()` put the kept originals
+            back).
         svd: "fast", "exact" (certified to 1e-5) or a tolerance to certify.
         seed: fixes every random number together with the tensors' names.
         modules_to_save: modules that train whole; by default the head of a classification model.
         adapter_name: peft's name for the adapter.
-        observations: what was seen of this model on calibration rows, for the methods that need it; or the file of it.
+        observations: what was seen of this model on calibration rows, for the methods that need it;
+            or the file of it.
         options: the method's own settings by name.
         device: where the algebra runs, one weight at a time; by default where each weight lies.
 

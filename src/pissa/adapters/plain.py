@@ -20,8 +20,8 @@ WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "p
 INIT = "pissa_init"
 """The folder beside a residual that holds its start."""
 START = "core/start.safetensors"
-"""In that folder: the factors, core and pattern of a start with a core, of which the stock pair is the product. In a
-folder of its own, because an adapter's folder holds one file of tensors."""
+"""In that folder: the factors, core and pattern of a start with a core, of which the stock pair is
+the product. In a folder of its own, because an adapter's folder holds one file of tensors."""
 
 
 def adapter_config(

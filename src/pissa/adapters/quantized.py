@@ -23,8 +23,9 @@ def refuse_merging(layer: PeftLayer) -> None:
 def keep_codes(layer: PeftLayer) -> None:
     """Keep bitsandbytes from repacking the part under a peft layer.
 
-    On some processors it does so at the first forward without gradients, an evaluation say: for good, with scales
-    rounded to bf16, and from then on no gradient reaches what comes before the layer.
+    On some processors it does so at the first forward without gradients, an evaluation say: for
+    good, with scales rounded to bf16, and from then on no gradient reaches what comes before the
+    layer.
     """
     part = layer.get_base_layer()
     if hasattr(part, "support_avx512bf16_for_cpu"):
@@ -32,10 +33,11 @@ def keep_codes(layer: PeftLayer) -> None:
 
 
 def keep_precision(model: Any) -> None:
-    """Keep TRL's trainers from rounding what trains to bf16, as they do where a model says that it is quantised.
+    """Keep TRL's trainers from rounding what trains to bf16, as they do where a model says that it
+    is quantised.
 
-    The first step would differ from the start then. Layers know by their class in what format they are, and the model
-    under peft's wrapper still says it.
+    The first step would differ from the start then. Layers know by their class in what format they
+    are, and the model under peft's wrapper still says it.
     """
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
 

@@ -37,7 +37,8 @@ def install(layer: PeftLayer, adapter: str, *, split: bool) -> None:
         layer.register_state_dict_post_hook(_emit_original)
         layer.register_load_state_dict_pre_hook(_take_original)
     layer.principal_hook = layer.register_forward_hook(starts.give_back_principal)
-    # peft asks a layer for these by name; bound to the instance they know the undo, also on a deep copy.
+    # peft asks a layer for these by name; bound to the instance they know the undo, also on a deep
+    # copy.
     for name, override in _OVERRIDES.items():
         setattr(layer, name, MethodType(override, layer))
 

@@ -1,7 +1,7 @@
 """A run between memory and disk: save, load, and restart from its start.
 
-`run/adapter` is the plain LoRA to use anywhere, `run/state` what going on needs. Loading checks the fingerprint of the
-base before it touches the model, so a run never meets another base.
+`run/adapter` is the plain LoRA to use anywhere, `run/state` what going on needs. Loading checks the
+fingerprint of the base before it touches the model, so a run never meets another base.
 """
 
 from __future__ import annotations
@@ -110,14 +110,17 @@ def load(
     adapter_name: str = "default",
     modules_to_save: Iterable[str] | None = None,
 ) -> PeftModel:
-    """Put a saved run, a decomposed folder's start, or a plain LoRA made here on its base, after checking the base.
+    """Put a saved run, a decomposed folder's start, or a plain LoRA made here on its base, after
+    checking the base.
 
     Args:
-        model: the base model, as it was when the run began (for a decomposed folder: the residual model).
+        model: the base model, as it was when the run began (for a decomposed folder: the residual
+            model).
         path: a run, its state/ or adapter/ folder, a converted LoRA, or a decomposed folder.
         trainable: whether to go on training.
         adapter_name: peft's name for the adapter.
-        modules_to_save: modules that train whole beside a decomposed folder's start; by default a new head.
+        modules_to_save: modules that train whole beside a decomposed folder's start; by default a
+            new head.
 
     Raises:
         WrongBaseError: naming the first differing tensor, both digests and what to do.

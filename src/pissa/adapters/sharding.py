@@ -1,4 +1,5 @@
-"""What trains while it is spread over several processes, by FSDP2 or by DeepSpeed's ZeRO-3, and whole again.
+"""What trains while it is spread over several processes, by FSDP2 or by DeepSpeed's ZeRO-3, and
+whole again.
 
 All processes call these together: each lends its shard.
 """

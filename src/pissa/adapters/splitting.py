@@ -37,7 +37,8 @@ def split(
 
     Args:
         weight: [out, in], finite, float64/32/16 or bfloat16; computed in float32 (float64 stays).
-        method: a name listed by `pissa methods`, a preset (qlora, loftq, qpissa), or the method itself.
+        method: a name listed by `pissa methods`, a preset (qlora, loftq, qpissa), or the method
+            itself.
         rank: 1 to min(out, in).
         alpha: above 0; `rank` by default, which makes the scale alpha / rank equal 1.
         svd: "exact" (certified to 1e-5), "fast" (a seeded sketch), or a tolerance for the

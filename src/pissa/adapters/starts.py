@@ -31,7 +31,8 @@ def put(layer: PeftLayer, adapter: str, start: Factors, like: Tensor) -> None:
     """Keep an adapter's start on its layer, in the dtype and on the device of `like`."""
     _hold(layer)
     for part, tensor in start.named().items():
-        # Contiguous, as they come back from a file: another memory order rounds a product differently.
+        # Contiguous, as they come back from a file: another memory order rounds a product
+        # differently.
         ready = tensor.to(like.device if part == "pattern" else like).contiguous()
         getattr(layer, _BUFFERS[part])[adapter] = ready
 

@@ -1,6 +1,8 @@
-"""The `state/` folder of a run: start factors, the drift since, modules that trained whole, and the base's fingerprint.
+"""The `state/` folder of a run: start factors, the drift since, modules that trained whole, and the
+base's fingerprint.
 
-Beside it lies `adapter/`, the same change as a plain LoRA. No model is needed to read or write either.
+Beside it lies `adapter/`, the same change as a plain LoRA. No model is needed to read or write
+either.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class State:
 
 
 def check_finished(path: Path) -> None:
-    """Refuse what a training that has not ended left: its adapter is still the start, which changes nothing.
+    """Refuse what a training that has not ended left: its adapter is still the start, which changes
+    nothing.
 
     Args:
         path: a run, or its state/ or adapter/; a folder without a training's record passes.

@@ -34,7 +34,8 @@ class Stored:
 def store(name: str, split: Split, factor_dtype: torch.dtype, frozen_dtype: torch.dtype) -> Stored:
     """Round a split: factors first, then the frozen part, taken against the rounded factors.
 
-    In that order only the frozen part's own rounding remains. The error is measured on what is stored.
+    In that order only the frozen part's own rounding remains. The error is measured on what is
+    stored.
 
     Args:
         name: of the tensor.
@@ -72,7 +73,8 @@ def describe(name: str, split: Split, lost: float = 0.0) -> Layer:
     Args:
         name: of the tensor.
         split: what trains.
-        lost: Frobenius norm of what the weight lost on the way; 0 where the weight is kept as it is.
+        lost: Frobenius norm of what the weight lost on the way; 0 where the weight is kept as it
+            is.
     """
     pieces = torch.split(split.weight, ROWS)
     squares: list[float] = [frobenius(rows.to(split.left.dtype)) ** 2 for rows in pieces]

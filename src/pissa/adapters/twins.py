@@ -1,8 +1,10 @@
-"""A second adapter with the start of an attached one, as TRL's preference trainers ask for as their reference.
+"""A second adapter with the start of an attached one, as TRL's preference trainers ask for as their
+reference.
 
-They call `model.add_adapter("ref", model.peft_config["default"])` and copy into it what trains. Stock peft would build
-a plain adapter of rank 2r there, since that is what the config tells stock tools. A twin has the same start, whose
-tensors it shares, and its own drift, zero at first: it is the same change of the same base.
+They call `model.add_adapter("ref", model.peft_config["default"])` and copy into it what trains.
+Stock peft would build a plain adapter of rank 2r there, since that is what the config tells stock
+tools. A twin has the same start, whose tensors it shares, and its own drift, zero at first: it is
+the same change of the same base.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What makes a base model the same base model: a digest of every tensor.
 
-A tensor is recorded in its own dtype and in the narrower ones it may be loaded in (float32 also as bfloat16 and
-float16), so that a base stored in float32 is recognised when it is loaded in bfloat16, and the other way round.
-Names are those of the base without the task head's prefix (`model.layers.0...` and `layers.0...` are one name).
+A tensor is recorded in its own dtype and in the narrower ones it may be loaded in (float32 also as
+bfloat16 and float16), so that a base stored in float32 is recognised when it is loaded in bfloat16,
+and the other way round. Names are those of the base without the task head's prefix
+(`model.layers.0...` and `layers.0...` are one name).
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ def tensor_digests(tensor: Tensor) -> Digests:
 
 
 def model_tensors(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, Tensor]:
-    """The base's parameters under their canonical names; tied ones once, those of adapters not at all.
+    """The base's parameters under their canonical names; tied ones once, those of adapters not at
+    all.
 
     Args:
-        model: a plain model, or one whose layers are wrapped by adapters that leave the base as it is.
-            Quantised layers give their parts, as files hold them.
+        model: a plain model, or one whose layers are wrapped by adapters that leave the base as it
+            is. Quantised layers give their parts, as files hold them.
         skip: modules whose parameters are not part of the base (a new head).
     """
     skipped = tuple(f"{name}." for name in skip)

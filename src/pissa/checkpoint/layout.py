@@ -55,8 +55,8 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file in their order on disk, from its header alone.
 
-    A file is 8 bytes of header length (little endian), a JSON header, and the data; the offsets of the tensors must
-    cover the data without gap or overlap.
+    A file is 8 bytes of header length (little endian), a JSON header, and the data; the offsets of
+    the tensors must cover the data without gap or overlap.
 
     Raises:
         CheckpointError: The file is truncated, or its header is not true of it.
@@ -106,7 +106,8 @@ def make_header(
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     begins: dict[str, int] = {}
     end = 0
-    # Wide dtypes first: every tensor then begins at a multiple of its item size, which a memory map wants.
+    # Wide dtypes first: every tensor then begins at a multiple of its item size, which a memory map
+    # wants.
     for name, (dtype, shape) in sorted(
         plan.items(), key=lambda item: (item[0] in last, -item[1][0].itemsize)
     ):

@@ -30,17 +30,20 @@ def staged_output(
     inputs: Iterable[Path] = (),
     job: str | None = None,
 ) -> Iterator[Path]:
-    """Yield a hidden folder beside `target` that becomes `target` if the block ends well, and is removed if not.
+    """Yield a hidden folder beside `target` that becomes `target` if the block ends well, and is
+    removed if not.
 
     All checks come before anything is written. A symbolic link as `target` is followed.
 
     Args:
         target: The folder to make; it may exist if it is empty.
-        force: Replace what is there. Never replaces an input, a git repository, the working or the home folder.
+        force: Replace what is there. Never replaces an input, a git repository, the working or the
+            home folder.
         needs_bytes: Free disk space to insist on; 0 for no check.
         inputs: Folders or files that are being read, so must not be touched.
-        job: A key for work that can go on where a kill or an interrupt left it: the folder of a dead run with the same
-            key is yielded again, with all that is in it. None for work that starts afresh.
+        job: A key for work that can go on where a kill or an interrupt left it: the folder of a
+            dead run with the same key is yielded again, with all that is in it. None for work that
+            starts afresh.
 
     Raises:
         OutputError: The target must not be written, or the disk is full.
@@ -172,15 +175,16 @@ def _refuse_full_disk(path: Path, needs_bytes: int) -> None:
 
 
 def _sibling(path: Path, state: str) -> Path:
-    # The owner is in the name, so that a later run can tell a dead run's leftovers from a live run's work. The host
-    # is too: on a shared disk a process id means nothing elsewhere.
+    # The owner is in the name, so that a later run can tell a dead run's leftovers from a live
+    # run's work. The host is too: on a shared disk a process id means nothing elsewhere.
     return path.with_name(
         f".{path.name}.{state}-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
     )
 
 
 def _sweep_leftovers(path: Path, job: str | None) -> Path | None:
-    """Clear what a killed run to the same target left; give back the old output if it was killed while replacing it.
+    """Clear what a killed run to the same target left; give back the old output if it was killed
+    while replacing it.
 
     Returns:
         What is left of the same job, to go on with.

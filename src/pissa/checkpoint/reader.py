@@ -43,10 +43,12 @@ class Checkpoint:
     def open(
         cls, source: str | Path, revision: str | None = None, *, need_config: bool = True
     ) -> Checkpoint:
-        """Open a folder, or download a model of the Hub; no tensor is read and nothing is ever unpickled.
+        """Open a folder, or download a model of the Hub; no tensor is read and nothing is ever
+        unpickled.
 
-        The weights are the shards that `model.safetensors.index.json` names, else `model.safetensors`, else the only
-        safetensors file there. A tensor that the index does not name is left out, as the index says what the model is.
+        The weights are the shards that `model.safetensors.index.json` names, else
+        `model.safetensors`, else the only safetensors file there. A tensor that the index does not
+        name is left out, as the index says what the model is.
 
         Args:
             source: An existing folder, else a Hub id "org/name".
@@ -92,10 +94,11 @@ class Checkpoint:
         return tensor
 
     def companions(self) -> list[Path]:
-        """Files that belong to the model and carry no weights and no code: config, tokenizer, chat template.
+        """Files that belong to the model and carry no weights and no code: config, tokenizer, chat
+        template.
 
-        Only plain files of the folder itself with the endings json, txt, model and jinja; an index, adapter settings
-        and `pissa.json` describe weights that stay behind, so they stay too.
+        Only plain files of the folder itself with the endings json, txt, model and jinja; an index,
+        adapter settings and `pissa.json` describe weights that stay behind, so they stay too.
         """
         return sorted(
             path

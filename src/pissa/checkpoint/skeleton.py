@@ -1,7 +1,8 @@
-"""The model without its weights: which checkpoint tensor is which parameter, read from the model itself.
+"""The model without its weights: which checkpoint tensor is which parameter, read from the model
+itself.
 
-Built on the meta device, so prefixes, tied weights, GPT-2's transposed layers and everything that is not a plain
-linear layer are known, whatever the size of the model.
+Built on the meta device, so prefixes, tied weights, GPT-2's transposed layers and everything that
+is not a plain linear layer are known, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def build_skeleton(
         trust_remote_code: whether the folder's own code may run.
 
     Raises:
-        CheckpointError: an architecture that needs remote code, or settings that transformers cannot build.
+        CheckpointError: an architecture that needs remote code, or settings that transformers
+            cannot build.
     """
     import transformers
 
@@ -71,7 +73,8 @@ def build_skeleton(
 def parameter_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     """Each checkpoint tensor's parameter (or buffer) in the model, for those that have one.
 
-    A checkpoint may carry the base model's prefix (`model.layers...`) or not (`layers...`), whichever class wrote it.
+    A checkpoint may carry the base model's prefix (`model.layers...`) or not (`layers...`),
+    whichever class wrote it.
     """
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {
         n for n, _ in model.named_buffers()

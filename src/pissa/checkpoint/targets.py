@@ -1,7 +1,7 @@
 """Which weights of a model are split, and how each one reads as a matrix [out, in].
 
-Works on any torch model, also on one without weights (the meta device), so that a checkpoint's targets are known
-from the model's own modules rather than guessed from names.
+Works on any torch model, also on one without weights (the meta device), so that a checkpoint's
+targets are known from the model's own modules rather than guessed from names.
 """
 
 from __future__ import annotations
@@ -121,13 +121,14 @@ def find_targets(
 
     Args:
         model: any torch module, weights on any device or on none.
-        targets: "all-linear" (every linear layer but the output head and a classification head), module names or
-            their last parts (`q_proj`, `layers.0.mlp`-style endings), or one string: a regular expression over
-            full names if it is not itself a name.
+        targets: "all-linear" (every linear layer but the output head and a classification head),
+            module names or their last parts (`q_proj`, `layers.0.mlp`-style endings), or one
+            string: a regular expression over full names if it is not itself a name.
         quantised: whether a weight in few bits may be among them.
 
     Raises:
-        InputError: nothing matched, a tied weight, fused expert weights, a quantised weight, a grouped convolution.
+        InputError: nothing matched, a tied weight, fused expert weights, a quantised weight, a
+            grouped convolution.
     """
     everything = targets == ALL_LINEAR
     modules = plain_modules(model)

@@ -27,7 +27,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse_bytes(text: str | int) -> int:
-    """A size such as `500MB`, `1.5GiB` or `4096` in bytes; KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024.
+    """A size such as `500MB`, `1.5GiB` or `4096` in bytes; KB, MB, GB are powers of 1000, KiB, MiB,
+    GiB of 1024.
 
     Raises:
         InputError: Not a number with one of these units, or less than one byte.
@@ -43,10 +44,11 @@ def parse_bytes(text: str | int) -> int:
 
 
 class TensorFile:
-    """One safetensors file, laid out before the first tensor comes, so that no more than one is ever in memory.
+    """One safetensors file, laid out before the first tensor comes, so that no more than one is
+    ever in memory.
 
-    The space of the header is kept free at first and filled by `close`: a file that lacks a tensor has no header, and
-    every reader refuses it.
+    The space of the header is kept free at first and filled by `close`: a file that lacks a tensor
+    has no header, and every reader refuses it.
 
     Attributes:
         missing: Names of the planned tensors not written yet.
@@ -55,9 +57,10 @@ class TensorFile:
         path: The file to make; it must not exist.
         plan: Dtype and shape of every tensor that will come.
         metadata: Strings for the header, beside the `{"format": "pt"}` that other tools ask for.
-        late: Names of short 1-D tensors whose length the plan only bounds; they wait in memory and are written last.
-        done: Names that a killed run with the same plan wrote into this file already, none that are late; maybe no name
-            at all. None for a file that must be new.
+        late: Names of short 1-D tensors whose length the plan only bounds; they wait in memory and
+            are written last.
+        done: Names that a killed run with the same plan wrote into this file already, none that are
+            late; maybe no name at all. None for a file that must be new.
 
     Raises:
         InputError: A dtype or name that safetensors cannot hold.
@@ -146,7 +149,8 @@ class TensorFile:
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         self._file.seek(self._offsets[name])
-        # As bytes, for numpy knows no bfloat16 or float8. On a contiguous tensor of the CPU nothing is copied.
+        # As bytes, for numpy knows no bfloat16 or float8. On a contiguous tensor of the CPU nothing
+        # is copied.
         self._file.write(
             tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         )
@@ -160,10 +164,11 @@ class TensorFile:
 
 
 class CheckpointWriter:
-    """A folder of shards named as transformers does, and the index, written last; one file and no index if all fits.
+    """A folder of shards named as transformers does, and the index, written last; one file and no
+    index if all fits.
 
-    A shard is opened at its first tensor and closed at its last. Each takes tensors in the order of the plan up to
-    `max_shard_bytes`; a larger tensor gets a shard of its own.
+    A shard is opened at its first tensor and closed at its last. Each takes tensors in the order of
+    the plan up to `max_shard_bytes`; a larger tensor gets a shard of its own.
 
     Args:
         folder: Where to write; made if absent, and free of model weights.
@@ -204,7 +209,8 @@ class CheckpointWriter:
                 self._open(shard)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one planned tensor, in any order; in the order of the plan one file is open at a time.
+        """Write one planned tensor, in any order; in the order of the plan one file is open at a
+        time.
 
         Raises:
             InputError: The tensor is not in the plan, differs from it, or was written before.

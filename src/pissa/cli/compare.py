@@ -41,7 +41,8 @@ def compare(
 ) -> None:
     """Train several methods at several learning rates and seeds, and say what the numbers support.
 
-    Cells that are done are not trained again: add methods, rates or seeds to the same output at any time.
+    Cells that are done are not trained again: add methods, rates or seeds to the same output at any
+    time.
     """
     from pissa.config import load_settings
 

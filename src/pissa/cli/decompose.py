@@ -30,7 +30,8 @@ def decompose(
 ) -> None:
     """Write a model's residual, with its start in OUT/pissa_init; with --quant in few bits.
 
-    A few tensors are in memory at a time, so any size of model fits. Killed, it goes on when it is typed again.
+    A few tensors are in memory at a time, so any size of model fits. Killed, it goes on when it is
+    typed again.
     """
     import dataclasses
 

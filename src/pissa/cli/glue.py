@@ -48,8 +48,8 @@ def glue(
 ) -> None:
     """Fine-tune a model on GLUE with several methods, and score it on the dev sets.
 
-    Without --epochs or --max_steps a run is three epochs of 32 rows a step. Runs that are done are not trained again:
-    add tasks, methods, rates or seeds to the same output at any time.
+    Without --epochs or --max_steps a run is three epochs of 32 rows a step. Runs that are done are
+    not trained again: add tasks, methods, rates or seeds to the same output at any time.
     """
     model, given = split_words(words or [])
     if model is None:

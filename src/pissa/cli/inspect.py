@@ -35,7 +35,8 @@ def inspect(
 ) -> None:
     """Say what a folder is and whether it is safe to serve.
 
-    Also: which base it needs, and the spectrum and energy that the split kept. Exit status 1 if --base differs.
+    Also: which base it needs, and the spectrum and energy that the split kept. Exit status 1 if
+        --base differs.
     --text and --plot ask for the errors too.
     """
     import pissa

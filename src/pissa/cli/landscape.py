@@ -24,7 +24,8 @@ def landscape(
 ) -> None:
     """Draw the loss around the start, on the plane of the paths that the runs took.
 
-    Points between start and end are a run's checkpoints: train with --save_steps N --save_total_limit 0 to have them.
+    Points between start and end are a run's checkpoints: train with --save_steps N
+    --save_total_limit 0 to have them.
     """
     from pissa.comparison.landscape import draw
     from pissa.comparison.landscape import landscape as compute

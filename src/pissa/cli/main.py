@@ -63,7 +63,8 @@ app.add_typer(recipes.app, name="recipes")
 
 def main() -> NoReturn:
     """Run a command; what a user can mend is one line on stderr and exit status 2, never a traceback."""
-    # Large tensors in huge pages: mapping small ones anew for every weight takes as long as the algebra.
+    # Large tensors in huge pages: mapping small ones anew for every weight takes as long as the
+    # algebra.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _say_warning

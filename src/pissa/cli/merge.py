@@ -24,8 +24,8 @@ def merge(
 ) -> None:
     """Write base plus change as an ordinary model.
 
-    A few tensors are in memory at a time, so any size of model fits. The result is in the base's own dtype, and in few
-    bits only where --quant asks for it.
+    A few tensors are in memory at a time, so any size of model fits. The result is in the base's
+    own dtype, and in few bits only where --quant asks for it.
     """
     import pissa
     from pissa.surgery.folders import kind_of_folder

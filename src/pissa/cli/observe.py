@@ -35,7 +35,8 @@ def observe(
     trust_remote_code: options.RemoteCode = False,
     force: Annotated[bool, Option("--force", help="Replace the file if it is there.")] = False,
 ) -> None:
-    """Read rows once and keep what methods need to have seen of each layer, for many methods and ranks.
+    """Read rows once and keep what methods need to have seen of each layer, for many methods and
+    ranks.
 
     Then: pissa decompose MODEL OUT --method corda --calibration FILE.
     """

@@ -34,7 +34,8 @@ def plan(
 ) -> None:
     """Say what a run will take: parameters, memory, disk, steps, and whether it fits.
 
-    Loads no weights: a folder with a config.json is enough, so that a model can be planned before it is fetched.
+    Loads no weights: a folder with a config.json is enough, so that a model can be planned before
+    it is fetched.
     """
     from pissa.config import load_settings
 

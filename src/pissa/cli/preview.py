@@ -27,7 +27,8 @@ def preview(
 ) -> None:
     """Show rows as the model will see them, and count what is odd about the data.
 
-    Tokens that carry loss are green on a terminal and between ⟦ and ⟧ elsewhere. Loads the tokenizer, no weights.
+    Tokens that carry loss are green on a terminal and between ⟦ and ⟧ elsewhere. Loads the
+    tokenizer, no weights.
     """
     from pissa.config import load_settings
 

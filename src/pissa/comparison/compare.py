@@ -52,21 +52,25 @@ def compare(
 ) -> Comparison:
     """Train every method at every learning rate and seed: same start, same rows in the same order.
 
-    Each cell is an ordinary run, so it goes on where a kill left it; cells that are there are not trained again, and
-    later calls may add methods, rates and seeds.
+    Each cell is an ordinary run, so it goes on where a kill left it; cells that are there are not
+    trained again, and later calls may add methods, rates and seeds.
 
     Args:
-        settings: what all cells share; `output` is the comparison's folder. method, learning_rate and seed are ignored.
+        settings: what all cells share; `output` is the comparison's folder. method, learning_rate
+            and seed are ignored.
         methods: names for `TrainSettings.method`, NAME-control among them.
         rates: learning rates, the same for every method.
         seeds: of the start, a new head and the order of the data.
-        jobs: cells trained side by side on this machine, each in a process with its share of the cores (or its GPU).
-        which: "2/4" for the second of four such calls, on machines that share the folder; None for all cells.
+        jobs: cells trained side by side on this machine, each in a process with its share of the
+            cores (or its GPU).
+        which: "2/4" for the second of four such calls, on machines that share the folder; None for
+            all cells.
         say: told of each cell that ends, with how many are done of how many.
 
     Raises:
         ConfigError: settings that are wrong, or other than those of the cells that are there.
-        PissaError: what a cell raised, its name first; one whose loss is not a number any more is an outcome instead.
+        PissaError: what a cell raised, its name first; one whose loss is not a number any more is
+            an outcome instead.
     """
     check_jobs(jobs)
     out = Path(settings.output)
@@ -125,7 +129,8 @@ def report(out: Path) -> Comparison:
 def add_landscape(
     out: Path, say: Callable[[int, int], None] = lambda done, total: None, **options: int
 ) -> Comparison:
-    """Compute the loss around the start for the adapters at their best rates (first seed), and write it into the page.
+    """Compute the loss around the start for the adapters at their best rates (first seed), and
+    write it into the page.
 
     Args:
         out: a comparison's folder.

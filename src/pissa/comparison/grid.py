@@ -72,8 +72,8 @@ def variant(name: str) -> tuple[str, dict[str, str]]:
 
 
 def cells(methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
-    """All of them; a seed is finished for every method and rate before the next one begins, so that a comparison that
-    is stopped early has whole seeds.
+    """All of them; a seed is finished for every method and rate before the next one begins, so that
+    a comparison that is stopped early has whole seeds.
     """
     for name, values in (("methods", methods), ("learning rates", rates), ("seeds", seeds)):
         if not values or len(set(values)) != len(values):

@@ -38,7 +38,8 @@ class Landscape:
     """Losses on a plane, and the paths on it.
 
     Attributes:
-        paths: name to the points (x, y) of its path, in units of the norm of the change; the first is the start.
+        paths: name to the points (x, y) of its path, in units of the norm of the change; the first
+            is the start.
         steps: name to the optimiser step of each point.
         x: grid positions along the first direction.
         y: along the second.
@@ -70,8 +71,9 @@ def landscape(
     """Compute the loss on the plane of the runs' paths.
 
     Args:
-        runs: name to a finished language run from a 16-bit base that is kept; all of one base and one data set. Points
-            between start and end are its checkpoints (train with `save_total_limit: 0` to have all).
+        runs: name to a finished language run from a 16-bit base that is kept; all of one base and
+            one data set. Points between start and end are its checkpoints (train with
+            `save_total_limit: 0` to have all).
         grid: points along each direction, 3 or more.
         rows: evaluation rows to take the loss over.
         say: told how many of the grid's points are done.
@@ -124,7 +126,8 @@ def draw(found: Landscape) -> Any:
     losses = torch.tensor(found.losses)
     start = float(losses[_nearest(found.y, 0.0), _nearest(found.x, 0.0)])
     lowest = float(losses.min())
-    # Far out the loss explodes; levels are spent where the paths are, a little above the start at most.
+    # Far out the loss explodes; levels are spent where the paths are, a little above the start at
+    # most.
     top = min(float(losses.max()), start + 0.25 * max(start - lowest, 0.02 * start))
     levels = torch.linspace(lowest, top, 18).tolist()
     filled = axes.contourf(

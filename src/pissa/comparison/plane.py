@@ -1,8 +1,8 @@
 """The plane in which several paths of changes lie best.
 
-A run is a path of changes ``D_i = B_i A_i`` of all adapted weights together, from the start, where D = 0. The two
-leading directions of all points of all paths come from the Gram matrix ``<D_i, D_j> = sum (B_i^T B_j) * (A_i A_j^T)``,
-so nothing larger than a factor is formed for them.
+A run is a path of changes ``D_i = B_i A_i`` of all adapted weights together, from the start, where
+D = 0. The two leading directions of all points of all paths come from the Gram matrix ``<D_i, D_j>
+= sum (B_i^T B_j) * (A_i A_j^T)``, so nothing larger than a factor is formed for them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def plane_of(points: list[Changes]) -> tuple[Tensor, Tensor, float]:
     """The plane of the two leading directions.
 
     Returns:
-        Coordinates [n, 2] of the points, the directions as sums of points [n, 2], the share of squared lengths held.
+        Coordinates [n, 2] of the points, the directions as sums of points [n, 2], the share of
+        squared lengths held.
 
     Raises:
         InputError: points that span no plane.

@@ -53,7 +53,8 @@ class Difference:
     Attributes:
         difference: mean, below 0 where the first one ends lower.
         error: its standard error; None for fewer than two seeds.
-        p: of the two-sided paired t-test; None where it cannot be taken: one seed, or seeds that change nothing.
+        p: of the two-sided paired t-test; None where it cannot be taken: one seed, or seeds that
+            change nothing.
         adjusted: p after Holm's correction for all tests of one family.
         detectable: the smallest difference that would have been significant, given this spread.
     """

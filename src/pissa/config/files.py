@@ -38,7 +38,8 @@ def read_chain(path: Path) -> list[ConfigFile]:
         path: a YAML file, or the bare name of a recipe where there is no such file.
 
     Raises:
-        ConfigError: a file that is absent, no YAML mapping, outside its reader's folder, or part of a circle.
+        ConfigError: a file that is absent, no YAML mapping, outside its reader's folder, or part of
+            a circle.
     """
     chain: list[ConfigFile] = []
     seen: list[Path] = []

@@ -31,7 +31,8 @@ def load_settings(path: Path | None, overrides: Mapping[str, object]) -> TrainSe
     """Read a YAML file and all that it extends, let `overrides` (the flags) win, check everything.
 
     Args:
-        path: the YAML file, the name of a recipe where there is no such file, or None for flags alone.
+        path: the YAML file, the name of a recipe where there is no such file, or None for flags
+            alone.
         overrides: key to value; both may use the spellings of other tools.
 
     Raises:
@@ -50,7 +51,8 @@ def load_settings(path: Path | None, overrides: Mapping[str, object]) -> TrainSe
 
 
 def merged_values(path: Path) -> dict[str, Any]:
-    """What a YAML file and all that it extends say, in our spelling; not checked for what is missing.
+    """What a YAML file and all that it extends say, in our spelling; not checked for what is
+    missing.
 
     Raises:
         ConfigError: see `load_settings`.

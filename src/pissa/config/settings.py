@@ -1,7 +1,8 @@
 """The settings of a training run, each with its default, range and meaning.
 
-Defaults are those of the PiSSA authors' scripts (github.com/MuLabPKU/PiSSA), except rank: learning rate 2e-5, cosine,
-warm-up 3 %, no weight decay, 128 rows per step, one epoch, 512 tokens, loss on the response only.
+Defaults are those of the PiSSA authors' scripts (github.com/MuLabPKU/PiSSA), except rank: learning
+rate 2e-5, cosine, warm-up 3 %, no weight decay, 128 rows per step, one epoch, 512 tokens, loss on
+the response only.
 """
 
 from __future__ import annotations

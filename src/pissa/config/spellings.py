@@ -1,7 +1,8 @@
-"""What other tools call our settings: axolotl, LLaMA-Factory, TRL, transformers, peft, torchtune, unsloth, mlx-lm.
+"""What other tools call our settings: axolotl, LLaMA-Factory, TRL, transformers, peft, torchtune,
+unsloth, mlx-lm.
 
-Tables only; `pissa.config.translation` reads them. What means the same is understood; what would silently mean
-something else is refused, with what to write.
+Tables only; `pissa.config.translation` reads them. What means the same is understood; what would
+silently mean something else is refused, with what to write.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ ENTRY = ("path", "name", "split", "type", "data_files", "ds_type", "field", "fie
 
 
 def translate(values: Mapping[str, Any], mistakes: Mistakes) -> tuple[dict[str, Any], list[str]]:
-    """Our spelling of every key of one file, or of the flags; two ways to say different things are a mistake.
+    """Our spelling of every key of one file, or of the flags; two ways to say different things are
+    a mistake.
 
     Args:
         values: keys as they were written.

@@ -35,7 +35,8 @@ def score_file(
         say: told of rows done, and in all.
 
     Returns:
-        task, answers (name and digest), how many of the questions they cover, summary by scorer, items, versions.
+        task, answers (name and digest), how many of the questions they cover, summary by scorer,
+        items, versions.
 
     Raises:
         InputError: no such task.

@@ -18,11 +18,13 @@ MOST = 5000
 
 
 def write_answers(result: TaskResult, samples: list[Json], path: Path) -> Path:
-    """Write the page of one model's answers to one benchmark; past the first 5,000 it says that it leaves some out.
+    """Write the page of one model's answers to one benchmark; past the first 5,000 it says that it
+    leaves some out.
 
     Args:
         result: what they came to.
-        samples: id, correct (None without a verdict), extracted, reason, authors, prompt, output, gold.
+        samples: id, correct (None without a verdict), extracted, reason, authors, prompt, output,
+            gold.
         path: of the HTML file, OUT/MODEL/TASK.html.
 
     Raises:

@@ -1,7 +1,9 @@
-"""A language model of lm-evaluation-harness that keeps what it answers, batch by batch, and never answers twice.
+"""A language model of lm-evaluation-harness that keeps what it answers, batch by batch, and never
+answers twice.
 
-Which requests share a batch is settled before the first one runs, and depends on nothing that a kill could change:
-padding moves the last bits of a logit, so an answer from another batch could be another answer.
+Which requests share a batch is settled before the first one runs, and depends on nothing that a
+kill could change: padding moves the last bits of a logit, so an answer from another batch could be
+another answer.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from pissa.evaluation.log import AnswerLog, request_key
 from pissa.untyped import Json
 
 LEAST_ROOM = 4
-"""Where a prompt is too long, one in so many of the model's positions is left for the answer, and the prompt loses its
-beginning."""
+"""Where a prompt is too long, one in so many of the model's positions is left for the answer, and
+the prompt loses its beginning."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
             batch_size: requests, 1 or more.
             say: told how many requests of how many are answered.
 
-        `asked`, `cut` and `shortened` count prompts, those that lost their beginning, and those with less room than
-        asked for.
+        `asked`, `cut` and `shortened` count prompts, those that lost their beginning, and those
+        with less room than asked for.
         """
         super().__init__()
         self.inner, self.log, self.batch_size, self.say = inner, log, batch_size, say
@@ -147,7 +149,8 @@ class Asking(LM):  # type: ignore[misc]  # the harness has no types
         return self._answers("rolling", asked, lambda request: len(request[0]), run)
 
     def gold(self, pairs: Sequence[tuple[str, str]]) -> list[Gold]:
-        """Log-likelihoods of right answers, tokenised as training does: prompt and answer each by itself.
+        """Log-likelihoods of right answers, tokenised as training does: prompt and answer each by
+        itself.
 
         Args:
             pairs: prompt and answer, neither empty.

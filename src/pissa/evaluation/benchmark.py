@@ -45,7 +45,8 @@ def benchmark(
     folder: Path,
     say: Say,
 ) -> TaskResult:
-    """Ask, score, and write TASK.json and TASK.samples.jsonl; answers that are in TASK.answers.jsonl stay as they are.
+    """Ask, score, and write TASK.json and TASK.samples.jsonl; answers that are in
+    TASK.answers.jsonl stay as they are.
 
     Args:
         subject: the model.

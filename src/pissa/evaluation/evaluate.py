@@ -72,8 +72,10 @@ def evaluate(
     A run is what it learnt on its own base, whose fingerprint is checked; its base gets a row too.
 
     Args:
-        models: folders of runs, plain LoRAs, decomposed or merged models, any model folders, or Hub ids.
-        tasks: gsm8k, math, humaneval, mbpp, mt_bench; on the standard track any task of lm-evaluation-harness.
+        models: folders of runs, plain LoRAs, decomposed or merged models, any model folders, or Hub
+            ids.
+        tasks: gsm8k, math, humaneval, mbpp, mt_bench; on the standard track any task of
+            lm-evaluation-harness.
         output: a folder; what it holds of the same evaluation is kept and gone on with.
         track: paper or standard, see `pissa.evaluation.tracks`.
         data: a folder with the questions as local files; None for the Hub.

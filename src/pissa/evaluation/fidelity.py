@@ -86,29 +86,34 @@ def fidelity(
     trust_remote_code: bool = False,
     say: Callable[[str, str, int, int], None] = lambda where, what, done, total: None,
 ) -> Fidelity:
-    """Compare models with their base on a text; the base and one other model are in memory at a time.
+    """Compare models with their base on a text; the base and one other model are in memory at a
+    time.
 
-    A decomposed folder is its residual with its start put back. A run is what it trained, and once more its plain LoRA
-    on its base, so that a wrong export shows.
+    A decomposed folder is its residual with its start put back. A run is what it trained, and once
+    more its plain LoRA on its base, so that a wrong export shows.
 
     Args:
-        models: folders: decomposed, in few bits, runs, plain LoRAs, merged, w4a4, any model with the base's tokenizer.
+        models: folders: decomposed, in few bits, runs, plain LoRAs, merged, w4a4, any model with
+            the base's tokenizer.
         text: a UTF-8 file, or rows with a field `text`.
-        output: a folder for `fidelity.json`, which is replaced, outside of all models; None writes nothing.
+        output: a folder for `fidelity.json`, which is replaced, outside of all models; None writes
+            nothing.
         base: the original model. Default: the one that all records name.
-        max_length: tokens in a window, 2 or more; fewer where the base has fewer positions. Windows do not overlap and
-            begin with BOS where the tokenizer writes one.
+        max_length: tokens in a window, 2 or more; fewer where the base has fewer positions. Windows
+            do not overlap and begin with BOS where the tokenizer writes one.
         limit_tokens: read the first so many tokens; None for all.
         batch_size: windows at a time, 1 or more.
         device: cpu, cuda, cuda:1. Default: cuda where there is one.
-        dtype: float32, bfloat16 or float16. Default: each as stored, a run as trained. Models in few bits compute in
-            the dtype that their config says, whatever this is; a note tells of it where it is not the base's.
+        dtype: float32, bfloat16 or float16. Default: each as stored, a run as trained. Models in
+            few bits compute in the dtype that their config says, whatever this is; a note tells of
+            it where it is not the base's.
         trust_remote_code: run Python code that comes with a model.
         say: told (model, what, done, in all).
 
     Raises:
         WrongBaseError: a model that was made from another base, or several bases on record.
-        InputError: no base, no such device, another tokenizer, another number of logits, or settings below their least.
+        InputError: no base, no such device, another tokenizer, another number of logits, or
+            settings below their least.
         DataError: no such text, or too little of it.
         OutputError: the output is no folder, or is or lies inside a model.
     """
@@ -186,7 +191,8 @@ def _common_base(subjects: Sequence[Subject], records: Sequence[Record | None]) 
     named = {one.path: record.base for one, record in pairs if record and record.base}
     if not named:
         raise InputError("none of the models has its base on record: name it with --base")
-    # One base has another digest where it was loaded in another dtype, and another name where it was copied.
+    # One base has another digest where it was loaded in another dtype, and another name where it
+    # was copied.
     names, digests = (
         {getattr(base, key) for base in named.values()} for key in ("name", "fingerprint")
     )

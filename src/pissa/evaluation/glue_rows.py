@@ -34,9 +34,11 @@ class Loaded:
 
     Attributes:
         task: which.
-        rows: by part, train and the evaluation sets. Columns: sentence, or sentence1 and sentence2, and label.
-        facts: by part `sources` (name, sha256, rows, torn lines left out) and `rows`; the training rows' `majority`
-            class; and `split`, a sentence, where training rows were taken from dev.
+        rows: by part, train and the evaluation sets. Columns: sentence, or sentence1 and sentence2,
+            and label.
+        facts: by part `sources` (name, sha256, rows, torn lines left out) and `rows`; the training
+            rows' `majority` class; and `split`, a sentence, where training rows were taken from
+            dev.
     """
 
     task: Task
@@ -77,7 +79,8 @@ def load(task: Task, data: str | None) -> Loaded:
 
 
 def stage(loaded: Loaded, folder: Path) -> None:
-    """Write FOLDER/train.jsonl and FOLDER/PART.jsonl for ordinary runs to read, and FOLDER/data.json.
+    """Write FOLDER/train.jsonl and FOLDER/PART.jsonl for ordinary runs to read, and
+    FOLDER/data.json.
 
     Raises:
         OutputError: FOLDER is there.

@@ -14,7 +14,8 @@ class Task:
     Attributes:
         name: of the subset on the Hub.
         title: as papers write it, and the folder of the official files.
-        measures: in GLUE's order, named as in a run's scores; the first one chooses the learning rate.
+        measures: in GLUE's order, named as in a run's scores; the first one chooses the learning
+            rate.
         official: columns of the texts and of the label in the official files.
         hub: the same on the Hub.
         classes: names in the Hub's order; empty for a score from 0 to 5.

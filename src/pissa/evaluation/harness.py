@@ -46,13 +46,15 @@ def loaded_task(protocol: Protocol, found: Questions | None) -> Iterator[Json]:
     """The task on our rows, for `run_task`; its files are there as long as the block lasts.
 
     Raises:
-        ConfigError: no such task, or one that runs programs without our walls, or asks a question several times.
+        ConfigError: no such task, or one that runs programs without our walls, or asks a question
+            several times.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     own = Path(lm_eval.__file__).parent / "tasks" / (protocol.folder or ".")
-    # All of the harness's thousands of task files are read only where one of them was named by hand.
+    # All of the harness's thousands of task files are read only where one of them was named by
+    # hand.
     places = [str(TASKS), *([str(own)] if protocol.folder else [])]
     manager = TaskManager(include_path=places, include_defaults=found is None)
     if protocol.harness not in manager.all_tasks:

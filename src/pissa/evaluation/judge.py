@@ -1,7 +1,9 @@
-"""A language model that grades answers from 1 to 10, behind any endpoint that speaks OpenAI's chat protocol.
+"""A language model that grades answers from 1 to 10, behind any endpoint that speaks OpenAI's chat
+protocol.
 
-The way of grading is MT-Bench's single-answer grading (Zheng et al. 2023, arXiv 2306.05685, section 3.1), the wording
-is ours: ratings compare models that one judge saw with these words, and not with those of a leaderboard.
+The way of grading is MT-Bench's single-answer grading (Zheng et al. 2023, arXiv 2306.05685, section
+3.1), the wording is ours: ratings compare models that one judge saw with these words, and not with
+those of a leaderboard.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def conversation(
     Args:
         questions: of the turns so far.
         answers: as many.
-        references: of the turns, where there are any. Empty ones and those of later turns are left out.
+        references: of the turns, where there are any. Empty ones and those of later turns are left
+            out.
     """
     compares = any(references[: len(questions)])
     told = _GRADING + (_COMPARE if compares else "") + (_LAST if len(questions) > 1 else "")
@@ -88,9 +91,11 @@ class Judge:
     """Where a judge is and what it is called. Its key stays in the environment.
 
     Attributes:
-        url: of the API, without `/chat/completions`: https://api.openai.com/v1, http://localhost:8000/v1.
+        url: of the API, without `/chat/completions`: https://api.openai.com/v1,
+            http://localhost:8000/v1.
         model: the judge's name there.
-        key_env: the environment variable that holds the key. The default may be unset: local servers ask for none.
+        key_env: the environment variable that holds the key. The default may be unset: local
+            servers ask for none.
         timeout: seconds to wait for a reply.
         tries: of one request where the server is busy, broken or away.
         wait: seconds before the second try; twice as long before each further one.

@@ -1,6 +1,8 @@
-"""Answers as they come: a file that grows by whole batches, so that an evaluation that was stopped goes on.
+"""Answers as they come: a file that grows by whole batches, so that an evaluation that was stopped
+goes on.
 
-The first line says what was asked of which model; the same file is never gone on with for another one.
+The first line says what was asked of which model; the same file is never gone on with for another
+one.
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ def subject(
 
 
 def check_subject(one: Subject) -> None:
-    """Raise for what is there and can answer nothing: an unfinished run, a classifier, an adapter without its base.
+    """Raise for what is there and can answer nothing: an unfinished run, a classifier, an adapter
+    without its base.
 
     Raises:
         InputError, CheckpointError: as `open_model`.
@@ -178,7 +179,8 @@ def harness_model(subject: Subject, backend: str, batch_size: int) -> Any:
 
 
 def vllm_arguments(subject: Subject) -> Json:
-    """The harness's arguments for vLLM: a run is served as its plain LoRA on its base, prefixes are shared.
+    """The harness's arguments for vLLM: a run is served as its plain LoRA on its base, prefixes are
+    shared.
 
     Raises:
         InputError: nothing that vLLM could serve.

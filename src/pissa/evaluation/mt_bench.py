@@ -1,4 +1,5 @@
-"""MT-Bench: 80 questions of two turns (Zheng et al. 2023, arXiv 2306.05685): answered, and graded if there is a judge.
+"""MT-Bench: 80 questions of two turns (Zheng et al. 2023, arXiv 2306.05685): answered, and graded
+if there is a judge.
 
 FOLDER/mt_bench.answers.jsonl    answers as they come, to go on from
 FOLDER/mt_bench.judge.jsonl      judgements as they come
@@ -6,9 +7,10 @@ FOLDER/mt_bench.fastchat.jsonl   answers as FastChat has them, for other judges
 FOLDER/mt_bench.samples.jsonl    each turn with its rating and the judge's words
 FOLDER/mt_bench.json             the result
 
-All answers are greedy, so that the same model answers the same again; FastChat samples at temperature 0.7 in writing
-and roleplay and 0.1 in stem and humanities. With the judge's words, which are ours, this makes the numbers comparable
-among models that one judge saw here, and not with those of a leaderboard.
+All answers are greedy, so that the same model answers the same again; FastChat samples at
+temperature 0.7 in writing and roleplay and 0.1 in stem and humanities. With the judge's words,
+which are ours, this makes the numbers comparable among models that one judge saw here, and not with
+those of a leaderboard.
 """
 
 from __future__ import annotations
@@ -54,12 +56,14 @@ def mt_bench(
     judge: Judge | None,
     say: Say,
 ) -> TaskResult:
-    """Answer both turns, have them graded, write the files above; what is answered or graded already stays as it is.
+    """Answer both turns, have them graded, write the files above; what is answered or graded
+    already stays as it is.
 
     Args:
         subject: the model.
         protocol: of mt_bench.
-        found: the questions; FastChat's reference answers are read from a file beside them, where there is one.
+        found: the questions; FastChat's reference answers are read from a file beside them, where
+            there is one.
         asked: what is the same for all models.
         folder: of this model's results.
         judge: None leaves the answers without a score.

@@ -42,7 +42,8 @@ class Table:
     Attributes:
         track: its name.
         columns: by task its columns, key to title.
-        rows: by model and task the cells of these columns, each of one or more lines; a task may be missing.
+        rows: by model and task the cells of these columns, each of one or more lines; a task may be
+            missing.
         bases: the models that others name as theirs, on any track.
     """
 
@@ -139,7 +140,8 @@ def tables(
 
 
 def figure(key: str, score: Score) -> list[str]:
-    """A score as all tables show it: value and error on one line, the interval on the next where there is one.
+    """A score as all tables show it: value and error on one line, the interval on the next where
+    there is one.
 
     Args:
         key: of the score; those of `SHARES` are in percent, others in the scorer's own unit.

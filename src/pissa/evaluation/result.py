@@ -47,7 +47,8 @@ class Perplexity:
         value: of all tokens together.
         tokens: of all answers.
         answers: how many.
-        cut: how many of them, with their prompts, were longer than the model's positions and lost a part.
+        cut: how many of them, with their prompts, were longer than the model's positions and lost a
+            part.
     """
 
     value: float
@@ -68,7 +69,8 @@ class TaskResult:
         scores: by scorer: `ours` and `authors`, or the harness's metrics, or `judge`.
         gold: perplexity of the right answers; None where the questions have none.
         data: name, sha256, rows.
-        notes: what a reader must know: prompts cut, answers shortened, another template in training.
+        notes: what a reader must know: prompts cut, answers shortened, another template in
+            training.
         settings: batch size, limit, tokens, seeds, backend.
         versions: of the packages that matter.
         seconds: of generating and scoring, all sittings together as far as they ended.

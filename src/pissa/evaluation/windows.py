@@ -115,7 +115,8 @@ def encode(tokenizer: Tokenizer, content: str) -> list[int]:
 def windows(
     model: Any, tokenizer: Tokenizer, ids: list[int], max_length: int, batch_size: int
 ) -> list[Tensor]:
-    """Batches of token ids [windows, tokens], equally long; the last window may be shorter and is a batch of its own.
+    """Batches of token ids [windows, tokens], equally long; the last window may be shorter and is a
+    batch of its own.
 
     Args:
         model: its positions bound a window.
@@ -222,7 +223,8 @@ def _compare(base: Tensor, model: Tensor, labels: Tensor) -> Compared:
         loss -= float(log_q.gather(-1, right).double().sum())
         log_p, log_q = log_p.double(), log_q.double()
         p, q = log_p.exp(), log_q.exp()
-        # `q - p` sums to zero but for the rounding of both norms, which it takes out: no term is below zero.
+        # `q - p` sums to zero but for the rounding of both norms, which it takes out: no term is
+        # below zero.
         kl += float((p * (log_p - log_q) + q - p).sum())
     return Compared(len(labels), base_loss, loss, kl, agreed, largest(differences))
 
@@ -233,7 +235,8 @@ def largest(values: Sequence[float]) -> float:
 
 
 def mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
-    """Mean of a token, and its standard error over windows, which may differ in length (a ratio estimate).
+    """Mean of a token, and its standard error over windows, which may differ in length (a ratio
+    estimate).
 
     Args:
         sums: of each window.

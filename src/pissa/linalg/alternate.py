@@ -2,9 +2,10 @@
 
     Q  <-  quantised(W - s left right)              left, right  <-  best rank r of (W - Q)
 
-QPiSSA (arXiv 2404.02948, section 4 and the authors' code) starts from the principal part of W and stops after
-quantizing; LoftQ (arXiv 2310.08659, algorithm 1) starts from nothing and stops after the low-rank part. Both end with
-the low-rank part here: it costs QPiSSA one more SVD, and the error can only fall (Eckart-Young).
+QPiSSA (arXiv 2404.02948, section 4 and the authors' code) starts from the principal part of W and
+stops after quantizing; LoftQ (arXiv 2310.08659, algorithm 1) starts from nothing and stops after
+the low-rank part. Both end with the low-rank part here: it costs QPiSSA one more SVD, and the error
+can only fall (Eckart-Young).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Principal components of rows that come batch by batch: the incremental SVD of Ross et al. (IJCV 2008), as in EVA.
+"""Principal components of rows that come batch by batch: the incremental SVD of Ross et al. (IJCV
+2008), as in EVA.
 
-Two sets of rows are joined by one SVD of what is kept of each, and of one row more for the distance of their means:
+Two sets of rows are joined by one SVD of what is kept of each, and of one row more for the distance
+of their means:
 
     [ diag(S) V ;  diag(S') V' ;  sqrt(n n' / (n + n')) (mean - mean') ]
 
@@ -19,7 +21,8 @@ from pissa.linalg.svd import truncated_svd
 
 @dataclass(frozen=True, eq=False)
 class Components:
-    """The leading principal components of the rows seen so far, float32 (float64 for rows in float64).
+    """The leading principal components of the rows seen so far, float32 (float64 for rows in
+    float64).
 
     Attributes:
         mean: [in].
@@ -72,8 +75,9 @@ class Components:
     def converged(self, previous: Components, tau: float = 0.99) -> Tensor:
         """Which components were among the previous ones already, [k] of bool.
 
-        EVA (arXiv 2410.07170) compares the i-th with the i-th; here each is matched with the nearest, since two of
-        nearly equal variance keep changing places. Those without variance have no direction to wait for.
+        EVA (arXiv 2410.07170) compares the i-th with the i-th; here each is matched with the
+        nearest, since two of nearly equal variance keep changing places. Those without variance
+        have no direction to wait for.
 
         Args:
             previous: before the last update.

@@ -2,10 +2,10 @@
 
     scale = float16(max |group| / 7)        code = round(value / scale), clipped to -7..7        value ~ code * scale
 
-as in SVDQuant (arXiv 2411.05007, section 5.1; deepcompressor). Codes are taken with the scale as it is stored, so its
-rounding to float16 clips the largest value by 2^-11 of it at most (by more where a scale is below float16's normal
-6e-5). Weights and activations go through the same function, an activation's scales being of one token. Ties round to
-even; -8 is never used.
+as in SVDQuant (arXiv 2411.05007, section 5.1; deepcompressor). Codes are taken with the scale as it
+is stored, so its rounding to float16 clips the largest value by 2^-11 of it at most (by more where
+a scale is below float16's normal 6e-5). Weights and activations go through the same function, an
+activation's scales being of one token. Ties round to even; -8 is never used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Int4:
 
     Attributes:
         codes: int8 [rows, columns], -7 to 7.
-        scales: float16 [rows, ceil(columns / group)]; 0 where a group is zero, infinite where it leaves float16.
+        scales: float16 [rows, ceil(columns / group)]; 0 where a group is zero, infinite where it
+            leaves float16.
         group: values that share a scale.
     """
 
@@ -62,8 +63,8 @@ def quantise(matrix: Tensor, group: int = GROUP) -> Int4:
 def product(left: Int4, right: Int4) -> Tensor:
     """``left @ right.T`` as integer hardware computes it, float32 [left rows, right rows].
 
-    Codes are multiplied and summed within a group as integers (exact in float32: no sum exceeds 64 * 49), then scaled
-    by both scales and summed over the groups in float32.
+    Codes are multiplied and summed within a group as integers (exact in float32: no sum exceeds 64
+    * 49), then scaled by both scales and summed over the groups in float32.
 
     Raises:
         InputError: other columns or groups.

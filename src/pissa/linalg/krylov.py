@@ -31,8 +31,9 @@ def thin_qr(block: Tensor) -> tuple[Tensor, Tensor]:
 class KrylovSpace:
     """The space spanned by X, G X, G^2 X, ... with G = W^T W and a seeded random block X.
 
-    Every block is projected and orthonormalised twice, which keeps the basis orthonormal to rounding. A matrix with no
-    directions to give, or fewer copies of a singular value than it has, gets fresh random ones.
+    Every block is projected and orthonormalised twice, which keeps the basis orthonormal to
+    rounding. A matrix with no directions to give, or fewer copies of a singular value than it has,
+    gets fresh random ones.
 
     Attributes:
         size: columns in use.
@@ -43,7 +44,8 @@ class KrylovSpace:
 
     Args:
         weight: [m, n], any float dtype; widened a few rows at a time where the products are wider.
-        products: dtype of the products, float32, float64 or bfloat16; everything else is in at least float32.
+        products: dtype of the products, float32, float64 or bfloat16; everything else is in at
+            least float32.
         block: columns that are added at a time, b.
         capacity: most columns.
         seed: of the random blocks, drawn on the CPU.
@@ -106,7 +108,8 @@ class KrylovSpace:
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Ritz values [size] of G, descending, and the turn [size, size] that makes the basis their vectors."""
         projected = self.projected[: self.size, : self.size]
-        # CUDA's float32 routine for these sizes is Jacobi's, whose vectors are less orthonormal than rounding asks.
+        # CUDA's float32 routine for these sizes is Jacobi's, whose vectors are less orthonormal
+        # than rounding asks.
         values, turn = torch.linalg.eigh(projected.double() if projected.is_cuda else projected)
         return values.to(self.dtype).flip(0), turn.to(self.dtype).flip(1)
 
@@ -137,7 +140,8 @@ class KrylovSpace:
         dead = coupling.diagonal().abs() <= DEAD * torch.finfo(self.dtype).eps * scale
         if dead.any():
             directions[:, dead] = self._project_out(self._random(block.shape[1])[:, dead])
-        # Again: the first time, rounding grew by as much as the columns of the block lean on one another.
+        # Again: the first time, rounding grew by as much as the columns of the block lean on one
+        # another.
         directions, turn = thin_qr(self._project_out(directions))
         self.coupling = turn @ coupling
         return directions

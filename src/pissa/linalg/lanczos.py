@@ -1,9 +1,11 @@
-"""The leading singular triplets from a block Krylov space: approximate at a fixed size, or grown until certified.
+"""The leading singular triplets from a block Krylov space: approximate at a fixed size, or grown
+until certified.
 
-The space of W^T W started from a random block holds the leading right singular vectors long before a power iteration
-of the same cost does (Golub and Underwood 1977; bounds for random blocks in Musco and Musco 2015), and narrow blocks
-reach furthest. Products run in bf16 where the device has units for it and nothing is certified: what is returned comes
-from one last projection in the compute dtype.
+The space of W^T W started from a random block holds the leading right singular vectors long before
+a power iteration of the same cost does (Golub and Underwood 1977; bounds for random blocks in Musco
+and Musco 2015), and narrow blocks reach furthest. Products run in bf16 where the device has units
+for it and nothing is certified: what is returned comes from one last projection in the compute
+dtype.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ DROWNED = {torch.bfloat16: 1e-3, torch.float32: 1e-5}
 """A squared singular value below this share of the largest is lost in the rounding of such products."""
 DROWNED_FOR_BOUNDS = {torch.float32: 3e-4}
 ROUNDING = 32
-"""So many units of rounding, at least, are added to a certified bound, for the arithmetic that the derivation takes as
-exact."""
+"""So many units of rounding, at least, are added to a certified bound, for the arithmetic that the
+derivation takes as exact."""
 FLOOR = 1e-6
 """Singular values below this share of the largest are certified relative to that share."""
 BESIDE = 1 / 8
@@ -55,7 +57,8 @@ def leading_triplets(
         near: triplets of a matrix nearby to start from.
 
     Returns:
-        U [m, rank], S [rank] descending, Vh [rank, n]; None where the space would be nearly the whole one.
+        U [m, rank], S [rank] descending, Vh [rank, n]; None where the space would be nearly the
+        whole one.
     """
     if weight.shape[0] < weight.shape[1]:
         found = leading_triplets(weight.T, rank, seed, near and _swapped(near))
@@ -75,7 +78,8 @@ def leading_triplets(
     basis, image = space.turned(turn[:, :rank])
     if space.products != torch.bfloat16:
         return _rotated(image, basis)
-    # These products only steered. One pass with all bits gives the images, and half a step more beside them.
+    # These products only steered. One pass with all bits gives the images, and half a step more
+    # beside them.
     space.products = space.dtype
     image, returned = space.times(basis)
     left, R = thin_qr(image)
@@ -94,9 +98,10 @@ def certified_triplets(
 
         G  <=  diag(t) + E^T E / c  beside  u + c           for any c > 0      (in the order of symmetric matrices)
 
-    so the i-th squared singular value is at most max(u + c, the i-th eigenvalue of diag(t) + E^T E / c), and at least
-    t_i. Residuals are computed, not taken from the recurrence. u is t_(k+1) and its residual; that nothing above it is
-    missed rests on the random start and on a probe from a fresh one.
+    so the i-th squared singular value is at most max(u + c, the i-th eigenvalue of diag(t) + E^T E
+    / c), and at least t_i. Residuals are computed, not taken from the recurrence. u is t_(k+1) and
+    its residual; that nothing above it is missed rests on the random start and on a probe from a
+    fresh one.
 
     Args:
         weight: as for `leading_triplets`.
@@ -105,7 +110,8 @@ def certified_triplets(
         tolerance: for both bounds, at least 1e-6.
 
     Returns:
-        The triplets and their bounds, or None where the spectrum falls too slowly for a space smaller than the matrix.
+        The triplets and their bounds, or None where the spectrum falls too slowly for a space
+        smaller than the matrix.
     """
     if weight.shape[0] < weight.shape[1]:
         found = certified_triplets(weight.T, rank, seed, tolerance)
@@ -166,9 +172,10 @@ def _bounded_triplets(
 def _inexactness(S: Tensor, Vh: Tensor, residual: Tensor) -> float:
     """How far singular values can be from those of W on the span of Vh, relative to each.
 
-    The bounds take for granted that Vh is orthonormal and that Vh^T diag(S^2) Vh is G on its span. Here both are looked
-    at, since not every eigensolver and every product of every device is as exact as it should be. A relative change of
-    a Gram matrix by x changes its eigenvalues by at most as much (Ostrowski 1959), their roots by x / 2.
+    The bounds take for granted that Vh is orthonormal and that Vh^T diag(S^2) Vh is G on its span.
+    Here both are looked at, since not every eigensolver and every product of every device is as
+    exact as it should be. A relative change of a Gram matrix by x changes its eigenvalues by at
+    most as much (Ostrowski 1959), their roots by x / 2.
     """
     turned = (Vh @ Vh.T).double()
     turned.diagonal().sub_(1)

@@ -38,10 +38,12 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
-    """Angles in radians, ascending, between the column spaces of ``first [m, k]`` and ``second [m, l]``.
+    """Angles in radians, ascending, between the column spaces of ``first [m, k]`` and ``second [m,
+    l]``.
 
-    Cosines are the singular values of ``Q1.T @ Q2``, which says nothing of angles below 1e-8; sines are those of what
-    of Q2 lies outside the space of Q1, which says nothing near a right angle. Each is taken where it is exact, float64.
+    Cosines are the singular values of ``Q1.T @ Q2``, which says nothing of angles below 1e-8; sines
+    are those of what of Q2 lies outside the space of Q1, which says nothing near a right angle.
+    Each is taken where it is exact, float64.
 
     Args:
         first: its columns span the one space; should be of full rank.

@@ -2,9 +2,10 @@
 
     X W^T  =  (X diag(1 / smooth)) (W diag(smooth))^T        smooth_j = max|X_j|^a / max|W_j|^b
 
-SmoothQuant (arXiv 2211.10438, equation 4) with the grid of SVDQuant (arXiv 2411.05007; deepcompressor): a and b are
-not set, the caller takes the candidate whose layer output is nearest. Deviation: each candidate is divided by the
-middle of its range, which changes no quotient between channels and keeps all of them inside float16.
+SmoothQuant (arXiv 2211.10438, equation 4) with the grid of SVDQuant (arXiv 2411.05007;
+deepcompressor): a and b are not set, the caller takes the candidate whose layer output is nearest.
+Deviation: each candidate is divided by the middle of its range, which changes no quotient between
+channels and keeps all of them inside float16.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Truncated singular value decomposition, exact and fast, the same bits at every call.
 
-The sketch of the fast form is drawn on the CPU from the seed and the tensor's name, so results depend neither on
-the order of the tensors nor on the device's generator. Signs are fixed, so equal decompositions are equal files.
+The sketch of the fast form is drawn on the CPU from the seed and the tensor's name, so results
+depend neither on the order of the tensors nor on the device's generator. Signs are fixed, so equal
+decompositions are equal files.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Certificate:
 
     Attributes:
         engine: "lanczos" or "lapack".
-        sigma: bound on the error of each singular value, relative to it (to the largest where it is below 1e-6 of it).
+        sigma: bound on the error of each singular value, relative to it (to the largest where it is
+            below 1e-6 of it).
         gap: bound on the energy missed, as a share of the energy of the optimal tail.
     """
 
@@ -53,14 +55,16 @@ class LowRank:
         return replace(self, U=self.U[:, :rank], S=self.S[:rank], Vh=self.Vh[:rank])
 
     def balanced(self, scale: float = 1.0, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``left = U sqrt(S / scale)``, ``right = sqrt(S / scale) Vh``, so that scale * left @ right = U S Vh.
+        """``left = U sqrt(S / scale)``, ``right = sqrt(S / scale) Vh``, so that scale * left @
+        right = U S Vh.
 
-        Where a singular value is zero both factors would be, and would never learn: there `left` is zero and
-        `right` the singular vector itself (the product is the same, its gradient is not).
+        Where a singular value is zero both factors would be, and would never learn: there `left` is
+        zero and `right` the singular vector itself (the product is the same, its gradient is not).
 
         Args:
             scale: alpha / rank.
-            largest: the matrix's largest singular value, against which zero is judged; S[0] by default.
+            largest: the matrix's largest singular value, against which zero is judged; S[0] by
+                default.
         """
         floor = torch.finfo(self.S.dtype).eps * max(self.U.shape[0], self.Vh.shape[1])
         dead = self.S <= floor * (self.S[0] if largest is None else largest)
@@ -83,9 +87,10 @@ def truncated_svd(
     Args:
         weight: [m, n], any float dtype, finite; returned in at least float32, on its device.
         rank: 1 to min(m, n).
-        accuracy: "fast" (no check; on the spectra of trained weights the energy missed is below 0.1 % of the optimal
-            tail), "exact" (singular values and captured energy certified to 1e-5), or a tolerance for the certificate,
-            5e-6 to 1. Where no certificate is met LAPACK decides.
+        accuracy: "fast" (no check; on the spectra of trained weights the energy missed is below 0.1
+            % of the optimal tail), "exact" (singular values and captured energy certified to 1e-5),
+            or a tolerance for the certificate, 5e-6 to 1. Where no certificate is met LAPACK
+            decides.
         seed: fixes the random start together with `name`.
         name: the tensor's name.
         near: that of a matrix nearby, from which "fast" starts: two blocks instead of many.
@@ -142,10 +147,12 @@ def _lapack(
     weight: Tensor, rank: int, dtype: torch.dtype, tolerance: float = math.inf
 ) -> tuple[Triplets, Certificate]:
     """The full decomposition, cut off; in float64 if that of `dtype` does not meet the tolerance."""
-    # CUDA's default is Jacobi's method, which stops where singular values are off by 5e-4 in float32.
+    # CUDA's default is Jacobi's method, which stops where singular values are off by 5e-4 in
+    # float32.
     driver = "gesvd" if weight.is_cuda else None
     U, S, Vh = torch.linalg.svd(weight.to(dtype), full_matrices=False, driver=driver)
-    # How far from the given matrix the decomposed one is; three times what was seen from 128 to 4096 columns.
+    # How far from the given matrix the decomposed one is; three times what was seen from 128 to
+    # 4096 columns.
     noise = 4 * torch.finfo(dtype).eps * max(weight.shape) ** 0.25
     returned = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
     first, last, energies = float(S[0]), float(S[rank - 1]), S.double().square()

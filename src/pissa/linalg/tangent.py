@@ -1,16 +1,18 @@
-"""Updates of two factors whose joint change of their product is nearest a given change (LoRA-Pro, arXiv 2407.18242).
+"""Updates of two factors whose joint change of their product is nearest a given change (LoRA-Pro,
+arXiv 2407.18242).
 
-For a weight ``W0 + s B A`` with gradient G the factors' own gradients are ``gB = s G A^T`` and ``gA = s B^T G``.
-Updates (uB, uA) change the weight by ``g~ = s (B uA + uB A)``: a vector of the tangent space, at ``B A``, of the
-matrices of rank r. The paper minimises ``|g~ - G|``, which leaves a matrix X free, and takes the X with the least
-``|uB - gB|^2 + |uA - gA|^2``, the solution of a Sylvester equation. That is also the minimiser of least norm, and in
-the eigenbases of the two Gram matrices, ``B^T B = P diag(l) P^T`` and ``A A^T = Q diag(u) Q^T``, it takes one line a
-factor:
+For a weight ``W0 + s B A`` with gradient G the factors' own gradients are ``gB = s G A^T`` and ``gA
+= s B^T G``. Updates (uB, uA) change the weight by ``g~ = s (B uA + uB A)``: a vector of the tangent
+space, at ``B A``, of the matrices of rank r. The paper minimises ``|g~ - G|``, which leaves a
+matrix X free, and takes the X with the least ``|uB - gB|^2 + |uA - gA|^2``, the solution of a
+Sylvester equation. That is also the minimiser of least norm, and in the eigenbases of the two Gram
+matrices, ``B^T B = P diag(l) P^T`` and ``A A^T = Q diag(u) Q^T``, it takes one line a factor:
 
     K = P^T B^T gB Q / (l + u),    uA = P (P^T gA - K Q^T A) / l / s^2,    uB = (gB Q - B P K) / u Q^T / s^2
 
-What both factors could write is shared between them as l to u; ``g~ = P_B G + (I - P_B) G P_A``. G is never needed, nor
-any [out, in]. Directions that a factor lacks get nothing from it, so ``B = 0`` is no special case: B alone moves.
+What both factors could write is shared between them as l to u; ``g~ = P_B G + (I - P_B) G P_A``. G
+is never needed, nor any [out, in]. Directions that a factor lacks get nothing from it, so ``B = 0``
+is no special case: B alone moves.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Tangent:
         left: B [out, r], float32 or float64.
         right: A [r, in], same dtype.
         scale: s, alpha / rank.
-        damping: of ``damping * s^2 (mean l + mean u) (|uB|^2 + |uA|^2)`` added to what is minimised; 0 for none.
+        damping: of ``damping * s^2 (mean l + mean u) (|uB|^2 + |uA|^2)`` added to what is
+            minimised; 0 for none.
     """
 
     def __init__(self, left: Tensor, right: Tensor, scale: float = 1.0, damping: float = 0.0):

@@ -3,16 +3,17 @@
     C = covariance + 0.01 mean(diag covariance) I,  W C = U S Vh,
     left = U_i sqrt(S_i / s),  right = sqrt(S_i / s) Vh_i inv(C),  frozen = W - s left right
 
-The r largest S are the instruction-previewed mode ("ipm", covariance of the data to be trained on), the r smallest the
-knowledge-preserved mode ("kpm", covariance of the data not to be forgotten).
+The r largest S are the instruction-previewed mode ("ipm", covariance of the data to be trained on),
+the r smallest the knowledge-preserved mode ("kpm", covariance of the data not to be forgotten).
 
-Deviations: ``S Vh inv(C) = U^T W``, so no inverse is taken and the damping never has to grow; the covariance is
-normalised to trace = in, without which its unit decides how the product is shared between the factors
-(`normalised=False` for the authors' share); directions that W does not write along get a live right factor and a zero
-left one. Everything is in float64: the least S of an ill-conditioned covariance are below float32's rounding.
+Deviations: ``S Vh inv(C) = U^T W``, so no inverse is taken and the damping never has to grow; the
+covariance is normalised to trace = in, without which its unit decides how the product is shared
+between the factors (`normalised=False` for the authors' share); directions that W does not write
+along get a live right factor and a zero left one. Everything is in float64: the least S of an
+ill-conditioned covariance are below float32's rounding.
 
-`weighting="root"` is not CorDA: U of ``W C^(1/2)`` (that of ``W cholesky(C)`` is the same) gives the projection of W
-with the least error on the outputs, ``E |W x - W_r x|^2``.
+`weighting="root"` is not CorDA: U of ``W C^(1/2)`` (that of ``W cholesky(C)`` is the same) gives
+the projection of W with the least error on the outputs, ``E |W x - W_r x|^2``.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     left = 0,  right = V[:r],  frozen = W
 
-with V the principal components of the layer's inputs, rows centred. Over the whole model rank x layers components are
-taken in the order of the share of their layer's variance that they explain, at most round(rho rank) in a layer.
+with V the principal components of the layer's inputs, rows centred. Over the whole model rank x
+layers components are taken in the order of the share of their layer's variance that they explain,
+at most round(rho rank) in a layer.
 
-No deviations in the start. Layers keep one scale whatever their rank, as in peft (the authors' own code divides
-alpha = 1 by each layer's rank).
+No deviations in the start. Layers keep one scale whatever their rank, as in peft (the authors' own
+code divides alpha = 1 by each layer's rank).
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
-"""LaMDA: a core that trains, a right factor that does not, a left one that stops (arXiv 2406.12832).
+"""LaMDA: a core that trains, a right factor that does not, a left one that stops (arXiv
+2406.12832).
 
     W ~ U S Vh,  left = U_r,  core = S_r / s,  right = Vh_r,  frozen = W - s left core right
 
-The core trains to the end; the left factor's columns are closed one after another over the first share `eta` of the
-steps, see `pissa.training.closing`. LaMDA++ gives more rank to layers whose leading singular values hold less energy.
+The core trains to the end; the left factor's columns are closed one after another over the first
+share `eta` of the steps, see `pissa.training.closing`. LaMDA++ gives more rank to layers whose
+leading singular values hold less energy.
 
-Deviations: the paper's text was not at hand; this is the spectral form that its abstract describes, not that of the
-released code, which starts at random and, by a missing factor, never freezes more than three columns. A closed column
-is kept from moving at all, whereas a gradient of zero leaves it to momentum and weight decay.
+Deviations: the paper's text was not at hand; this is the spectral form that its abstract describes,
+not that of the released code, which starts at random and, by a missing factor, never freezes more
+than three columns. A closed column is kept from moving at all, whereas a gradient of zero leaves it
+to momentum and weight decay.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     Q = quantised(W - s left right),  U S Vh = W - Q,  left = U_r sqrt(S_r / s),  right = sqrt(S_r / s) Vh_r,  T times
 
-from left right = 0. Deviations: the factors carry 1/s, which the authors' code and peft leave out, so that any alpha
-starts at the least error; stops when the error no longer falls and keeps the best round.
+from left right = 0. Deviations: the factors carry 1/s, which the authors' code and peft leave out,
+so that any alpha starts at the least error; stops when the error no longer falls and keeps the best
+round.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     left = 0,  right ~ U(-1/sqrt(in), 1/sqrt(in)),  frozen = W
 
-No deviations from the reference start (Kaiming uniform with a = sqrt 5, which evaluates to these bounds).
+No deviations from the reference start (Kaiming uniform with a = sqrt 5, which evaluates to these
+bounds).
 """
 
 from __future__ import annotations

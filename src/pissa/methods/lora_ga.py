@@ -1,13 +1,14 @@
-"""LoRA-GA: Low-Rank Adaptation with Gradient Approximation (arXiv 2407.05000 and the authors' code).
+"""LoRA-GA: Low-Rank Adaptation with Gradient Approximation (arXiv 2407.05000 and the authors'
+code).
 
     G = mean gradient of the loss = U g Vh,  kappa = out^(1/4) / sqrt(gamma),
     left = kappa U[:, r:2r],  right = kappa Vh[:r],  frozen = W - s left right
 
-The first step of SGD moves the weight by ``-lr s^2 (left left^T G + G right^T right)``, which is then
-``-lr s^2 kappa^2`` times the best rank-2r part of G, the most that rank r can do.
+The first step of SGD moves the weight by ``-lr s^2 (left left^T G + G right^T right)``, which is
+then ``-lr s^2 kappa^2`` times the best rank-2r part of G, the most that rank r can do.
 
-As in the authors' code neither factor is divided by s. Deviation: an exact SVD by default, where theirs is a sketch of
-4r columns.
+As in the authors' code neither factor is divided by s. Deviation: an exact SVD by default, where
+theirs is a sketch of 4r columns.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def lora_ga(
     """Singular vectors r + 1 to 2r of the gradient on the left, 1 to r on the right.
 
     Raises:
-        InputError: 2r is above min(out, in), the gradient is zero or of another shape, or gamma is not above 0.
+        InputError: 2r is above min(out, in), the gradient is zero or of another shape, or gamma is
+            not above 0.
     """
     _check(weight, rank, name, gradient, gamma)
     compute = torch.promote_types(weight.dtype, torch.float32)

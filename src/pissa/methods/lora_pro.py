@@ -2,8 +2,8 @@
 
     left = 0,  right ~ U(-1/sqrt(in), 1/sqrt(in)),  frozen = W
 
-The start is LoRA's. What differs is the step, see `pissa.linalg.tangent` and `pissa.training.lora_pro`. Deviations
-are those of the step.
+The start is LoRA's. What differs is the step, see `pissa.linalg.tangent` and
+`pissa.training.lora_pro`. Deviations are those of the step.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     W ~ U S Vh,  left = U_r,  right = S_r Vh_r,  core = 0,  frozen = W;     only the core trains
 
-As in the authors' code all of S lies on the input side. Deviations: the core starts at zero rather than at noise of
-1e-5, so that the first step is the base exactly; the factors are certified or seeded, see `pissa.linalg.truncated_svd`;
-a singular value that is zero counts as the smallest that is not, since with it a column of the core would never learn.
+As in the authors' code all of S lies on the input side. Deviations: the core starts at zero rather
+than at noise of 1e-5, so that the first step is the base exactly; the factors are certified or
+seeded, see `pissa.linalg.truncated_svd`; a singular value that is zero counts as the smallest that
+is not, since with it a column of the core would never learn.
 """
 
 from __future__ import annotations

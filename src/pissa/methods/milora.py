@@ -2,8 +2,8 @@
 
     W = U S Vh,  left = U_minor sqrt(S_minor / s),  right = sqrt(S_minor / s) Vh_minor,  frozen = W - s left right
 
-Deviations: always a full SVD (a sketch of the leading part says nothing of the minor one). The zero singular
-values of a rank-deficient weight get a live right factor, see `LowRank.balanced`.
+Deviations: always a full SVD (a sketch of the leading part says nothing of the minor one). The zero
+singular values of a rank-deficient weight get a live right factor, see `LowRank.balanced`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     W = Q R,  left = Q[:, :r],  right = R[:r],  frozen = W - s left right
 
-As in the author's code the factors are not divided by s: with alpha = rank the first r columns of W move to the
-adapter, with another alpha the frozen part makes up the difference. Deviation: the sign of each pair is fixed.
+As in the author's code the factors are not divided by s: with alpha = rank the first r columns of W
+move to the adapter, with another alpha the frozen part makes up the difference. Deviation: the sign
+of each pair is fixed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""PiSSA: Principal Singular values and Singular vectors Adaptation (arXiv 2404.02948, equations 2 to 4).
+"""PiSSA: Principal Singular values and Singular vectors Adaptation (arXiv 2404.02948, equations 2
+to 4).
 
     W = U S Vh,  left = U_r sqrt(S_r / s),  right = sqrt(S_r / s) Vh_r,  frozen = W - s left right
 
 With a quantised rest it is QPiSSA (section 4): `pissa.linalg.alternate` from the principal part.
 
-Deviations: the factors carry 1/s, so that any alpha starts at W; the residual is taken by difference, so that it
-is right whatever the accuracy of the SVD; the random SVD is a seeded Krylov space. QPiSSA ends with one more SVD than
-the authors' code, which lowers the error.
+Deviations: the factors carry 1/s, so that any alpha starts at W; the residual is taken by
+difference, so that it is right whatever the accuracy of the SVD; the random SVD is a seeded Krylov
+space. QPiSSA ends with one more SVD than the authors' code, which lowers the error.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
-"""SVDQuant: 4-bit weights and activations beside a low-rank branch in 16 bits (arXiv 2411.05007, equations 3 to 6).
+"""SVDQuant: 4-bit weights and activations beside a low-rank branch in 16 bits (arXiv 2411.05007,
+equations 3 to 6).
 
     W' = W diag(smooth),   L = best rank r of W',   R = W' - L,   y = Q(R) Q(x / smooth) + L (x / smooth)
 
-`smooth` is the candidate (`pissa.linalg.smoothings`) whose output on calibration rows is nearest to W x, branch
-included. Then L = best rank r of W' - Q(R) and R = W' - L in turn (deepcompressor) until the output is no nearer.
+`smooth` is the candidate (`pissa.linalg.smoothings`) whose output on calibration rows is nearest to
+W x, branch included. Then L = best rank r of W' - Q(R) and R = W' - L in turn (deepcompressor)
+until the output is no nearer.
 
-As a split: ``left right = L diag(1 / smooth)`` and ``quantised = Q(R) diag(1 / smooth)``, both of x itself. Deviations:
-factors are rounded to float16 before R is taken, so that R makes up for it; `smooth` is a layer's own and stays in the
-layer (deepcompressor shares it among layers of one input and folds it into the one before); no unsigned codes after
-GELU, no GPTQ. "exact" and "fast" are the SVDs of this package, in place of float64 LAPACK.
+As a split: ``left right = L diag(1 / smooth)`` and ``quantised = Q(R) diag(1 / smooth)``, both of x
+itself. Deviations: factors are rounded to float16 before R is taken, so that R makes up for it;
+`smooth` is a layer's own and stays in the layer (deepcompressor shares it among layers of one input
+and folds it into the one before); no unsigned codes after GELU, no GPTQ. "exact" and "fast" are the
+SVDs of this package, in place of float64 LAPACK.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ banded     |i - j| <= width
 random     as many entries as banded, drawn without replacement
 top_k      as many, where |u_i . v_j| is largest (square weights)
 
-Deviations: the core starts at zero and carries no gate, so that the first step is the base exactly and every parameter
-is counted; random and top_k hold the diagonal and no entry twice; top_k looks at |U^T V|, which the authors' code
-misses by a transpose; W itself is never truncated. The bases are of min(out, in) directions.
+Deviations: the core starts at zero and carries no gate, so that the first step is the base exactly
+and every parameter is counted; random and top_k hold the diagonal and no entry twice; top_k looks
+at |U^T V|, which the authors' code misses by a transpose; W itself is never truncated. The bases
+are of min(out, in) directions.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class Accumulator(Protocol):
 class Covariance:
     """``(1/N) sum over samples of Xs^T Xs, Xs = X / max|X|`` (CorDA, arXiv 2406.05223); [in, in].
 
-    The authors' code divides by ``|max X|``, which is not the largest magnitude where most entries are negative.
+    The authors' code divides by ``|max X|``, which is not the largest magnitude where most entries
+    are negative.
     """
 
     settled = False
@@ -84,7 +85,8 @@ class Covariance:
 class Stream:
     """The leading principal components (EVA, arXiv 2410.07170).
 
-    With `tau` no more rows are taken once all components are within that cosine of those before a batch.
+    With `tau` no more rows are taken once all components are within that cosine of those before a
+    batch.
     """
 
     def __init__(self, most: int, tau: float | None = None) -> None:
@@ -186,7 +188,8 @@ class MeanGradient:
 
 
 def zeros(shape: tuple[int, int], scratch: Path | None) -> Tensor:
-    """Zeros in float32: in memory, or in a file that has no name any more and goes with the tensor, or the process.
+    """Zeros in float32: in memory, or in a file that has no name any more and goes with the tensor,
+    or the process.
 
     Raises:
         OutputError: no room in `scratch`.

@@ -18,9 +18,11 @@ class Layers:
     """What was gathered of the layers' inputs so far.
 
     Attributes:
-        same: each layer's first one with the very same input (its own name where it is that), by weight name.
+        same: each layer's first one with the very same input (its own name where it is that), by
+            weight name.
         kept: what is kept of those first ones, by weight name and need.
-        keep: which tokens of the batch count, [samples, tokens] of bool; None where the batch has no tokens.
+        keep: which tokens of the batch count, [samples, tokens] of bool; None where the batch has
+            no tokens.
 
     Args:
         make: from a weight's name and its columns to what is to be kept of it.
@@ -87,7 +89,8 @@ class Layers:
     @torch.no_grad()
     def _see(self, name: str, entering: Tensor) -> None:
         last = self._last
-        # Held on to until the next one, so that no other tensor can be taken for it; and not written to since.
+        # Held on to until the next one, so that no other tensor can be taken for it; and not
+        # written to since.
         known = last is not None and last[0] is entering and last[1] == entering._version
         first = last[2] if last is not None and known else name
         if self.same.setdefault(name, first) != first:

@@ -33,7 +33,8 @@ class Observations:
     Names are the weights' canonical ones, see `pissa.checkpoint.fingerprint`.
 
     Attributes:
-        seen: by need, then by weight: a tensor or `Components`. Inputs that layers share are there once.
+        seen: by need, then by weight: a tensor or `Components`. Inputs that layers share are there
+            once.
         same: by weight, the one under which its input is found.
         base: digests of the weights that were observed.
         facts: what was read and how, in JSON's types; the caller adds what it knows of the data.

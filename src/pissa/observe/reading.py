@@ -1,7 +1,8 @@
-"""One pass of a live model over calibration batches, in which all that methods need of its layers is gathered.
+"""One pass of a live model over calibration batches, in which all that methods need of its layers
+is gathered.
 
-What lies in memory is bounded: of rows only sums and a sample are kept, a gradient is added up and freed the moment it
-is made, and with `scratch` the sums of a matrix's size lie in files.
+What lies in memory is bounded: of rows only sums and a sample are kept, a gradient is added up and
+freed the moment it is made, and with `scratch` the sums of a matrix's size lie in files.
 """
 
 from __future__ import annotations
@@ -51,21 +52,24 @@ def observe(
 ) -> Observations:
     """Gather what methods need to have seen of a model's layers; the model is afterwards as it was.
 
-    It reads without dropout. Under an initialised `torch.distributed` each process reads batches of its own, and all
-    get the result of all.
+    It reads without dropout. Under an initialised `torch.distributed` each process reads batches of
+    its own, and all get the result of all.
 
     Args:
         model: a plain model with its weights in 16 bits or more.
-        batches: dicts of tensors as its forward takes them, read once. Where `attention_mask` is 0, nothing is seen.
+        batches: dicts of tensors as its forward takes them, read once. Where `attention_mask` is 0,
+            nothing is seen.
         needs: of covariance, components, gradient (for batches with labels) and inputs.
         targets: see `pissa.attach`. Convolutions and embeddings have gradients only.
         components: most principal components to keep of a layer.
         inputs: most rows to keep of a layer.
         labelled_only: see only tokens that have a label.
-        tau: for components alone: read on until each is within this cosine of itself before the batch, no further.
+        tau: for components alone: read on until each is within this cosine of itself before the
+            batch, no further.
         passes: with `tau`, how often the batches are read before that is an error.
         seed: of the sample of inputs.
-        scratch: a folder on a disk for the sums of covariances and gradients, 4 bytes an entry; None for memory.
+        scratch: a folder on a disk for the sums of covariances and gradients, 4 bytes an entry;
+            None for memory.
         progress: called after every batch.
 
     Raises:

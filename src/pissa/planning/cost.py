@@ -4,8 +4,9 @@
     host     the process + the larger of loading (the whole model, before it goes to a GPU) and of splitting
     disk     adapter + state + residual + checkpoints; the model and checkpoints for full
 
-Weights, adapters and starts are the tensors of the model itself (`model.py`), 4-bit ones with their scales. AdamW keeps
-two numbers a trained one, in its dtype. Gradients and activations are those of a step that is tried (`step.py`).
+Weights, adapters and starts are the tensors of the model itself (`model.py`), 4-bit ones with their
+scales. AdamW keeps two numbers a trained one, in its dtype. Gradients and activations are those of
+a step that is tried (`step.py`).
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def device_cost(planned: Planned, settings: TrainSettings, length: int, kind: st
 
 
 def host_cost(planned: Planned, device: Device, kind: str, process: int) -> Host:
-    """Main memory before training begins; on a CPU the model stays there and `device` counts it already.
+    """Main memory before training begins; on a CPU the model stays there and `device` counts it
+    already.
 
     Args:
         planned: the model.
@@ -127,7 +129,8 @@ def host_cost(planned: Planned, device: Device, kind: str, process: int) -> Host
     widest = max((math.prod(target.shape) for target in planned.targets), default=0)
     workers = min(torch.get_num_threads(), MOST_WORKERS)
     splitting = (workers * SPLIT_COPIES + WAITING) * FLOAT * widest if planned.makes_residual else 0
-    # bitsandbytes puts its layers on the GPU as it reads them; everything else is loaded on the CPU first.
+    # bitsandbytes puts its layers on the GPU as it reads them; everything else is loaded on the CPU
+    # first.
     loading = (
         0 if planned.packed and kind != "cpu" else device.weights + device.adapters + device.starts
     )

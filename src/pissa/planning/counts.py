@@ -44,7 +44,8 @@ class Counts:
 def count(settings: TrainSettings, source: Source) -> Counts:
     """Rows, steps and tokens of a run.
 
-    Steps are ``ceil(epochs * ceil(ceil(rows / micro_batch_size) / accumulation))``, as the trainer has them.
+    Steps are ``ceil(epochs * ceil(ceil(rows / micro_batch_size) / accumulation))``, as the trainer
+    has them.
 
     Raises:
         DataError: data that are here and broken.

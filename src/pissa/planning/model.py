@@ -1,4 +1,5 @@
-"""The model as training builds it, adapter included, on the meta device: nothing of it is guessed, and nothing loaded.
+"""The model as training builds it, adapter included, on the meta device: nothing of it is guessed,
+and nothing loaded.
 
 What trains is counted on this model, and a step is tried on it (`step.py`).
 """

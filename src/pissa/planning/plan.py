@@ -104,7 +104,8 @@ class Plan:
 
 
 def plan(settings: TrainSettings, *, memory: str | None = None, measured: bool = False) -> Plan:
-    """Trainable parameters, memory, disk, steps, and whether it fits; no weight is read unless `measured`.
+    """Trainable parameters, memory, disk, steps, and whether it fits; no weight is read unless
+    `measured`.
 
     Args:
         settings: of the run; of the model `config.json` is enough.

@@ -50,7 +50,8 @@ class Source:
 
 
 def open_source(settings: TrainSettings) -> Source:
-    """Read the config, and the headers of the weights if they are there; of a Hub model the config alone.
+    """Read the config, and the headers of the weights if they are there; of a Hub model the config
+    alone.
 
     Raises:
         CheckpointError: no config, or weights that training would refuse.

@@ -1,8 +1,9 @@
 """One training step on a model without values: which memory it would take, tensor by tensor.
 
-The forward and the backward pass really run, on the meta device. Every tensor that torch would allocate is counted
-when it is born and taken off when Python or autograd lets it go, so the peak knows of gradient checkpointing, dropout,
-float32 norms and whatever else an architecture does, without a formula for it.
+The forward and the backward pass really run, on the meta device. Every tensor that torch would
+allocate is counted when it is born and taken off when Python or autograd lets it go, so the peak
+knows of gradient checkpointing, dropout, float32 norms and whatever else an architecture does,
+without a formula for it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ logger = logging.getLogger(__name__)
 def step_bytes(
     planned: Planned, rows: int, length: int, *, checkpointing: bool, accumulates: bool, kind: str
 ) -> int:
-    """The most memory that a step takes beside weights, adapters and optimiser: activations and gradients.
+    """The most memory that a step takes beside weights, adapters and optimiser: activations and
+    gradients.
 
     Args:
         planned: the model; gradients are left on it.

@@ -11,10 +11,11 @@ CELLS = 2048
 class Codebook:
     """Values in [-1, 1], by code.
 
-    The range is cut into cells so narrow that none holds two midpoints between neighbouring values. The cell of a
-    number says how many midpoints lie in the cells below; one comparison tells on which side of its cell's own midpoint
-    it is. Numbers and midpoints find their cells by the same arithmetic, in which a larger number never comes first,
-    so no rounding puts a number on the wrong side.
+    The range is cut into cells so narrow that none holds two midpoints between neighbouring values.
+    The cell of a number says how many midpoints lie in the cells below; one comparison tells on
+    which side of its cell's own midpoint it is. Numbers and midpoints find their cells by the same
+    arithmetic, in which a larger number never comes first, so no rounding puts a number on the
+    wrong side.
 
     Args:
         values: float32 [codes], in any order.

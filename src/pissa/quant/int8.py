@@ -1,4 +1,5 @@
-"""LLM.int8 through bitsandbytes (arXiv 2208.07339): 8 bits and one scale per row, in the files that transformers loads.
+"""LLM.int8 through bitsandbytes (arXiv 2208.07339): 8 bits and one scale per row, in the files that
+transformers loads.
 
 Rows are rounded in float16, as bitsandbytes does when it quantises a layer itself.
 """

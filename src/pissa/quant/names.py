@@ -42,7 +42,8 @@ def quantiser(name: str, *, double: bool = False) -> Quantiser:
 
 
 def of_config(config: Mapping[str, Any]) -> Quantiser | None:
-    """What a model's `quantization_config` says its weights are packed with; None if it is no format of ours.
+    """What a model's `quantization_config` says its weights are packed with; None if it is no
+    format of ours.
 
     Args:
         config: JSON.

@@ -1,11 +1,14 @@
-"""NF4 and FP4 through bitsandbytes (arXiv 2305.14314, sections 3 and appendix E), in the files that transformers loads.
+"""NF4 and FP4 through bitsandbytes (arXiv 2305.14314, sections 3 and appendix E), in the files that
+transformers loads.
 
-64 values in a row share a scale; double quantisation stores the scales in 8 bits. The codes are those of
-bitsandbytes, a piece of the matrix at a time, so that no more than a piece is ever held wide.
+64 values in a row share a scale; double quantisation stores the scales in 8 bits. The codes are
+those of bitsandbytes, a piece of the matrix at a time, so that no more than a piece is ever held
+wide.
 
-The traps, on processors with AVX512: at a layer's first forward without gradients bitsandbytes repacks its codes and
-rounds its scales to bf16, for good, even in the state dict; such parts are refused. And where rows are not whole blocks
-its kernels take the wrong scales, so such matrices are not packed (`packs`).
+The traps, on processors with AVX512: at a layer's first forward without gradients bitsandbytes
+repacks its codes and rounds its scales to bf16, for good, even in the state dict; such parts are
+refused. And where rows are not whole blocks its kernels take the wrong scales, so such matrices are
+not packed (`packs`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ class Recipe:
     """The settings of a known training.
 
     Attributes:
-        name: what users type: TASK-METHOD, and -small for one that a processor runs in a minute or so.
+        name: what users type: TASK-METHOD, and -small for one that a processor runs in a minute or
+            so.
         task: what the model learns.
         method: full, a method's name or a preset's.
         model: the base model; None where it is left to a flag.
@@ -47,7 +48,8 @@ def recipes() -> list[Recipe]:
 
 
 def text(name: str) -> str:
-    """A recipe as one file: all that it extends resolved, comments kept, what is left to flags named.
+    """A recipe as one file: all that it extends resolved, comments kept, what is left to flags
+    named.
 
     Raises:
         ConfigError: no recipe of that name.

@@ -25,9 +25,10 @@ class Change:
         module: its path in the model.
         shape: [out, in].
         singular_values: of the change, descending; at most 2r are not zero.
-        weight_norm: Frobenius norm of the weight; None where neither the record nor a base at hand says it.
-        left_angles: principal angles in degrees between the left factor's column space and its start, ascending; empty
-            for a start of zero and for a factor that does not train.
+        weight_norm: Frobenius norm of the weight; None where neither the record nor a base at hand
+            says it.
+        left_angles: principal angles in degrees between the left factor's column space and its
+            start, ascending; empty for a start of zero and for a factor that does not train.
         right_angles: the same for the rows of the right factor.
     """
 

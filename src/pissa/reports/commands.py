@@ -36,7 +36,8 @@ def next_commands(run: Path, record: Json) -> list[tuple[str, str]]:
         model = shlex.quote(str(run / "model"))
         serve = [("serve it", f"vllm serve {model}")] if talks else []
         return [*chat, ("look into it", f"pissa inspect {model}"), *serve]
-    # Of a run on a residual this is the original model, of one on a residual in few bits that residual.
+    # Of a run on a residual this is the original model, of one on a residual in few bits that
+    # residual.
     adapter = read_json(run / "adapter" / plain.CONFIG)
     base = str(adapter["base_model_name_or_path"])
     quantised = (Path(base) / plain.INIT).is_dir()

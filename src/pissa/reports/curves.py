@@ -23,7 +23,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def plot_losses(runs: Mapping[str, Path], output: Path, title: str | None = None) -> Path:
-    """Draw training loss (smoothed, the raw line pale behind it) and evaluation loss (points) over steps.
+    """Draw training loss (smoothed, the raw line pale behind it) and evaluation loss (points) over
+    steps.
 
     Args:
         runs: name in the legend to a metrics.jsonl, or to a folder that holds one.
@@ -95,7 +96,8 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def read_metrics(path: Path) -> list[Json]:
-    """The lines of a metrics.jsonl, or of that in a run's folder; one that a kill cut short is left out.
+    """The lines of a metrics.jsonl, or of that in a run's folder; one that a kill cut short is left
+    out.
 
     Raises:
         DataError: a file that is not there, is broken, or holds no loss.

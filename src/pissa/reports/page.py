@@ -21,13 +21,15 @@ SALT = "pissa"
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a template of `templates/`; what is put in is escaped, a name that is missing is an error.
+    """Fill in a template of `templates/`; what is put in is escaped, a name that is missing is an
+    error.
 
     Filters: `number` (0.1235), `percent` (12.3 %), `duration` (1 min 33 s), `size` (1.5 GB),
     `plain` (true, null).
 
     Args:
-        template: its file name. A page starts with `{% extends "base.html" %}` and fills the blocks title and content.
+        template: its file name. A page starts with `{% extends "base.html" %}` and fills the blocks
+            title and content.
         values: what it speaks of.
 
     Example:
@@ -37,9 +39,11 @@ def render(template: str, **values: Any) -> str:
 
 
 def svg(figure: Figure, alt: str = "") -> Figure:
-    """A matplotlib figure as inline SVG, the same text at every call; letters are paths, so it needs no font.
+    """A matplotlib figure as inline SVG, the same text at every call; letters are paths, so it
+    needs no font.
 
-    What is black takes the colour of the page's text, so that the picture stays readable in dark mode.
+    What is black takes the colour of the page's text, so that the picture stays readable in dark
+    mode.
 
     Args:
         figure: a `matplotlib.figure.Figure`.
@@ -60,7 +64,8 @@ def svg(figure: Figure, alt: str = "") -> Figure:
     body = re.sub(
         r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL
     )
-    # Names count for the whole page, so they carry the picture's own; and href needs no other namespace today.
+    # Names count for the whole page, so they carry the picture's own; and href needs no other
+    # namespace today.
     own = hashlib.sha256(body.encode()).hexdigest()[:8]
     body = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{own}-", body).replace("xlink:href", "href")
     body = body.replace("#000000", "currentColor")

@@ -101,7 +101,8 @@ def angle_figure(changes: Sequence[Change]) -> Figure:
 def layers_figure(
     changes: Sequence[Change], value: Value, label: str, percent: bool = False
 ) -> Figure | None:
-    """A number of every layer as a heat map, a row for each block and a column for each kind of layer.
+    """A number of every layer as a heat map, a row for each block and a column for each kind of
+    layer.
 
     Returns:
         None where there are no blocks, or no numbers.

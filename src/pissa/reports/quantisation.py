@@ -17,7 +17,8 @@ NORMS = {
 
 
 def plot_errors(rows: Sequence[Json], output: Path, title: str | None = None) -> Path:
-    """Draw one panel a norm, a group of bars a type of layer, a bar a form; relative to the weights.
+    """Draw one panel a norm, a group of bars a type of layer, a bar a form; relative to the
+    weights.
 
     Args:
         rows: from `pissa.inspect(..., errors=True).errors`.

@@ -82,7 +82,8 @@ def score(
     Args:
         task: one of `TASKS`.
         output: what the model wrote after the prompt.
-        doc: the question as the data set has it: for gsm8k and math at least `answer`, for code its tests.
+        doc: the question as the data set has it: for gsm8k and math at least `answer`, for code its
+            tests.
         isolation: the walls that a program runs behind; needed for code.
 
     Raises:
@@ -109,15 +110,15 @@ def score_rows(
 
     Args:
         task: one of `TASKS`.
-        rows: where each stands (file and line), and its fields: `output`, and `answer` (gsm8k, math) or the `task_id`
-            of one of the questions.
+        rows: where each stands (file and line), and its fields: `output`, and `answer` (gsm8k,
+            math) or the `task_id` of one of the questions.
         questions: the data set; may be empty where every row has its `answer`.
         isolation: for code.
         say: told of rows done.
 
     Raises:
-        DataError: naming the first wrong row, before anything is scored; for code also the second of two answers to
-            one question.
+        DataError: naming the first wrong row, before anything is scored; for code also the second
+            of two answers to one question.
         ConfigError: code without isolation.
     """
     check_task(task)

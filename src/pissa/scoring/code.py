@@ -1,7 +1,9 @@
-"""Answers that are programs: HumanEval (Chen et al., arXiv:2107.03374) and MBPP (Austin et al., arXiv:2108.07732).
+"""Answers that are programs: HumanEval (Chen et al., arXiv:2107.03374) and MBPP (Austin et al.,
+arXiv:2108.07732).
 
-Both are scored by their own tests. HumanEval+ and MBPP+ add tests (Liu et al., arXiv:2305.01210), which are not here:
-shares in papers that report them are lower on the same answers. Programs have the standard library and no package more.
+Both are scored by their own tests. HumanEval+ and MBPP+ add tests (Liu et al., arXiv:2305.01210),
+which are not here: shares in papers that report them are lower on the same answers. Programs have
+the standard library and no package more.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def score(task: str, output: str, doc: Mapping[str, Any], isolation: Isolation) 
         isolation: the walls to run behind.
 
     Returns:
-        The verdicts. What was extracted is code; the reason is `timeout`, `NameError: ...`, `no code found`.
+        The verdicts. What was extracted is code; the reason is `timeout`, `NameError: ...`, `no
+        code found`.
 
     Raises:
         DataError: a question of another data set.
@@ -65,7 +68,8 @@ def score(task: str, output: str, doc: Mapping[str, Any], isolation: Isolation) 
 
 
 def verbatim(task: str, output: str, doc: Mapping[str, Any], isolation: Isolation) -> Item:
-    """The prompt and what a model wrote, as they stand, as lm-evaluation-harness runs them: nothing is extracted.
+    """The prompt and what a model wrote, as they stand, as lm-evaluation-harness runs them: nothing
+    is extracted.
 
     Args:
         task: `humaneval` or `mbpp`.

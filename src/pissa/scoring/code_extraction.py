@@ -24,10 +24,12 @@ CODE_LINE = re.compile(r"^(?:import |from |def |async def |class |@|[A-Za-z_]\w*
 
 
 def extract(output: str, name: str, prompt: str = "") -> str | None:
-    """The code of an answer: the first that defines the function, or the body of the prompt's function.
+    """The code of an answer: the first that defines the function, or the body of the prompt's
+    function.
 
-    Text around it goes, fenced or not, also where it runs on after the answer: what follows the function stays only
-    where the function uses it. Code with a mistake stays as it is, to fail by it.
+    Text around it goes, fenced or not, also where it runs on after the answer: what follows the
+    function stays only where the function uses it. Code with a mistake stays as it is, to fail by
+    it.
 
     Args:
         output: what the model wrote.
@@ -79,12 +81,13 @@ def whole(code: str, name: str, prompt: str) -> str:
 
 
 def authors_code(output: str) -> str:
-    """What the PiSSA authors' script keeps of an answer, faults and all (GraphPKU/PiSSA, utils/code_process.py).
+    """What the PiSSA authors' script keeps of an answer, faults and all (GraphPKU/PiSSA,
+    utils/code_process.py).
 
-    It cuts at the first `assert`, in a name or in the function itself too, and takes the indentation of the first line
-    away wherever it cuts. What is left goes after the prompt of HumanEval, as evalplus does it for `completion`; for
-    MBPP evalplus' prompt is a docstring, left out here. A main guard in other words than theirs stops their script, and
-    stays here.
+    It cuts at the first `assert`, in a name or in the function itself too, and takes the
+    indentation of the first line away wherever it cuts. What is left goes after the prompt of
+    HumanEval, as evalplus does it for `completion`; for MBPP evalplus' prompt is a docstring, left
+    out here. A main guard in other words than theirs stops their script, and stays here.
     """
     code = output.replace("\r", "")
     if "```python" in code:

@@ -1,7 +1,8 @@
-"""Equality of strings as hendrycks/math has it, faults and all; only to say what the PiSSA authors' script says.
+"""Equality of strings as hendrycks/math has it, faults and all; only to say what the PiSSA authors'
+script says.
 
-Source of the rules: Hendrycks et al., "Measuring Mathematical Problem Solving With the MATH Dataset" (2021), and their
-repository's math_equivalence, in the form that GraphPKU/PiSSA uses.
+Source of the rules: Hendrycks et al., "Measuring Mathematical Problem Solving With the MATH
+Dataset" (2021), and their repository's math_equivalence, in the form that GraphPKU/PiSSA uses.
 """
 
 from __future__ import annotations

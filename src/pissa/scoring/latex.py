@@ -26,19 +26,23 @@ _END = re.compile(r"\.?\s*\n|\.(?=\$?\s)")
 def ours(output: str, gold: str) -> Verdict:
     r"""The corrected scorer: equal as mathematics.
 
-    The answer is the last box; without one, the sentence after the last mark (`the answer is`, `answer:`); without
-    one, the last formula between dollars. Two answers are equal where they read the same, are the same exact number
-    (0.3333333 is not 1/3), or are equal for Math-Verify: order counts in tuples and matrices, not in sets and sums.
-    Units, degrees and money signs are passed over, `50\%` is 50 (and 0.5 where the gold answer has no percent), `x = 5`
-    is 5, words are compared as words, a base that the answer leaves out is that of the gold answer, and `r` is `R`.
-    Integrals, sums, powers of powers and what is long or huge are not worked out: they count where they read the same.
+    The answer is the last box; without one, the sentence after the last mark (`the answer is`,
+    `answer:`); without one, the last formula between dollars. Two answers are equal where they read
+    the same, are the same exact number (0.3333333 is not 1/3), or are equal for Math-Verify: order
+    counts in tuples and matrices, not in sets and sums. Units, degrees and money signs are passed
+    over, `50\%` is 50 (and 0.5 where the gold answer has no percent), `x = 5` is 5, words are
+    compared as words, a base that the answer leaves out is that of the gold answer, and `r` is `R`.
+    Integrals, sums, powers of powers and what is long or huge are not worked out: they count where
+    they read the same.
 
     Args:
-        output: what the model wrote after the prompt; where it goes on to a next question, only what stands before.
+        output: what the model wrote after the prompt; where it goes on to a next question, only
+            what stands before.
         gold: the answer, or a solution that has it in a box.
 
     Returns:
-        The verdict; `extracted` is the text that was compared. Outside the main thread Math-Verify has no time limit.
+        The verdict; `extracted` is the text that was compared. Outside the main thread Math-Verify
+        has no time limit.
 
     Raises:
         DataError: gold is empty.
@@ -54,8 +58,9 @@ def ours(output: str, gold: str) -> Verdict:
 def authors(output: str, gold: str) -> Verdict:
     """What `test_acc.py` of GraphPKU/PiSSA says, faults and all.
 
-    The mark is "The answer is: " to the letter, the last one counts however far the model ran on, the answer ends at
-    a full stop before a line break, and strings are compared after the normalisation of hendrycks/math.
+    The mark is "The answer is: " to the letter, the last one counts however far the model ran on,
+    the answer ends at a full stop before a line break, and strings are compared after the
+    normalisation of hendrycks/math.
 
     Args:
         output: what the model wrote after the prompt.

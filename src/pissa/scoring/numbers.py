@@ -65,7 +65,8 @@ _SCALES = {
     "k": 10**3,
 }
 _OPERATOR = r"(?:[-+/×÷·^&]|\*\*?|(?:x|of|plus|minus|times|(?:divided|multiplied)\s+by)\b|x(?=\d))"
-# Nothing is given back: 50 terms without "=" must not be tried in all ways that their blanks can be shared out.
+# Nothing is given back: 50 terms without "=" must not be tried in all ways that their blanks can be
+# shared out.
 _OPERAND = rf"(?>[$£€( ]*[-+]?[\d.,]+\s*%?\s*(?:(?!{_OPERATOR})[A-Za-z]+\s*)?\)*\s*)"
 _LEFT_SIDE = re.compile(rf"\s*(?:(?:{_OPERAND}{_OPERATOR}\s*)*+{_OPERAND}|[A-Za-z]\w*\s*)=\s*")
 _ANOTHER = re.compile(
@@ -78,15 +79,17 @@ _AUTHORS_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 def ours(output: str, gold: str) -> Verdict:
     """The corrected scorer: equal as exact numbers, 18 and 18.00 but not 18.4.
 
-    The answer is the first number in the last box or, without boxes, after the last mark that has something behind it:
-    `the answer is`, `answer:` or `####`. Left sides of equations are passed over. A text without any mark is worth its
-    last number, as in lm-evaluation-harness's flexible extraction; a wrong one says so in `reason`. A range, a list or
-    a sum that is not worked out is no answer. `50%` is 50, `12,5` is 12.5, `2 million` is 2,000,000,
-    `5k` is 5,000, `minus 5` is -5, and `5 dozen` is 5, because questions ask for dozens.
+    The answer is the first number in the last box or, without boxes, after the last mark that has
+    something behind it: `the answer is`, `answer:` or `####`. Left sides of equations are passed
+    over. A text without any mark is worth its last number, as in lm-evaluation-harness's flexible
+    extraction; a wrong one says so in `reason`. A range, a list or a sum that is not worked out is
+    no answer. `50%` is 50, `12,5` is 12.5, `2 million` is 2,000,000, `5k` is 5,000, `minus 5` is
+    -5, and `5 dozen` is 5, because questions ask for dozens.
 
     Args:
-        output: what the model wrote after the prompt. Where it goes on to a next question ("### Instruction" or
-            "Question:" on a line of its own, "Q:" after an empty one), only what stands before counts.
+        output: what the model wrote after the prompt. Where it goes on to a next question ("###
+            Instruction" or "Question:" on a line of its own, "Q:" after an empty one), only what
+            stands before counts.
         gold: the worked answer that ends in "#### 18", or "18".
 
     Returns:
@@ -112,8 +115,9 @@ def ours(output: str, gold: str) -> Verdict:
 def authors(output: str, gold: str) -> Verdict:
     """What `test_acc.py` of GraphPKU/PiSSA says, faults and all.
 
-    The mark is "The answer is: " to the letter, and the last one counts however far the model ran on. A number has one
-    separator (`1,234,567` is 1234, `12,5` is 125) and is rounded, halves to even: 18.4 passes for 18.
+    The mark is "The answer is: " to the letter, and the last one counts however far the model ran
+    on. A number has one separator (`1,234,567` is 1234, `12,5` is 125) and is rounded, halves to
+    even: 18.4 passes for 18.
 
     Args:
         output: what the model wrote after the prompt.

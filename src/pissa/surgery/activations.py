@@ -21,7 +21,8 @@ TOKENS, WINDOW, FEWEST = 512, 256, 16
 
 
 def layer_inputs(folder: Path, targets: Iterable[Target], text: Path) -> dict[str, Tensor]:
-    """Rows [tokens, in] that enter each linear target, by module, in float32. The whole model is loaded.
+    """Rows [tokens, in] that enter each linear target, by module, in float32. The whole model is
+    loaded.
 
     Args:
         folder: a model with its tokenizer.

@@ -1,7 +1,9 @@
-"""The change of a run that was trained beside a quantised residual, as a plain LoRA for the original base.
+"""The change of a run that was trained beside a quantised residual, as a plain LoRA for the
+original base.
 
-What was trained stands for Q + s L R. Its change of W has full rank, for quantisation moved every weight, so no LoRA
-is exact: the best one of a rank is computed weight by weight from the base and the residual on disk.
+What was trained stands for Q + s L R. Its change of W has full rank, for quantisation moved every
+weight, so no LoRA is exact: the best one of a rank is computed weight by weight from the base and
+the residual on disk.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def no_exact(record: Record, run: Path) -> InputError:
 
 
 class WeightPairs:
-    """Each target's weight in the original model and in the residual that a decomposition left of it.
+    """Each target's weight in the original model and in the residual that a decomposition left of
+    it.
 
     Args:
         base: the original model.
@@ -93,7 +96,8 @@ class WeightPairs:
 def best_changes(
     found: Changes, rank: int, base: Path, residual: Path
 ) -> tuple[dict[Target, Lora], float]:
-    """The best rank-`rank` change of each weight of the base, and the error over all relative to the whole change.
+    """The best rank-`rank` change of each weight of the base, and the error over all relative to
+    the whole change.
 
     Args:
         found: the run's factors beside its residual.

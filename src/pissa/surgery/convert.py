@@ -38,7 +38,8 @@ def convert(run: str | Path, out: str | Path, settings: ConvertSettings) -> Reco
     A run beside a quantized residual has no exact one, only the best of a rank.
 
     Args:
-        run: a run, its state/ or a plain LoRA; with `start`, an adapter that stock peft trained on a residual.
+        run: a run, its state/ or a plain LoRA; with `start`, an adapter that stock peft trained on
+            a residual.
         out: the folder to write.
         settings: a keyword argument each, see `pissa.jobs`.
 

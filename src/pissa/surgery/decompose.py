@@ -30,7 +30,8 @@ STORES = ("packed", "16bit")
 def decompose(source: str | Path, out: str | Path, settings: DecomposeSettings) -> Record:
     """Split every target of a checkpoint, as many tensors in memory as there are workers.
 
-    A run that was killed goes on when it is called again in the same way, and ends with the same bits.
+    A run that was killed goes on when it is called again in the same way, and ends with the same
+    bits.
 
     Args:
         source: a folder or a Hub id.
@@ -41,7 +42,8 @@ def decompose(source: str | Path, out: str | Path, settings: DecomposeSettings) 
         The record that was written as `pissa.json`.
 
     Raises:
-        InputError, CheckpointError, WrongBaseError, OutputError: before `out` exists, naming tensor or key.
+        InputError, CheckpointError, WrongBaseError, OutputError: before `out` exists, naming tensor
+            or key.
     """
     job = prepare(source, settings)
     check_workers(settings.workers)

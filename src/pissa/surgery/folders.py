@@ -45,10 +45,11 @@ class Changes:
 
 
 def kind_of_folder(path: Path) -> str:
-    """One of: run, state, lora, init, raw-adapter, foreign-adapter, decomposed, foreign-decomposed, merged, w4a4,
-    model.
+    """One of: run, state, lora, init, raw-adapter, foreign-adapter, decomposed, foreign-decomposed,
+    merged, w4a4, model.
 
-    "raw" is an adapter that only means something beside its own residual; "foreign" has no pissa.json.
+    "raw" is an adapter that only means something beside its own residual; "foreign" has no
+    pissa.json.
 
     Raises:
         CheckpointError: none of these.
@@ -85,7 +86,8 @@ def read_changes(path: Path, *, on_residual: bool = False) -> Changes:
 
     Args:
         path: its folder.
-        on_residual: whether it will meet a residual, beside which an adapter that stock tools trained is right too.
+        on_residual: whether it will meet a residual, beside which an adapter that stock tools
+            trained is right too.
 
     Raises:
         WrongBaseError: an adapter that is only right beside its own residual.
@@ -159,10 +161,11 @@ def adapter_scale(config: Json, where: Path) -> float:
 
 
 def principal_share(weight: Tensor, change: Lora) -> float:
-    """``<W, BA> / |BA|^2``: near 1 for a pair that holds a part of W itself, near 0 for a change of it.
+    """``<W, BA> / |BA|^2``: near 1 for a pair that holds a part of W itself, near 0 for a change of
+    it.
 
-    A principal adapter that lost its config (`init_lora_weights` set to true by hand) looks like a plain LoRA in
-    every other way.
+    A principal adapter that lost its config (`init_lora_weights` set to true by hand) looks like a
+    plain LoRA in every other way.
 
     Args:
         weight: [out, in] of the base.

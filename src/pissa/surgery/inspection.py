@@ -126,8 +126,10 @@ def inspect(
     Args:
         path: any model, run or adapter folder.
         base: a model folder to compare fingerprints with.
-        errors: also compute how far a quantised residual is from its base; the base is the one on record by default.
-        text: a text file, to compute the errors of the layers' outputs on it too; loads the whole base.
+        errors: also compute how far a quantised residual is from its base; the base is the one on
+            record by default.
+        text: a text file, to compute the errors of the layers' outputs on it too; loads the whole
+            base.
         workers: weights worked on side by side for the errors.
         progress: told of every weight of the errors.
 

@@ -1,6 +1,7 @@
 """Base plus change as one ordinary model folder, tensor by tensor, the base checked on the way.
 
-A run that was trained beside a quantised residual is merged into what that stands for: Q + s L R, in 16 bits.
+A run that was trained beside a quantised residual is merged into what that stands for: Q + s L R,
+in 16 bits.
 """
 
 from __future__ import annotations
@@ -54,13 +55,15 @@ def merge(
     A merge that was killed goes on when it is called again in the same way.
 
     Args:
-        base: the original model, a folder or a Hub id; for a run beside a quantised residual, that residual's folder.
+        base: the original model, a folder or a Hub id; for a run beside a quantised residual, that
+            residual's folder.
         run: a run, its state/ or a plain LoRA.
         out: the folder to write; it appears whole or not at all.
         settings: a keyword argument each, see `pissa.jobs`.
 
     Returns:
-        The record; `notes["errors"]` has the relative error of what was written, and of nf4 where the base is packed.
+        The record; `notes["errors"]` has the relative error of what was written, and of nf4 where
+        the base is packed.
 
     Raises:
         WrongBaseError: the run belongs to another base; names the tensor.
@@ -85,7 +88,8 @@ class _Job(StreamJob):
         self.dtype, self.shard_bytes = asked.dtype, parse_bytes(asked.max_shard_bytes)
         packer = self.packer = quantiser(asked.quant) if asked.quant else None
         refuse_other_kind(checkpoint, found, run, self.advice())
-        # A run that trained a head belongs to a model class that the base's own config does not name.
+        # A run that trained a head belongs to a model class that the base's own config does not
+        # name.
         self.head_config: Json | None = (
             found.record.notes.get("model_config") if found.record else None
         )
@@ -106,7 +110,8 @@ class _Job(StreamJob):
             list(found.changes), self.parameters, checkpoint.folder
         ).items():
             change = found.changes[target]
-            # An adapter's file has one flag "transposed" for all its layers; the model knows which of them are.
+            # An adapter's file has one flag "transposed" for all its layers; the model knows which
+            # of them are.
             kind = kind_of(modules[target.module]) or target.kind
             own = Target(target.module, kind, self.shape(name, kind, target))
             if own.matrix_shape != (change.B.shape[0], change.A.shape[1]):

@@ -21,7 +21,8 @@ HEADS = ("lm_head", "score", "classifier", "pre_classifier", "qa_outputs")
 
 
 def packed_modules(packer: Quantiser, targets: Iterable[Target]) -> set[str]:
-    """The modules whose weights are written in few bits; of the others is written what their codes stand for.
+    """The modules whose weights are written in few bits; of the others is written what their codes
+    stand for.
 
     Raises:
         InputError: there are none.

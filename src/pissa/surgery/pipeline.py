@@ -1,7 +1,8 @@
-"""Work on tensors side by side with the results in order, so that reading, algebra and writing overlap.
+"""Work on tensors side by side with the results in order, so that reading, algebra and writing
+overlap.
 
-Each worker computes with a number of threads that the machine alone decides, so results do not depend on how many
-workers there are.
+Each worker computes with a number of threads that the machine alone decides, so results do not
+depend on how many workers there are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def check_workers(workers: int | None) -> None:
 def in_order(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
 ) -> Iterator[Result]:
-    """``work(item)`` for each item, in order; a few results may wait, so that a slow disk does not stop the workers.
+    """``work(item)`` for each item, in order; a few results may wait, so that a slow disk does not
+    stop the workers.
 
     Args:
         work: called in a thread of its own; what it raises is raised here.

@@ -43,13 +43,15 @@ def quantisation_errors(
         folder: a decomposed folder whose residual is quantised.
         recipe: of it.
         base: its original model, checked.
-        text: a file to compute the error of the layers' outputs on; the whole base is loaded for it.
+        text: a file to compute the error of the layers' outputs on; the whole base is loaded for
+            it.
         workers: weights worked on side by side.
         progress: told after every weight.
 
     Returns:
-        ``{"type", "weights", "errors": {form: {norm: error}}}``; the forms are the quantiser alone (by its name), LoftQ
-        at the same rank and rounds, and "this" folder; the norms "frobenius", "nuclear", and "output" where there is
+        ``{"type", "weights", "errors": {form: {norm: error}}}``; the forms are the quantiser alone
+        (by its name), LoftQ at the same rank and rounds, and "this" folder; the norms "frobenius",
+        "nuclear", and "output" where there is
         text: ``|E X| / |W X|`` over all tokens X and the weights that see them.
     """
     init = folder / INIT

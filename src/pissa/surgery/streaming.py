@@ -1,4 +1,5 @@
-"""From one checkpoint to another, tensor by tensor: planned, worked on, written, receipted, resumed.
+"""From one checkpoint to another, tensor by tensor: planned, worked on, written, receipted,
+resumed.
 
 A job says what takes each tensor's place; everything else is here. What a killed run had finished
 is in its staging folder, with a line in `pieces.jsonl` for each tensor of the source; the same job

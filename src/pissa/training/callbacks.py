@@ -90,8 +90,8 @@ class OldLoss(TrainerCallback):
 class Checkpoints(TrainerCallback):
     """Marks a checkpoint as whole, last of all, and only then deletes the oldest ones.
 
-    What comes back from the plain LoRA that the trainer writes only with rounding (a core) is written beside that as it
-    is.
+    What comes back from the plain LoRA that the trainer writes only with rounding (a core) is
+    written beside that as it is.
     """
 
     def __init__(self, keep: int, model: Any, resumed: Path | None):
@@ -123,10 +123,11 @@ class Checkpoints(TrainerCallback):
 
 
 class EarlyStop(TrainerCallback):
-    """Stops after so many evaluations in a row without a lower eval_loss; what has trained stays as it is then.
+    """Stops after so many evaluations in a row without a lower eval_loss; what has trained stays as
+    it is then.
 
-    Counted from metrics.jsonl rather than in memory, so that a resumed run stops where an unbroken one does. The
-    loss before the first step counts too.
+    Counted from metrics.jsonl rather than in memory, so that a resumed run stops where an unbroken
+    one does. The loss before the first step counts too.
     """
 
     def __init__(self, patience: int, metrics: Path):

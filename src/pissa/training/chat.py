@@ -49,8 +49,8 @@ class Chat:
 
         Args:
             prompts: what was asked so far, the newest last.
-            answers: what was answered, one fewer. A template for one question forgets all but the newest prompt, and
-                a model forgets the oldest ones where its positions end.
+            answers: what was answered, one fewer. A template for one question forgets all but the
+                newest prompt, and a model forgets the oldest ones where its positions end.
             most: tokens to write at most.
             temperature: 0 always takes the likeliest token.
             streamer: a streamer of transformers', told of each token.
@@ -134,9 +134,11 @@ def open_chat(
     """Load what is to answer, after checking that run and base belong together.
 
     Args:
-        path: a finished run, a plain LoRA or a decomposed folder made here, a merged model, or any model folder.
+        path: a finished run, a plain LoRA or a decomposed folder made here, a merged model, or any
+            model folder.
         base: where the base lies, if not where the record says.
-        template: one of `TEMPLATES`. Default: the one of the training; for a model the tokenizer's own, or raw.
+        template: one of `TEMPLATES`. Default: the one of the training; for a model the tokenizer's
+            own, or raw.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:

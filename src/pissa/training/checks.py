@@ -138,7 +138,8 @@ def check_layout(settings: TrainSettings, choice: Choice | None) -> None:
     if choice is None or sharding not in ("fsdp", "deepspeed"):
         return
     form = form_of(choice.method, settings.base, choice.quant is not None)
-    # DeepSpeed steps inside the backward pass, on weights of its own, where nothing can be put back.
+    # DeepSpeed steps inside the backward pass, on weights of its own, where nothing can be put
+    # back.
     if choice.method.optimizer or sharding in form.undivided:
         mistake = f"method: got {settings.method} under {sharding}, expected DDP or one process: it needs whole factors"
         raise config_error([mistake], "the settings")

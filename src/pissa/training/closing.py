@@ -1,7 +1,7 @@
 """LaMDA's schedule: the left factor's columns stop one after another (arXiv 2406.12832).
 
-A column whose gradient is zero still moves, by momentum and decay. Here a closed one is put back after each step of the
-optimiser, so that it keeps its bits.
+A column whose gradient is zero still moves, by momentum and decay. Here a closed one is put back
+after each step of the optimiser, so that it keeps its bits.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ def closed(rank: int, step: int, steps: int, eta: float) -> int:
 
 
 class CloseLeft(TrainerCallback):
-    """Closes the left factors of an attached `lamda` or `lamda++` adapter over the first share of the steps.
+    """Closes the left factors of an attached `lamda` or `lamda++` adapter over the first share of
+    the steps.
 
     Args:
         model: from `pissa.attach`.
-        eta: share of the steps after which all columns are closed; what the method was attached with by default.
+        eta: share of the steps after which all columns are closed; what the method was attached
+            with by default.
 
     Raises:
         InputError: its left factor does not train beside a core, or nothing says when to close it.

@@ -39,7 +39,8 @@ class Rows:
         train: rows to train on.
         evaluation: rows to evaluate on; empty for none.
         old: rows of what the model knew before; empty for none.
-        sources: name, SHA-256 (of the file; of the rows for the Hub) and number of rows read, per source.
+        sources: name, SHA-256 (of the file; of the rows for the Hub) and number of rows read, per
+            source.
     """
 
     train: list[Row]
@@ -75,7 +76,8 @@ def read(data: str, split: str) -> tuple[list[Row], Json]:
     """All rows of a source, and what to record of it.
 
     Args:
-        data: a file, a folder that holds `split`.(json|jsonl|csv|tsv|parquet), or a Hub id[:subset].
+        data: a file, a folder that holds `split`.(json|jsonl|csv|tsv|parquet), or a Hub
+            id[:subset].
         split: which one, of a folder or the Hub; unused for a file.
 
     Raises:

@@ -1,8 +1,9 @@
-"""One run in several processes, as `accelerate launch` and `torchrun` start them: DDP, FSDP2, DeepSpeed's ZeRO-3.
+"""One run in several processes, as `accelerate launch` and `torchrun` start them: DDP, FSDP2,
+DeepSpeed's ZeRO-3.
 
-Every process checks everything and loads the base whole from disk. The first one makes the start, writes it to the
-run's `state/`, and the others read it from there: all begin with the same bits, and no SVD sees a sharded weight.
-Only the first one writes.
+Every process checks everything and loads the base whole from disk. The first one makes the start,
+writes it to the run's `state/`, and the others read it from there: all begin with the same bits,
+and no SVD sees a sharded weight. Only the first one writes.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def join(settings: TrainSettings, device: str) -> TrainSettings:
     """Meet the other processes, before anything is written.
 
     Args:
-        settings: of the run. Where they do not give micro_batch_size, it becomes the largest that divides the rows of
-            a step evenly among the processes.
+        settings: of the run. Where they do not give micro_batch_size, it becomes the largest that
+            divides the rows of a step evenly among the processes.
         device: cpu or cuda.
 
     Raises:
@@ -84,7 +85,8 @@ def join(settings: TrainSettings, device: str) -> TrainSettings:
                 "fsdp_version: got 1, expected 2 in the file of accelerate: frozen parts need FSDP2"
             )
         if os.environ.get(_RAM_EFFICIENT, "false").lower() == "true":
-            # Processes beyond the first would hold empty weights, of which no start can be made or checked.
+            # Processes beyond the first would hold empty weights, of which no start can be made or
+            # checked.
             os.environ[_RAM_EFFICIENT] = "false"
             if is_first():
                 logger.warning(
@@ -96,7 +98,8 @@ def join(settings: TrainSettings, device: str) -> TrainSettings:
 
 
 def check_same_layout(before: dict[str, Any], out: Path) -> None:
-    """A run goes on in as many processes as it began in, sharded alike: else its numbers would differ.
+    """A run goes on in as many processes as it began in, sharded alike: else its numbers would
+    differ.
 
     Raises:
         ConfigError: naming what differs.
@@ -135,7 +138,8 @@ def on_first(work: Callable[[], Result]) -> Result:
 
 @contextmanager
 def first_ahead(out: Path) -> Iterator[None]:
-    """The first process goes through the block alone, then the others do; if it fails there, all stop.
+    """The first process goes through the block alone, then the others do; if it fails there, all
+    stop.
 
     Args:
         out: a folder that the first one makes in the block.
@@ -165,9 +169,11 @@ def first_ahead(out: Path) -> Iterator[None]:
 
 
 def adapt(trainer: Any) -> None:
-    """Let a trainer of transformers save and load what trains, whole, where it is spread over processes.
+    """Let a trainer of transformers save and load what trains, whole, where it is spread over
+    processes.
 
-    By itself it gathers the frozen base for every checkpoint, and with ZeRO-3 writes the drift as if it were a LoRA.
+    By itself it gathers the frozen base for every checkpoint, and with ZeRO-3 writes the drift as
+    if it were a LoRA.
     """
     sharding = layout()["sharding"]
     if sharding in ("fsdp", "deepspeed") and isinstance(trainer.model, PeftModel):

@@ -151,8 +151,9 @@ def tokens(
 ) -> Iterable[tuple[list[int], list[int]]]:
     """Token ids and labels of each script.
 
-    Each part is tokenised by itself, as a prompt is at inference, so no token lies across the edge of a response.
-    The tokenizer's start token, if it adds one, is masked; the end token after a last response carries loss.
+    Each part is tokenised by itself, as a prompt is at inference, so no token lies across the edge
+    of a response. The tokenizer's start token, if it adds one, is masked; the end token after a
+    last response carries loss.
     """
     start = _start_tokens(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -1,18 +1,20 @@
-"""LoRA-Pro's optimiser (arXiv 2407.18242): factors take the step whose change of the weight is nearest the full one.
+"""LoRA-Pro's optimiser (arXiv 2407.18242): factors take the step whose change of the weight is
+nearest the full one.
 
     SGD     B -= lr uB,  A -= lr uA                                      uB, uA: `pissa.linalg.tangent`
     AdamW   g~ from uB, uA;  d = Adam's direction for g~, with moments [out, in];  B -= lr dB,  A -= lr dA,
             where dB, dA are to d what uB, uA are to the gradient
 
-Each weight so takes nearly the step of full fine-tuning, at full fine-tuning's learning rate rather than LoRA's. The
-AdamW form holds as many moments as full fine-tuning does, in float32.
+Each weight so takes nearly the step of full fine-tuning, at full fine-tuning's learning rate rather
+than LoRA's. The AdamW form holds as many moments as full fine-tuning does, in float32.
 
-The second step from ``B = 0`` is where the closed form leaves its first-order ground: B is as small as lr then, so uA
-is as large as 1 / lr. `cap` bounds each step of A relative to A.
+The second step from ``B = 0`` is where the closed form leaves its first-order ground: B is as small
+as lr then, so uA is as large as 1 / lr. `cap` bounds each step of A relative to A.
 
-Deviations from the authors' code: any alpha (theirs computes with alpha / rank = 2); the first step is the paper's own,
-and Adam's count begins at 1; no damping by default; moments are in float32. As there, weight decay is decoupled and
-acts on what trains, the factors or their drift. A trainer clips the factors' raw gradients, before any of this.
+Deviations from the authors' code: any alpha (theirs computes with alpha / rank = 2); the first step
+is the paper's own, and Adam's count begins at 1; no damping by default; moments are in float32. As
+there, weight decay is decoupled and acts on what trains, the factors or their drift. A trainer
+clips the factors' raw gradients, before any of this.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ PLAIN = PlainPair(("left", "right"))
 
 
 class LoraPro(Optimizer):
-    """LoRA-Pro for what trains of a peft model: pairs of factors by its steps, all other parameters by AdamW.
+    """LoRA-Pro for what trains of a peft model: pairs of factors by its steps, all other parameters
+    by AdamW.
 
-    Works on plain LoRAs and on started adapters alike (a drift from LoRA-GA's start leaves nothing to jump). The state
-    is a torch optimiser's: [out, in] moments belong to the left factor's parameter.
+    Works on plain LoRAs and on started adapters alike (a drift from LoRA-GA's start leaves nothing
+    to jump). The state is a torch optimiser's: [out, in] moments belong to the left factor's
+    parameter.
 
     Args:
         model: with one adapter that trains on each layer, in float32 or float64.

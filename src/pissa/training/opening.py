@@ -30,7 +30,8 @@ class Opened:
         model: on its device, in evaluation mode; with an adapter a `PeftModel`.
         tokenizer: of the training where there was one.
         kind: of the folder, as `pissa inspect` names it, or hub.
-        base: the model that was loaded, by path or Hub id: the thing itself where there is no adapter.
+        base: the model that was loaded, by path or Hub id: the thing itself where there is no
+            adapter.
         revision: of the base.
         adapter: the folder that was put on the base, or None.
         record: run.json of a run, or empty.
@@ -57,12 +58,13 @@ def open_model(
     """Load what a folder stands for, after checking that run and base belong together.
 
     Args:
-        path: a finished run, a plain LoRA or a decomposed folder made here, a merged model, any model folder, or the
-            Hub id of a whole model.
+        path: a finished run, a plain LoRA or a decomposed folder made here, a merged model, any
+            model folder, or the Hub id of a whole model.
         base: where the base lies, if not where the record says.
         revision: of a Hub model: commit, tag or branch.
         device: where it runs. Default: cuda where there is one.
-        dtype: float32, bfloat16 or float16 of the base. Default: as it was trained on, or as stored.
+        dtype: float32, bfloat16 or float16 of the base. Default: as it was trained on, or as
+            stored.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
@@ -106,8 +108,8 @@ def find_model(path: Path, base: str | None) -> tuple[Json, Path, str, str | Non
     """What `open_model` would load, refused where it cannot be.
 
     Returns:
-        run.json of a run (else empty), the folder in question (of a full fine-tune its model/), name and revision of
-        the model to load, and what to put on it.
+        run.json of a run (else empty), the folder in question (of a full fine-tune its model/),
+        name and revision of the model to load, and what to put on it.
 
     Raises:
         InputError, CheckpointError: as `open_model`.

@@ -1,8 +1,10 @@
-"""Several rows in one sequence: only for models that keep them apart, which is tried on the model itself.
+"""Several rows in one sequence: only for models that keep them apart, which is tried on the model
+itself.
 
-Rows are packed whole, the longest first, each where it leaves the least room (TRL's `pack_dataset`). Where a row
-begins is told by position ids that begin anew; transformers makes a block-diagonal mask of them, flash attention takes
-the lengths. A model that knows neither would read one row as the beginning of the next, and no loss would show it.
+Rows are packed whole, the longest first, each where it leaves the least room (TRL's
+`pack_dataset`). Where a row begins is told by position ids that begin anew; transformers makes a
+block-diagonal mask of them, flash attention takes the lengths. A model that knows neither would
+read one row as the beginning of the next, and no loss would show it.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ def packed(rows: Any, length: int) -> Any:
 def check_rows_stay_apart(model: Any) -> None:
     """Try whether a row changes by what is packed before it.
 
-    A row is read alone, packed behind each of two others, and joined to one of them. Packed it must be as it is alone
-    up to rounding, that is, differ far less than joined.
+    A row is read alone, packed behind each of two others, and joined to one of them. Packed it must
+    be as it is alone up to rounding, that is, differ far less than joined.
 
     Raises:
         ConfigError: they do not stay apart.

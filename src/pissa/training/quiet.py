@@ -13,7 +13,8 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Transformers without its hints, and without progress bars where nobody watches; restored afterwards.
+    """Transformers without its hints, and without progress bars where nobody watches; restored
+    afterwards.
 
     Deprecations between transformers, peft and TRL are nothing that a user could mend.
     """

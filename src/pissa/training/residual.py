@@ -36,14 +36,17 @@ def with_quantised_base(
     before: Json | None,
     seen: Callable[[], Observations | None],
 ) -> TrainSettings:
-    """The settings with the model to load: the one they name, or its quantised residual in OUT/residual.
+    """The settings with the model to load: the one they name, or its quantised residual in
+    OUT/residual.
 
     Args:
         settings: of the run.
         choice: its method and quantizer; None for full.
         out: its folder.
-        before: the record of the run to go on with, whose residual is kept as it is; None for a new run.
-        seen: what the method needs to have been seen of the 16-bit base; all processes ask, where that is split.
+        before: the record of the run to go on with, whose residual is kept as it is; None for a new
+            run.
+        seen: what the method needs to have been seen of the 16-bit base; all processes ask, where
+            that is split.
 
     Raises:
         InputError, CheckpointError, OutputError: see `pissa.decompose`.

@@ -61,18 +61,20 @@ logger = logging.getLogger(__name__)
 def train(settings: TrainSettings, resume: bool = False) -> Json:
     """Fine-tune a model as `settings` say and leave a run's folder.
 
-    Everything is checked before anything is written. A run that was killed goes on with `resume` and ends with the
-    same bits as one that was not.
+    Everything is checked before anything is written. A run that was killed goes on with `resume`
+    and ends with the same bits as one that was not.
 
     Args:
         settings: from `pissa.config.load_settings`.
-        resume: go on with the run in `settings.output`; starts it where there is none, does nothing where it is done.
+        resume: go on with the run in `settings.output`; starts it where there is none, does nothing
+            where it is done.
 
     Returns:
         The content of run.json.
 
     Raises:
-        ConfigError, DataError, CheckpointError, OutputError, WrongBaseError, InputError: see `pissa.errors`.
+        ConfigError, DataError, CheckpointError, OutputError, WrongBaseError, InputError: see
+            `pissa.errors`.
     """
     choice = check(settings, resume)
     settings = distributed.join(settings, device(settings))
@@ -187,7 +189,8 @@ def _run(trainer: Any, newest: Path | None, stop: EarlyStop) -> None:
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(Progress)
     if newest and (stop.reason() or folder.step_of(newest) >= folder.all_steps(newest)):
-        # Killed between the last step and the end. The trainer's own resume would train one step more here.
+        # Killed between the last step and the end. The trainer's own resume would train one step
+        # more here.
         trainer._load_from_checkpoint(str(newest))
         exact.read(trainer.model, newest)
         trainer.state.global_step, trainer.state.max_steps = (
@@ -209,7 +212,8 @@ def _save(trainer: Any, tokenizer: Tokenizer, out: Path) -> None:
             runs.write(state, out)
             tokenizer.save_pretrained(out / "adapter")
     else:
-        # DeepSpeed's engine is asked for its shards; a run that was over when it was resumed has none.
+        # DeepSpeed's engine is asked for its shards; a run that was over when it was resumed has
+        # none.
         no_engine = (
             distributed.layout()["sharding"] == "deepspeed"
             and trainer.model_wrapped is trainer.model

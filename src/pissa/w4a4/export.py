@@ -32,7 +32,8 @@ CODES = "codes"
 
 @spelled_out(DenseSettings)
 def export_dense(source: str | Path, out: str | Path, settings: DenseSettings) -> Record:
-    """Write what the 4-bit weights stand for; activations are no longer quantized, which no weight can carry.
+    """Write what the 4-bit weights stand for; activations are no longer quantized, which no weight
+    can carry.
 
     Args:
         source: a folder that `svdquant` wrote.

@@ -13,9 +13,10 @@ from pissa.splits import Lora, Split
 class W4A4Linear(nn.Module):
     """``y = Q(R) Q(x / smooth) + left (right x) + bias`` (SVDQuant, arXiv 2411.05007, equation 6).
 
-    The quantised product is that of the stored integers and scales, see `pissa.linalg.int4`; activations are quantised
-    at every call, each token by itself. Sums are in float32, the result in the dtype of x. Time is not what it is for:
-    without a kernel for 4-bit integers it is slower than the layer it takes the place of.
+    The quantised product is that of the stored integers and scales, see `pissa.linalg.int4`;
+    activations are quantised at every call, each token by itself. Sums are in float32, the result
+    in the dtype of x. Time is not what it is for: without a kernel for 4-bit integers it is slower
+    than the layer it takes the place of.
 
     Buffers, all that a state dict holds:
         codes: uint8 [out, ceil(in / 2)].

@@ -25,7 +25,8 @@ from pissa.w4a4.writing import KIND, WEIGHTS
 def load_w4a4(
     folder: str | Path, *, device: str = "cpu", trust_remote_code: bool = False
 ) -> nn.Module:
-    """The transformers model of a folder that `svdquant` wrote, its 4-bit layers in place, in evaluation mode.
+    """The transformers model of a folder that `svdquant` wrote, its 4-bit layers in place, in
+    evaluation mode.
 
     Args:
         folder: as written; every other kind is refused.
@@ -65,7 +66,8 @@ def w4a4_note(folder: Path) -> Json:
     """What config.json says of a 4-bit folder: rank, group, modules.
 
     Raises:
-        CheckpointError: another kind of folder, or codes in other groups than are computed with here.
+        CheckpointError: another kind of folder, or codes in other groups than are computed with
+            here.
     """
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     note = config.get("pissa")

@@ -2,8 +2,9 @@
 
     OUT/  config.json  tokenizer…  pissa.json        weights/  model*.safetensors
 
-The weights are in a folder of their own because transformers skips a quantisation it does not know: beside config.json
-it would load them, take the 4-bit layers for absent and fill them with random numbers. As it is, it finds no weights.
+The weights are in a folder of their own because transformers skips a quantisation it does not know:
+beside config.json it would load them, take the 4-bit layers for absent and fill them with random
+numbers. As it is, it finds no weights.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ KIND, WEIGHTS = "w4a4", "weights"
 
 @spelled_out(FourBitSettings)
 def svdquant(source: str | Path, out: str | Path, settings: FourBitSettings) -> Record:
-    """Write a checkpoint whose targets compute in 4 bits, as many tensors in memory as there are workers.
+    """Write a checkpoint whose targets compute in 4 bits, as many tensors in memory as there are
+    workers.
 
-    A run that was killed goes on when it is called again in the same way, and ends with the same bits.
+    A run that was killed goes on when it is called again in the same way, and ends with the same
+    bits.
 
     Args:
         source: a folder or a Hub id, in 16 or 32 bits.
@@ -54,11 +57,12 @@ def svdquant(source: str | Path, out: str | Path, settings: FourBitSettings) -> 
         settings: a keyword argument each, see `pissa.jobs`.
 
     Returns:
-        The record that was written as `pissa.json`; `notes["output_errors"]` has each layer's relative output error on
-        the rows that were observed.
+        The record that was written as `pissa.json`; `notes["output_errors"]` has each layer's
+        relative output error on the rows that were observed.
 
     Raises:
-        InputError, CheckpointError, WrongBaseError, OutputError: before `out` exists, naming the tensor.
+        InputError, CheckpointError, WrongBaseError, OutputError: before `out` exists, naming the
+            tensor.
     """
     asked = settings
     shard_bytes = parse_bytes(asked.max_shard_bytes)

@@ -1,4 +1,5 @@
-"""The paper's form: the layer's weight becomes the residual, and the adapter adds the whole product.
+"""The paper's form: the layer's weight becomes the residual, and the adapter adds the whole
+product.
 
     y = (W - s L0 R0) x + s L R x,      L = L0 + dL,  R = R0 + dR
 

@@ -1,6 +1,8 @@
-"""The functions that the task files name: documents and answers in the harness's form to `pissa.scoring`.
+"""The functions that the task files name: documents and answers in the harness's form to
+`pissa.scoring`.
 
-Programs run behind the walls of `pissa.scoring.isolation`; where there are none, a task that runs code is an error.
+Programs run behind the walls of `pissa.scoring.isolation`; where there are none, a task that runs
+code is an error.
 """
 
 from __future__ import annotations
