@@ -15,7 +15,6 @@ from pissa.errors import CheckpointError
 from pissa.untyped import Json
 
 FORMAT = 1
-RECORD = "pissa.json"
 KINDS = ("residual", "init", "state", "lora", "merged", "run", "w4a4")
 
 
@@ -120,7 +119,7 @@ class Record:
         """
         if self.base is None:
             raise CheckpointError(
-                f"{what} says nothing of its base in {RECORD}: make the folder again"
+                f"{what} says nothing of its base in pissa.json: make the folder again"
             )
         return self.base
 
@@ -135,7 +134,7 @@ class Record:
         """
         if self.recipe is None:
             raise CheckpointError(
-                f"{where} says nothing of how it was split in {RECORD}: make the folder again"
+                f"{where} says nothing of how it was split in pissa.json: make the folder again"
             )
         return self.recipe
 

@@ -14,6 +14,12 @@ from pissa.errors import InputError
 from pissa.untyped import PeftLayer
 
 
+def stand_beside(layer: PeftLayer) -> None:
+    """What an adapter needs that took a part out of the weight: given back while it is off, never merged."""
+    layer.register_forward_hook(starts.give_back_principal)
+    refuse_merging(layer)
+
+
 def refuse_merging(layer: PeftLayer) -> None:
     """Let a peft layer over a quantised part refuse what would lose what was trained, and a second adapter."""
     for name, override in _OVERRIDES.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -70,10 +71,15 @@ class _Job(StreamJob):
     asked: str | None
     wanted: torch.dtype
 
+    @cached_property
+    def parts(self) -> frozenset[str]:
+        """Of a 4-bit layer, by name."""
+        return frozenset(W4A4Linear(1, 1, 1, device="meta").state_dict())
+
     def planned(self, name: str) -> dict[str, Plan]:
         """What is written for a stored tensor: of a layer's parts, for its codes alone."""
         module, _, part = name.rpartition(".")
-        if module not in self.targets or part not in _PARTS:
+        if module not in self.targets or part not in self.parts:
             info = self.checkpoint.tensors[name]
             return {SHARDS: {name: (output_dtype(info.dtype, self.asked), info.shape)}}
         if part != CODES:
@@ -120,6 +126,3 @@ class _Job(StreamJob):
         parts = {part: f"{target.module}.{part}" for part in layer.state_dict()}
         layer.load_state_dict({part: self.checkpoint.read(name) for part, name in parts.items()})
         return target.from_matrix(layer.dense())
-
-
-_PARTS = frozenset(W4A4Linear(1, 1, 1, device="meta").state_dict())

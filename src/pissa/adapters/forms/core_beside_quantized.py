@@ -34,8 +34,7 @@ class CoreBesideQuantized(Core):
     def install(self, layer: PeftLayer, adapter: str, start: Factors, *, split: bool) -> None:
         """With the adapter off, what was taken out of W is given back."""
         self.begin(layer, adapter, start)
-        quantized.refuse_merging(layer)
-        layer.register_forward_hook(starts.give_back_principal)
+        quantized.stand_beside(layer)
 
     def forward(  # type: ignore[override]
         self, module: PeftLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any

@@ -26,8 +26,7 @@ class PairBesideQuantized(Form):
     def install(self, layer: PeftLayer, adapter: str, start: Factors, *, split: bool) -> None:
         """With the adapter off, what was taken out of W is given back."""
         self.begin(layer, adapter, start)
-        layer.register_forward_hook(starts.give_back_principal)
-        quantized.refuse_merging(layer)
+        quantized.stand_beside(layer)
 
     def begin(self, layer: PeftLayer, adapter: str, start: Factors) -> None:
         """L and R at L0 and R0, which are kept."""
